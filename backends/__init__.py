@@ -1,0 +1,1 @@
+"""Kernels lowered from cascades: torch, onnx, triton."""

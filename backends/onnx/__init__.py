@@ -1,0 +1,1 @@
+"""Cascades lowered to ONNX."""

@@ -1,0 +1,1 @@
+"""Exact FX passes: one normal form per meaning."""

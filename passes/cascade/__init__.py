@@ -1,0 +1,1 @@
+"""Rewrites of cascades: defer, partition, fuse_reductions."""

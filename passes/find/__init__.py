@@ -1,0 +1,1 @@
+"""Find attention by meaning: softmax-anchored, symbolic-axis matching."""
