@@ -31,6 +31,12 @@ class PolicyError(AttnRewriteError, ValueError):
     exit_code = 2
 
 
+class CascadeError(AttnRewriteError, ValueError):
+    """A cascade is not well formed or cannot be scheduled."""
+
+    exit_code = 2
+
+
 class CheckpointError(AttnRewriteError):
     """A checkpoint or saved result cannot be read."""
 
