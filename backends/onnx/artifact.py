@@ -1,0 +1,117 @@
+"""The exported file as a value: what it contains, a session on it, and a check of its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from attn_rewrite.backends.onnx.runtime import STAGE, open_session, run_session
+from attn_rewrite.backends.onnx.sites import SiteLowering
+from attn_rewrite.errors import ToolError, VerifyError
+
+Arrays = Mapping[str, np.ndarray[Any, Any]]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output: name, element type, and extents (int, or the name of a dynamic axis)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class OnnxArtifact:
+    """An ONNX file that was written: where, for what, and how each attention was lowered.
+
+    ``bytes`` counts the file and its external data.  ``sites`` says for every attention whether the
+    file really skips work (`SiteLowering.skips`) or applies a dense mask.
+    """
+
+    path: Path
+    opset: int
+    target: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    sites: tuple[SiteLowering, ...]
+    bytes: int
+    metadata: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    def session(self, providers: Sequence[str] | None = None, *, threads: int = 2) -> Any:
+        """An ``onnxruntime.InferenceSession`` (CPU unless ``providers`` says otherwise).
+
+        `ToolError` where the file cannot be loaded or a provider did not start.
+        """
+        return open_session(self.path, providers, threads=threads)
+
+    def run(self, inputs: Arrays, *, in_child: bool = False) -> dict[str, np.ndarray[Any, Any]]:
+        """Outputs by name; ``in_child`` opens the session in a process of its own."""
+        missing = [s.name for s in self.inputs if s.name not in inputs]
+        if missing:
+            raise ToolError(f"{self.path.name} needs input {', '.join(missing)}.", stage=STAGE)
+        given = {s.name: inputs[s.name] for s in self.inputs}
+        if in_child:
+            from attn_rewrite.backends.onnx.child import run_in_child
+
+            return run_in_child(self.path, given)[0]
+        found: dict[str, np.ndarray[Any, Any]] = run_session(self.session(), given)
+        return found
+
+    def verify(
+        self,
+        inputs: Arrays,
+        reference: Arrays,
+        *,
+        bound: Mapping[str, float] | None = None,
+        in_child: bool = False,
+    ) -> dict[str, float]:
+        """Run the file and compare: the largest absolute error of every output, by name.
+
+        ``reference`` holds the expected outputs (float64 where the caller has them) and ``bound``
+        the error allowed per output; without one it is ``4 eps x max|reference|`` of the output's
+        type.  NaN in the reference is left out of the comparison.  Raises `VerifyError` when an
+        error is over its bound or a shape differs, `ToolError` when ONNX Runtime fails.
+        """
+        got = self.run(inputs, in_child=in_child)
+        errors: dict[str, float] = {}
+        for name, expected in reference.items():
+            if name not in got:
+                have = ", ".join(got)
+                raise VerifyError(f"{self.path.name} has no output {name!r}; it has {have}.")
+            errors[name] = _error(name, got[name], np.asarray(expected))
+            allowed = _default_bound(got[name], expected) if bound is None else bound[name]
+            if not errors[name] <= allowed:
+                raise VerifyError(
+                    f"{self.path.name} in ONNX Runtime: output {name!r} is off by {errors[name]:.3g}, "
+                    f"allowed {allowed:.3g}; the export is wrong, please report it with the model."
+                )
+        return errors
+
+
+def _error(name: str, got: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
+    if got.shape != expected.shape:
+        raise VerifyError(
+            f"output {name!r} has shape {got.shape} in ONNX Runtime, expected {expected.shape}."
+        )
+    if got.size == 0:
+        return 0.0
+    if got.dtype.kind not in "fV":
+        return float(np.max(np.abs(got.astype(np.float64) - expected.astype(np.float64))))
+    wide, counted = expected.astype(np.float64), ~np.isnan(expected.astype(np.float64))
+    with np.errstate(invalid="ignore"):
+        gap = np.abs(got.astype(np.float64) - wide)
+    gap = np.where(got.astype(np.float64) == wide, 0.0, gap)  # equal infinities
+    kept = gap[counted]
+    return float("nan") if np.isnan(kept).any() else float(np.max(kept, initial=0.0))
+
+
+def _default_bound(got: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
+    if got.dtype.kind != "f":
+        return 0.0
+    finite = np.abs(expected[np.isfinite(expected)]) if expected.size else np.zeros(1)
+    return 4 * float(np.finfo(got.dtype).eps) * float(np.max(finite, initial=0.0))

@@ -1,0 +1,138 @@
+"""``scaled_dot_product_attention`` in standard operators, with torch's answer on empty rows.
+
+Two spellings: the operator ``Attention`` from opset 23 on, and MatMul, Softmax, MatMul before.  In
+the second a row whose keys are all masked gives 0, as in torch; a plain decomposition gives NaN.
+
+Shapes: q [..., hq, s, d], k [..., hkv, t, d], v [..., hkv, t, f], mask broadcastable to
+[..., hq, s, t] (bool keeps, float is added) -> [..., hq, s, f].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from attn_rewrite.backends.onnx.graph import Recorder
+from attn_rewrite.errors import LowerError
+
+HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+FIRST_ATTENTION_OPSET = 23
+
+
+@dataclass(frozen=True)
+class SdpaOptions:
+    """The arguments of the operator that are not tensors; ``scale`` None is 1 / sqrt(d)."""
+
+    causal: bool = False
+    grouped: bool = False
+    scale: float | None = None
+
+
+def _sizes(value: ir.Value) -> tuple[object, ...]:
+    if value.shape is None or value.dtype is None:
+        raise LowerError(f"ONNX: {value.name} has no known rank or type; this is a bug.")
+    return tuple(value.shape)
+
+
+def _fixed(value: ir.Value, axis: int, what: str) -> int:
+    size = _sizes(value)[axis]
+    if not isinstance(size, int):
+        raise LowerError(f"ONNX: {what} of {value.name} is {size}, expected a fixed number.")
+    return size
+
+
+def emit_sdpa(
+    r: Recorder, inputs: Sequence[ir.Value], options: SdpaOptions
+) -> tuple[ir.Value, str, str]:
+    """Record the operator; returns its output, the form's name and a sentence on it."""
+    q, *rest = inputs
+    scale = options.scale
+    if scale is None:
+        scale = 1 / math.sqrt(_fixed(q, -1, "the head dimension"))
+    masked = "a mask" if len(rest) > 2 else "a causal mask" if options.causal else "no mask"
+    if r.opset >= FIRST_ATTENTION_OPSET and _fits_attention(inputs):
+        out = r.op("Attention", *_whole_mask(r, inputs), is_causal=int(options.causal), scale=scale)
+        return out, "Attention", f"the standard operator, {masked}"
+    return _Decomposed(r, inputs, options, scale).emit(), "dense", f"MatMul and Softmax, {masked}"
+
+
+def _fits_attention(inputs: Sequence[ir.Value]) -> bool:
+    """The operator takes four dimensions and does not broadcast the batch."""
+    sizes = [_sizes(x) for x in inputs[:3]]
+    return all(len(s) == 4 for s in sizes) and len({str(s[0]) for s in sizes}) == 1
+
+
+def _whole_mask(r: Recorder, inputs: Sequence[ir.Value]) -> Sequence[ir.Value]:
+    """The mask over all queries and keys: ONNX Runtime's kernel does not broadcast those axes."""
+    if len(inputs) < 4:
+        return inputs
+    q, k, v, mask = inputs
+    shape = r.op("Concat", r.extent(q, -2), r.extent(k, -2), axis=0)
+    return q, k, v, r.op("Expand", mask, shape)
+
+
+class _Decomposed:
+    def __init__(
+        self, r: Recorder, inputs: Sequence[ir.Value], options: SdpaOptions, scale: float
+    ) -> None:
+        self.r, self.options, self.scale = r, options, scale
+        self.result = inputs[0].dtype or ir.DataType.FLOAT
+        self.dtype = ir.DataType.FLOAT if self.result in HALVES else self.result
+        self.q, self.k, self.v = (self._wide(x) for x in inputs[:3])
+        self.mask = inputs[3] if len(inputs) > 3 else None
+        self.rank = len(_sizes(inputs[0]))
+        self.group = 1
+        if options.grouped:
+            hq, hkv = (_fixed(x, -3, "the head count") for x in inputs[:2])
+            self.group, self.heads = hq // hkv, hq
+
+    def _wide(self, value: ir.Value) -> ir.Value:
+        return value if self.dtype == self.result else self.r.cast(value, self.dtype)
+
+    def emit(self) -> ir.Value:
+        r = self.r
+        swapped = [*range(self.rank - 2), self.rank - 1, self.rank - 2]
+        q = r.op("Mul", self.q, r.number(self.scale, self.dtype))
+        score = r.op("MatMul", self._stacked(q), r.op("Transpose", self.k, perm=swapped))
+        score, keep = self._masked(self._unstacked(score))
+        probabilities = self._stacked(r.op("Softmax", score, axis=-1))
+        out = self._unstacked(r.op("MatMul", probabilities, self.v))
+        if keep is not None:
+            out = r.zero_where_empty(keep, out, self.dtype)
+        return out if self.dtype == self.result else r.cast(out, self.result)
+
+    def _masked(self, score: ir.Value) -> tuple[ir.Value, ir.Value | None]:
+        """The score with its mask, and what the mask keeps (None where no row can be empty)."""
+        r = self.r
+        if self.options.causal:
+            rows = r.op("Unsqueeze", r.counting(r.extent(self.q, -2)), r.integers([1]))
+            keep = r.op("GreaterOrEqual", rows, r.counting(r.extent(self.k, -2)))
+            return r.masked(keep, score, self.dtype), None
+        if self.mask is None:
+            return score, None
+        if self.mask.dtype == ir.DataType.BOOL:
+            return r.masked(self.mask, score, self.dtype), self.mask
+        bias = self.mask if self.mask.dtype == self.dtype else r.cast(self.mask, self.dtype)
+        lowest = r.number(-math.inf, self.dtype)
+        return r.op("Add", score, bias), r.op("Greater", bias, lowest)
+
+    def _stacked(self, x: ir.Value) -> ir.Value:
+        """Query heads that share a key head as rows: [..., hq, s, n] -> [..., hkv, g * s, n]."""
+        if self.group == 1:
+            return x
+        r = self.r
+        lead = r.op("Shape", x, start=0, end=self.rank - 3)
+        middle = r.integers([self.heads // self.group, -1])
+        return r.op("Reshape", x, r.op("Concat", lead, middle, r.extent(x, -1), axis=0))
+
+    def _unstacked(self, x: ir.Value) -> ir.Value:
+        if self.group == 1:
+            return x
+        r = self.r
+        lead = r.op("Shape", x, start=0, end=self.rank - 3)
+        middle = r.integers([self.heads])
+        rows = r.extent(self.q, -2)
+        return r.op("Reshape", x, r.op("Concat", lead, middle, rows, r.extent(x, -1), axis=0))

@@ -1,0 +1,299 @@
+"""`export_onnx`: a rewritten program as an ONNX file that was opened and compared.
+
+The file appears under its name only when everything about it held; until then it lives in a
+temporary folder beside its place, which is removed whatever happens.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import logging
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attn_rewrite.backends.onnx.runtime import require_exporter
+from attn_rewrite.errors import LowerError, PolicyError, ToolError
+from attn_rewrite.site import Refusal
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from torch.export import ExportedProgram
+
+    from attn_rewrite.backends.onnx.artifact import OnnxArtifact
+
+TARGETS = ("portable", "onnxruntime")
+DEFAULT_OPSET, IR_VERSION = 20, 10
+OPSETS = range(18, 25)
+# Weights above this go to a file of their own: a protobuf is held in memory twice while it is
+# written, and cannot exceed 2 GiB.
+EXTERNAL_BYTES = 1 << 27
+
+
+def export_onnx(
+    optimized: Any,
+    path: str | Path,
+    *,
+    target: str = "portable",
+    opset: int | None = None,
+) -> OnnxArtifact:
+    """Write ``optimized`` (an `OptimizedModule`, or an ``ExportedProgram``) as ONNX.
+
+    ``portable`` uses standard operators only and runs on any conforming runtime.  ``opset`` is 20
+    unless asked otherwise (18 to 24); the IR version is 10.  Batch and lengths that are dynamic in
+    the program stay dynamic under readable names.  Raises `PolicyError` on a bad option,
+    `LowerError` (with refusals) where a site has no ONNX form, `ToolError` where a package is
+    missing or a tool fails, and leaves no file behind then.
+    """
+    number = _checked(target, opset)
+    require_exporter()
+    from attn_rewrite.backends.onnx.artifact import OnnxArtifact
+    from attn_rewrite.backends.onnx.names import (
+        axis_names,
+        output_names,
+        rename_axes,
+        rename_outputs,
+    )
+    from attn_rewrite.backends.onnx.sites import expand
+
+    program = getattr(optimized, "program", optimized)
+    _refuse_mutation(program)
+    with _quiet():
+        model = _translate(program, number)
+        sites = expand(model, number)
+        rename_outputs(model, output_names(program))
+        _finish(model, number)
+        rename_axes(model, axis_names(program))
+    census = node_census(model)
+    _check_census(census)
+    metadata = _metadata(optimized, target, number, [s.to_json() for s in sites])
+    model.metadata_props.update(metadata)
+    inputs, outputs = _specs(model.graph.inputs), _specs(model.graph.outputs)
+    place = Path(path)
+    size = _write(model, place)
+    return OnnxArtifact(place, number, target, inputs, outputs, sites, size, metadata)
+
+
+def _checked(target: str, opset: int | None) -> int:
+    if target not in TARGETS:
+        raise PolicyError(f"unknown ONNX target {target!r}; expected {' or '.join(TARGETS)}.")
+    if target == "onnxruntime":
+        reason = "com.microsoft operators are not emitted yet"
+        raise LowerError(
+            f"ONNX target 'onnxruntime': {reason}; use target='portable', which ONNX Runtime runs.",
+            [Refusal("onnx-target", reason)],
+        )
+    number = DEFAULT_OPSET if opset is None else opset
+    if number in OPSETS:
+        return number
+    why = (
+        "from 25 on ONNX Runtime expands Attention into some 50 nodes, and torch's exporter writes "
+        "files that do not load"
+        if number > OPSETS[-1]
+        else "torch's exporter starts at 18"
+    )
+    raise PolicyError(f"opset {number} is not supported: {why}; use {OPSETS[0]} to {OPSETS[-1]}.")
+
+
+def _refuse_mutation(program: ExportedProgram) -> None:
+    """ONNX has no state: a program that writes to a buffer or an input would lose the write."""
+    signature = program.graph_signature
+    written = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
+    if written:
+        names = ", ".join(sorted(set(written.values())))
+        reason = f"the model writes to {names}, and an ONNX graph keeps no state between calls"
+        raise LowerError(
+            f"ONNX: {reason}; export in eval mode, or make the state an input and an output.",
+            [Refusal("onnx-mutation", reason)],
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch's exporter and the version converter chat through logging and warnings."""
+    loggers = [
+        logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "onnx_ir", "onnx_ir.passes")
+    ]
+    levels = [log.level for log in loggers]
+    for log in loggers:
+        log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for log, level in zip(loggers, levels, strict=True):
+            log.setLevel(level)
+
+
+def _translate(program: ExportedProgram, opset: int) -> ir.Model:
+    """The program as ONNX, with a marker node per attention and no optimisation yet."""
+    import torch
+
+    from attn_rewrite.backends.onnx.sites import translations
+
+    try:
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=opset,
+            optimize=False,
+            verbose=False,
+            custom_translation_table=translations(),
+        )
+    except torch.onnx.errors.OnnxExporterError as error:
+        cause = _deepest(error)
+        if isinstance(cause, LowerError):
+            raise cause from None
+        raise LowerError(
+            f"ONNX: torch's exporter cannot translate the model: {cause}; "
+            "rewrite that operator in the model or export with the torch backend.",
+            [Refusal("onnx-translation", str(cause))],
+        ) from error
+    assert exported is not None
+    return exported.model
+
+
+def _deepest(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _finish(model: ir.Model, opset: int) -> None:
+    """Fold and clean the graph; names, opsets and the IR version of the file."""
+    import onnx_ir.passes.common as common
+    import onnxscript.optimizer
+
+    model.ir_version = IR_VERSION
+    model.opset_imports[""] = opset
+    for function in model.functions.values():
+        function.opset_imports[""] = opset
+    if opset < 23:
+        onnxscript.optimizer.optimize_ir(model)
+    else:
+        # From 23 on the optimiser fuses RotaryEmbedding with tables of batch 1, which ONNX Runtime
+        # refuses at any other batch.
+        common.InlinePass()(model)
+        common.RemoveUnusedNodesPass()(model)
+        common.RemoveUnusedFunctionsPass()(model)
+    common.RemoveUnusedOpsetsPass()(model)
+    _drop_traces(model)
+
+
+def _drop_traces(model: ir.Model) -> None:
+    """Remove torch's stack traces: they are most of a small file and name the user's folders."""
+    import onnx_ir as ir
+
+    owners: list[Any] = [model.graph, *model.graph.inputs, *model.graph.initializers.values()]
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        owners += [node, *node.outputs]
+    for owner in owners:
+        for key in [k for k in owner.metadata_props if k.startswith("pkg.")]:
+            del owner.metadata_props[key]
+
+
+def node_census(model: ir.Model) -> dict[str, int]:
+    """Nodes by operator, nested graphs included; operators of other domains as ``domain::name``."""
+    import onnx_ir as ir
+
+    counts: collections.Counter[str] = collections.Counter()
+    for owner in (model.graph, *model.functions.values()):
+        for node in ir.traversal.RecursiveGraphIterator(owner):
+            plain = node.domain in ("", "ai.onnx")
+            counts[node.op_type if plain else f"{node.domain}::{node.op_type}"] += 1
+    return dict(sorted(counts.items()))
+
+
+def _check_census(census: Mapping[str, int]) -> None:
+    foreign = [name for name in census if "::" in name]
+    if foreign:
+        reason = f"the graph needs {', '.join(foreign)}, which no runtime has to know"
+        raise LowerError(
+            f"ONNX target 'portable': {reason}; rewrite that operator in the model.",
+            [Refusal("onnx-foreign-operator", reason)],
+        )
+
+
+def _specs(values: Any) -> Any:
+    from attn_rewrite.backends.onnx.artifact import TensorSpec
+
+    return tuple(
+        TensorSpec(
+            v.name,
+            v.dtype.name.lower() if v.dtype is not None else "unknown",
+            tuple(d if isinstance(d, int) else str(d.value) for d in v.shape or ()),
+        )
+        for v in values
+    )
+
+
+def _metadata(
+    optimized: Any, target: str, opset: int, sites: list[dict[str, Any]]
+) -> dict[str, str]:
+    """What the file says about itself, all of it text."""
+    try:
+        own = version("attn-rewrite")
+    except PackageNotFoundError:
+        own = "unknown"
+    found = {
+        "attn_rewrite.version": own,
+        "attn_rewrite.target": target,
+        "attn_rewrite.opset": str(opset),
+        "attn_rewrite.sites": json.dumps(sites, sort_keys=True),
+    }
+    plan, report = getattr(optimized, "plan", None), getattr(optimized, "report", None)
+    for key, value in (
+        ("policy", getattr(plan, "policy", None)),
+        ("plan_hash", getattr(plan, "hash", None) or getattr(plan, "digest", None)),
+        ("report", report),
+    ):
+        text = _plain(value)
+        if text:
+            found[f"attn_rewrite.{key}"] = text
+    return found
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return ""
+    if callable(value):
+        value = value()
+    to_json = getattr(value, "to_json", None)
+    return json.dumps(to_json(), default=str) if to_json else str(value)
+
+
+def _write(model: ir.Model, place: Path) -> int:
+    """Write beside ``place`` and rename; returns the bytes written."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as folder:
+            return _write_into(model, Path(folder), place)
+    except OSError as error:
+        raise ToolError(f"cannot write {place}: {error.strerror or error}", stage="disk") from error
+
+
+def _write_into(model: ir.Model, folder: Path, place: Path) -> int:
+    import onnx_ir as ir
+
+    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
+    # A data file's name is never reused while an older model may still point to it.
+    names = [f"{place.name}.data", f"{place.name}.1.data"]
+    old = [place.with_name(n) for n in names if place.with_name(n).exists()]
+    data = next(n for n in names if place.with_name(n) not in old) if len(old) < 2 else names[0]
+    temporary = folder / place.name
+    ir.save(model, temporary, external_data=data if weights > EXTERNAL_BYTES else None)
+    size = sum(f.stat().st_size for f in folder.iterdir())
+    if weights > EXTERNAL_BYTES:
+        shutil.move(folder / data, place.with_name(data))
+    temporary.replace(place)
+    for stale in old:
+        if stale.name != data or weights <= EXTERNAL_BYTES:
+            stale.unlink(missing_ok=True)
+    return size

@@ -1,0 +1,118 @@
+"""Names of an exported model: inputs and outputs as in the source, dynamic axes by meaning."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
+from torch.utils import _pytree as pytree
+
+_TAKEN_AXES = {0: "batch", 1: "sequence"}
+
+
+def _part(key: Any) -> str:
+    """One step of a pytree path as text."""
+    for attribute in ("name", "key", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def _leaf_paths(spec: pytree.TreeSpec) -> list[str]:
+    """A name for every leaf of a tree: the keys on the way to it, joined by ``.``."""
+    tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    paths = [path for path, _ in pytree.tree_flatten_with_path(tree)[0]]
+    return [".".join(_part(key) for key in path) for path in paths]
+
+
+def output_names(program: ExportedProgram) -> list[str]:
+    """Names of the tensor outputs: the keys of the returned tree, ``output`` for a single tensor.
+
+    An index alone becomes ``output_0``.  Outputs that are no tensors have no name.
+    """
+    paths = _leaf_paths(program.call_spec.out_spec)
+    specs = [s for s in program.graph_signature.output_specs if s.kind == OutputKind.USER_OUTPUT]
+    names: list[str] = []
+    for path, spec in zip(paths, specs, strict=True):
+        if isinstance(spec.arg, ConstantArgument):
+            continue
+        plain = path.replace(".", "_")
+        names.append(f"output_{plain}" if plain[:1].isdigit() else plain or "output")
+    return names
+
+
+def input_values(program: ExportedProgram) -> dict[str, Any]:
+    """The traced values (fake tensors, symbols) of the user's inputs by name, in order."""
+    wanted = [
+        s.arg.name
+        for s in program.graph_signature.input_specs
+        if s.kind == InputKind.USER_INPUT and not isinstance(s.arg, ConstantArgument)
+    ]
+    nodes = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
+    return {name: nodes[name].meta["val"] for name in wanted}
+
+
+def axis_names(program: ExportedProgram) -> dict[str, str]:
+    """A readable name for every symbol of the inputs' shapes.
+
+    The first symbol met on axis 0 is ``batch``, the first on axis 1 of a later symbol ``sequence``;
+    others are called after their input and axis.  Derived sizes are expressions in these names.
+    """
+    names: dict[str, str] = {}
+    for tensor_name, value in input_values(program).items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        for axis, size in enumerate(value.shape):
+            symbol = str(size)
+            if isinstance(size, int) or not symbol.isidentifier() or symbol in names:
+                continue
+            common = _TAKEN_AXES.get(axis)
+            free = common is not None and common not in names.values()
+            names[symbol] = common if free and common else f"{tensor_name}_{axis}"
+    return names
+
+
+def _values(model: ir.Model) -> Iterator[ir.Value]:
+    yield from model.graph.inputs
+    for owner in (model.graph, *model.functions.values()):
+        for node in ir.traversal.RecursiveGraphIterator(owner):
+            yield from node.outputs
+
+
+def rename_axes(model: ir.Model, names: dict[str, str]) -> None:
+    """Replace symbols in every shape of the model, inside expressions too."""
+    if not names:
+        return
+    pattern = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, names))})(?!\w)")
+    for value in _values(model):
+        if value.shape is None or value.shape.is_static():
+            continue
+        value.shape = ir.Shape(
+            [
+                d if isinstance(d, int) or d.value is None else _renamed(pattern, names, d.value)
+                for d in value.shape
+            ]
+        )
+
+
+def _renamed(pattern: re.Pattern[str], names: dict[str, str], text: str) -> str:
+    return pattern.sub(lambda match: names[match.group()], text)
+
+
+def rename_outputs(model: ir.Model, names: list[str]) -> None:
+    """Give the outputs their names; a value that is returned twice, or is an input, is copied."""
+    graph = model.graph
+    seen: set[int] = {id(v) for v in (*graph.inputs, *graph.initializers.values())}
+    for position, (value, name) in enumerate(zip(list(graph.outputs), names, strict=True)):
+        if id(value) in seen:
+            node = ir.node("Identity", [value], name=f"return_{name}")
+            node.outputs[0].shape, node.outputs[0].type = value.shape, value.type
+            graph.append(node)
+            graph.outputs[position] = value = node.outputs[0]
+        seen.add(id(value))
+        value.name = name

@@ -1,0 +1,111 @@
+"""ONNX Runtime, found and opened: which wheel is installed, sessions that behave on few cores."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from attn_rewrite.errors import ToolError
+
+STAGE = "onnxruntime"
+WHEELS = ("onnxruntime", "onnxruntime-gpu")
+THREADS = 2
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def require_exporter() -> None:
+    """Raise `ToolError` unless the packages that write ONNX are installed."""
+    missing = [n for n in ("onnx", "onnxscript") if importlib.util.find_spec(n) is None]
+    if missing:
+        raise ToolError(
+            f"the ONNX export needs {' and '.join(missing)}, not installed here; "
+            "install the extra: pip install 'attn-rewrite[onnx]'.",
+            stage="onnx",
+        )
+
+
+def runtime() -> Any:
+    """The imported module ``onnxruntime``; `ToolError` where it is missing or broken."""
+    found = [wheel for wheel in WHEELS if _installed(wheel)]
+    both = len(found) == len(WHEELS)
+    try:
+        import onnxruntime
+    except ImportError as error:
+        what = f"ONNX Runtime cannot be imported ({error})"
+        raise ToolError(f"{what}; {_remedy(both)}", stage=STAGE) from error
+    if not hasattr(onnxruntime, "InferenceSession"):  # what uninstalling one of two wheels leaves
+        raise ToolError(f"ONNX Runtime is installed but empty; {_remedy(True)}", stage=STAGE)
+    return onnxruntime
+
+
+def _remedy(both: bool) -> str:
+    if both:
+        return (
+            "onnxruntime and onnxruntime-gpu share one package folder and damage each other: "
+            "uninstall both, then install one."
+        )
+    return "install the extra: pip install 'attn-rewrite[onnx]' (or [onnx-gpu])."
+
+
+def both_wheels() -> bool:
+    """True where both wheels are installed: the one installed last is what runs."""
+    return all(_installed(wheel) for wheel in WHEELS)
+
+
+def open_session(
+    path: Path, providers: Sequence[str] | None = None, *, threads: int = THREADS
+) -> Any:
+    """An ``InferenceSession`` on ``path``; `ToolError` where it cannot be loaded.
+
+    The pool does not spin (other sessions and processes share the cores).  A provider that was
+    asked for and did not start is an error, never a silent fall back to the CPU.
+    """
+    ort = runtime()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    wanted = list(providers) if providers is not None else ["CPUExecutionProvider"]
+    try:
+        session = ort.InferenceSession(str(path), options, providers=wanted)
+    except Exception as error:
+        raise ToolError(
+            f"ONNX Runtime {ort.__version__} cannot load {path.name}: {_first_line(error)}",
+            stage=STAGE,
+        ) from error
+    absent = [p for p in wanted if p not in session.get_providers()]
+    if absent:
+        have = ", ".join(ort.get_available_providers())
+        raise ToolError(
+            f"ONNX Runtime did not start {', '.join(absent)} (it has {have}); "
+            "install its libraries or ask for another provider.",
+            stage=STAGE,
+        )
+    return session
+
+
+def run_session(session: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Outputs by name; `ToolError` where ONNX Runtime fails."""
+    names = [output.name for output in session.get_outputs()]
+    try:
+        return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+    except Exception as error:
+        raise ToolError(
+            f"ONNX Runtime failed while running: {_first_line(error)}", stage=STAGE
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

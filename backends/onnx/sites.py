@@ -1,0 +1,217 @@
+"""Attention in an exported graph: marked while torch translates it, replaced afterwards.
+
+torch's exporter calls a translation per operator but keeps the recorder of nested bodies to itself,
+and its optimiser would see half-built loops.  So the translations here only leave one marker node
+per attention, and `expand` replaces every marker once the rest of the model is ONNX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx.defs
+import onnx_ir as ir
+import torch
+from onnxscript import values
+
+from attn_rewrite.backends.onnx.dense import SdpaOptions, emit_sdpa
+from attn_rewrite.backends.onnx.graph import Recorder
+from attn_rewrite.backends.onnx.tiles import DEFAULT_ROWS, emit_attention, plan_tiles
+from attn_rewrite.cascade.attention import SoftmaxAttention, as_softmax
+from attn_rewrite.errors import LowerError
+from attn_rewrite.site import Refusal
+
+MARKER_DOMAIN = "attn_rewrite.export"
+_FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
+_ANY = [*_FLOATS, "tensor(bool)", *(f"tensor(int{n})" for n in (8, 16, 32, 64)), "tensor(uint8)"]
+
+
+@dataclass(frozen=True)
+class SiteLowering:
+    """How one attention left for ONNX.
+
+    ``form`` is ``"tiles"`` (keys outside the mask's bands are never read), ``"dense mask"`` (every
+    key is read and the mask applied: nothing is saved), ``"dense"`` (MatMul and Softmax over all
+    keys) or the name of an operator.  ``detail`` says more in words; ``rows`` and ``width`` are the
+    queries and keys of a step of the tiled form.
+    """
+
+    name: str
+    operator: str
+    form: str
+    detail: str
+    rows: int | None = None
+    width: int | None = None
+
+    @property
+    def skips(self) -> bool:
+        """True where the lowering really leaves out what the mask excludes."""
+        return self.form == "tiles"
+
+    def to_json(self) -> dict[str, str | int | bool | None]:
+        """Plain values for metadata and reports."""
+        return {
+            "name": self.name,
+            "operator": self.operator,
+            "form": self.form,
+            "detail": self.detail,
+            "rows": self.rows,
+            "width": self.width,
+            "skips": self.skips,
+        }
+
+
+def _marker(name: str, attributes: Sequence[tuple[str, Any]]) -> values.Op:
+    """An operator of the marker domain: any number of tensors in, one out."""
+    schema = onnx.defs.OpSchema
+    option = schema.FormalParameterOption
+    tensors = schema.FormalParameter(
+        "inputs", "M", param_option=option.Variadic, is_homogeneous=False
+    )
+    built = schema(
+        name,
+        MARKER_DOMAIN,
+        1,
+        inputs=[tensors],
+        outputs=[schema.FormalParameter("output", "T", param_option=option.Single)],
+        type_constraints=[("M", _ANY, ""), ("T", _FLOATS, "")],
+        attributes=[schema.Attribute(n, t, required=True) for n, t in attributes],
+    )
+    return values.Op(values.Opset(MARKER_DOMAIN, 1), name, built)
+
+
+def _translate_tiled() -> Callable[..., Any]:
+    kinds = onnx.defs.OpSchema.AttrType
+    marker = _marker("TiledAttention", [("cascade", kinds.STRING), ("block", kinds.INT)])
+
+    def tiled_attention(q: Any, k: Any, v: Any, reads: Any, cascade: str, block: int) -> Any:
+        return marker(q, k, v, *reads, cascade=cascade, block=block)
+
+    return tiled_attention
+
+
+def _translate_sdpa() -> Callable[..., Any]:
+    kinds = onnx.defs.OpSchema.AttrType
+    flags = [("causal", kinds.INT), ("gqa", kinds.INT), ("scale", kinds.STRING)]
+    marker = _marker("ScaledDotProductAttention", flags)
+
+    def scaled_dot_product_attention(
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Any:
+        if dropout_p:
+            raise LowerError(
+                f"ONNX: an attention has dropout {dropout_p}, expected 0; "
+                "call model.eval() before the export."
+            )
+        inputs = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
+        # A string keeps all digits of the scale; a float attribute is 32 bits wide.
+        text = "" if scale is None else repr(float(scale))
+        return marker(*inputs, causal=int(is_causal), gqa=int(enable_gqa), scale=text)
+
+    return scaled_dot_product_attention
+
+
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """What torch.onnx.export takes as ``custom_translation_table``."""
+    table: dict[Callable[..., Any], Callable[..., Any]] = {
+        torch.ops.aten.scaled_dot_product_attention.default: _translate_sdpa()
+    }
+    if hasattr(torch.ops.attn_rewrite, "tiled_attention"):
+        table[torch.ops.attn_rewrite.tiled_attention.default] = _translate_tiled()
+    return table
+
+
+def _site_name(node: ir.Node, names: Sequence[str]) -> str:
+    """The name given to the graph node by the rewrite, else its module path, with an index."""
+    source = node.meta.get("node")
+    meta = getattr(source, "meta", {})
+    given = meta.get("attn_rewrite_site") or (meta.get("custom") or {}).get("attn_rewrite_site")
+    if given:
+        return str(given)
+    stack = list((meta.get("nn_module_stack") or {}).values())
+    path = stack[-1][0] if stack else ""
+    base = path.removeprefix("L['self'].") or "attention"
+    return f"{base}.{sum(n.rpartition('.')[0] == base for n in names)}"
+
+
+def _attribute(node: ir.Node, name: str) -> Any:
+    return node.attributes[name].value
+
+
+def _form_of(node: ir.Node, name: str) -> SoftmaxAttention:
+    from attn_rewrite.cascade.text import parse
+
+    text = _attribute(node, "cascade")
+    form = as_softmax(parse(text))
+    if form is None:
+        reason = "the cascade is not softmax attention, which is all this backend emits so far"
+        raise LowerError(
+            f"ONNX: {name}: {reason}; keep this site exact or use the torch backend.",
+            [Refusal("onnx-cascade", reason, node=text.splitlines()[0], site=name)],
+        )
+    return form
+
+
+def _expand_tiled(r: Recorder, node: ir.Node, name: str) -> tuple[ir.Value, SiteLowering]:
+    form = _form_of(node, name)
+    plan = plan_tiles(form, _attribute(node, "block") or DEFAULT_ROWS)
+    out = emit_attention(r, [i for i in node.inputs if i is not None], form, plan)
+    if plan.dense:
+        form_name = "dense mask"
+        detail = f"every key of {plan.rows} queries a step: no fixed band in {form.guard}"
+    else:
+        form_name = "tiles"
+        detail = f"{plan.rows} queries a step, " + ", ".join(map(str, plan.segments))
+    return out, SiteLowering(name, "tiled_attention", form_name, detail, plan.rows, plan.width)
+
+
+def _expand_sdpa(r: Recorder, node: ir.Node, name: str) -> tuple[ir.Value, SiteLowering]:
+    text = _attribute(node, "scale")
+    options = SdpaOptions(
+        causal=bool(_attribute(node, "causal")),
+        grouped=bool(_attribute(node, "gqa")),
+        scale=float(text) if text else None,
+    )
+    out, form, detail = emit_sdpa(r, [i for i in node.inputs if i is not None], options)
+    return out, SiteLowering(name, "scaled_dot_product_attention", form, detail)
+
+
+def _expand_one(node: ir.Node, name: str, prefix: str, opset: int) -> SiteLowering:
+    r = Recorder(prefix, opset)
+    tiled = node.op_type == "TiledAttention"
+    value, lowering = (_expand_tiled if tiled else _expand_sdpa)(r, node, name)
+    for new in r.nodes:
+        new.metadata_props["attn_rewrite.site"] = name
+        new.meta.update(node.meta)
+        if tiled and new.op_type == "Scan":
+            new.metadata_props["attn_rewrite.cascade"] = _attribute(node, "cascade")
+    graph = node.graph
+    assert graph is not None
+    ir.convenience.replace_nodes_and_values(
+        graph, node, [node], r.nodes, list(node.outputs), [value]
+    )
+    return lowering
+
+
+def expand(model: ir.Model, opset: int) -> tuple[SiteLowering, ...]:
+    """Replace every marker in the model, its functions and nested graphs by standard operators."""
+    found: list[SiteLowering] = []
+    for owner in (model.graph, *model.functions.values()):
+        markers = [
+            n for n in ir.traversal.RecursiveGraphIterator(owner) if n.domain == MARKER_DOMAIN
+        ]
+        for node in markers:
+            name = _site_name(node, [s.name for s in found])
+            found.append(_expand_one(node, name, f"attention_{len(found)}", opset))
+        owner.opset_imports.pop(MARKER_DOMAIN, None)
+    model.opset_imports.pop(MARKER_DOMAIN, None)
+    return tuple(found)

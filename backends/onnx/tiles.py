@@ -1,0 +1,281 @@
+"""Softmax attention over tiles: a Scan over query blocks that reads only the keys a mask can keep.
+
+For every block of queries the key ranges of `bands.segments` are gathered, the mask is evaluated on
+the tile from its expression, and the block's rows are finished in one step (a row's keys are all in
+its tile, so no running maximum is needed).  A range never leaves the sequence: its start is moved
+inside and its width cut to the length, which keeps every key it held; the mask decides the rest.
+
+Shapes: q [b, hq, s, d], k [b, hkv, t, d], v [b, hkv, t, f] -> [b, hq, s, f].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from attn_rewrite.backends.onnx.bands import EVERY_KEY, Segment, segments
+from attn_rewrite.backends.onnx.elementwise import Coordinate, Elementwise, Frame, Typed, affine
+from attn_rewrite.backends.onnx.graph import Recorder
+from attn_rewrite.cascade.attention import QK, SoftmaxAttention
+from attn_rewrite.cascade.expr import FALSE, TRUE
+from attn_rewrite.errors import LowerError
+
+DEFAULT_ROWS = 128
+HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """How one attention is tiled: ``rows`` queries a step, and the key ranges of a step."""
+
+    rows: int
+    segments: tuple[Segment, ...]
+
+    @property
+    def dense(self) -> bool:
+        """True where a step reads every key, so that nothing is skipped."""
+        return EVERY_KEY in self.segments
+
+    @property
+    def width(self) -> int | None:
+        """The keys of a step; None where it reads all of them."""
+        return None if self.dense else sum(s.width or 0 for s in self.segments)
+
+
+def plan_tiles(form: SoftmaxAttention, rows: int = DEFAULT_ROWS) -> TilePlan:
+    """The tiling of ``form`` with ``rows`` queries a step."""
+    found = segments(form.guard, rows)
+    return TilePlan(rows, (EVERY_KEY,) if EVERY_KEY in found else found)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The attention's inputs as ONNX values, already in the type of the arithmetic."""
+
+    q: ir.Value
+    k: ir.Value
+    v: ir.Value
+    reads: tuple[ir.Value, ...]
+    heads: int
+    dtype: ir.DataType
+
+
+def _static(value: ir.Value, axis: int, what: str) -> int:
+    size = None if value.shape is None else value.shape[axis]
+    if not isinstance(size, int):
+        raise LowerError(
+            f"ONNX: {what} of {value.name} is {size}, expected a fixed number; "
+            "export with only batch and lengths dynamic."
+        )
+    return size
+
+
+def emit_attention(
+    r: Recorder,
+    inputs: Sequence[ir.Value],
+    form: SoftmaxAttention,
+    plan: TilePlan,
+) -> ir.Value:
+    """Record ``form`` over ``inputs`` (q, k, v, then the reads) and return its output."""
+    q, k, v, *reads = inputs
+    result = q.dtype
+    if result is None or len(reads) != len(form.reads):
+        raise LowerError(f"ONNX: {q.name} has no type or the reads are not {len(form.reads)}.")
+    dtype = ir.DataType.FLOAT if result in HALVES else result
+    heads = _static(q, 1, "the head count")
+    if result != dtype:
+        q, k, v = (r.cast(x, dtype) for x in (q, k, v))
+    operands = Operands(q, k, v, tuple(reads), heads, dtype)
+    out = _Tiled(r, operands, form, plan).emit()
+    return out if result == dtype else r.cast(out, result)
+
+
+class _Tiled:
+    """One attention being recorded: the values outside the Scan that its body shares."""
+
+    def __init__(
+        self, r: Recorder, operands: Operands, form: SoftmaxAttention, plan: TilePlan
+    ) -> None:
+        self.r, self.x, self.form, self.plan = r, operands, form, plan
+        self.extents = self._extents()
+        # A block is never longer than the sequence, so that one query (decoding) costs one row.
+        self.rows = r.op("Min", self.extents["q"], r.integers([plan.rows]))
+        self.row_offsets = r.counting(self.rows)
+        self.heads = r.counting(self.extents["h"])
+        self.batch = r.counting(self.extents["b"])
+        self.keys = r.counting(self.extents["kv"]) if plan.dense else None
+        self.key_offsets = [self._offsets(s) for s in plan.segments if s.width is not None]
+
+    def _extents(self) -> dict[str, ir.Value]:
+        r, x = self.r, self.x
+        found = {
+            "b": r.extent(x.q, 0),
+            "h": r.integers([x.heads]),
+            "q": r.extent(x.q, 2),
+            "kv": r.extent(x.k, 2),
+        }
+        for value, declared in zip(x.reads, self.form.reads, strict=True):
+            for axis, rank in enumerate(declared.ranks):
+                if rank not in found:
+                    found[rank] = r.extent(value, axis)
+        return found
+
+    def _offsets(self, segment: Segment) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Width cut to the length, 0 .. width - 1, and the last start that stays inside."""
+        r, length = self.r, self.extents["kv"]
+        width = r.op("Min", length, r.integers([segment.width or 0]))
+        return width, r.counting(width), r.op("Sub", length, width)
+
+    def emit(self) -> ir.Value:
+        """Scan over the starts of the query blocks, then undo the blocking."""
+        r, x = self.r, self.x
+        if self.form.guard == FALSE or not self.plan.segments:
+            return self._nothing()
+        padded = r.op("Sub", r.op("Add", self.extents["q"], self.rows), r.integers([1]))
+        blocks = r.op("Div", padded, self.rows)
+        starts = r.op("Mul", r.counting(blocks), self.rows)
+        body = r.inner()
+        start = ir.Value(
+            name=f"{r.prefix}/start", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64)
+        )
+        tile = self._step(body, body.op("Reshape", start, r.integers([1])))
+        tile.dtype = x.dtype
+        graph = ir.Graph(
+            [start], [tile], nodes=body.nodes, name=f"{r.prefix}/tile", opset_imports={"": r.opset}
+        )
+        scanned = r.op("Scan", starts, body=graph, num_scan_inputs=1, scan_output_axes=[2])
+        # [b, h, blocks, rows, f]: joined, the last block's repeated rows cut off.
+        rejoin = r.op(
+            "Concat",
+            r.integers([0, x.heads, -1]),
+            r.extent(x.v, 3),
+            axis=0,
+        )
+        joined = r.op("Reshape", scanned, rejoin)
+        return r.op("Slice", joined, r.integers([0]), self.extents["q"], r.integers([2]))
+
+    def _nothing(self) -> ir.Value:
+        """A mask that keeps no pair gives zeros."""
+        r = self.r
+        shape = r.op(
+            "Concat", r.op("Shape", self.x.q, start=0, end=3), r.extent(self.x.v, 3), axis=0
+        )
+        return r.op("Expand", r.number(0.0, self.x.dtype), shape)
+
+    def _step(self, r: Recorder, start: ir.Value) -> ir.Value:
+        """The rows of one block, [b, hq, rows, f]."""
+        last = r.op("Sub", self.extents["q"], r.integers([1]))
+        rows = r.op("Min", r.op("Add", self.row_offsets, start), last)
+        columns, unique = self._columns(r, start)
+        q = r.op("Gather", self.x.q, rows, axis=2)
+        k, v = self.x.k, self.x.v
+        if self.keys is None:
+            k, v = (r.op("Gather", t, columns, axis=2) for t in (k, v))
+        product = self._product(r, q, k)
+        emitter = Elementwise(r, self._frame(rows, columns, product))
+        keep = self._keep(r, emitter, unique)
+        return self._finish(r, emitter, keep, v)
+
+    def _columns(self, r: Recorder, start: ir.Value) -> tuple[ir.Value, ir.Value | None]:
+        """The keys of the step, and which of them no earlier range of the step holds already."""
+        if self.keys is not None:
+            return self.keys, None
+        ranges: list[tuple[ir.Value, ir.Value]] = []
+        columns: list[ir.Value] = []
+        unique: list[ir.Value] = []
+        for segment, (width, offsets, limit) in zip(
+            self.plan.segments, self.key_offsets, strict=True
+        ):
+            first = affine(r, segment.start, self.extents)
+            if segment.relative:
+                first = r.op("Add", start, first)
+            first = r.op("Min", r.op("Max", first, r.integers([0])), limit)
+            columns.append(r.op("Add", offsets, first))
+            unique.append(self._outside(r, columns[-1], ranges))
+            ranges.append((first, r.op("Add", first, width)))
+        if len(columns) == 1:
+            return columns[0], None
+        return r.op("Concat", *columns, axis=0), r.op("Concat", *unique, axis=0)
+
+    @staticmethod
+    def _outside(
+        r: Recorder, columns: ir.Value, ranges: Sequence[tuple[ir.Value, ir.Value]]
+    ) -> ir.Value:
+        keep = r.op("GreaterOrEqual", columns, r.integers([0]))
+        for first, end in ranges:
+            before = r.op("Less", columns, first)
+            after = r.op("GreaterOrEqual", columns, end)
+            keep = r.op("And", keep, r.op("Or", before, after))
+        return keep
+
+    def _product(self, r: Recorder, q: ir.Value, k: ir.Value) -> ir.Value:
+        """Q K^T [b, hq, rows, columns]; query heads that share a key head are stacked as rows."""
+        q = self._stacked(r, q)
+        return self._unstacked(r, r.op("MatMul", q, r.op("Transpose", k, perm=[0, 1, 3, 2])))
+
+    def _stacked(self, r: Recorder, x: ir.Value) -> ir.Value:
+        """[b, hq, rows, n] -> [b, hkv, group * rows, n]."""
+        if self.form.group == 1:
+            return x
+        shape = r.op(
+            "Concat",
+            r.integers([0, self.x.heads // self.form.group, -1]),
+            r.extent(x, 3),
+            axis=0,
+        )
+        return r.op("Reshape", x, shape)
+
+    def _unstacked(self, r: Recorder, x: ir.Value) -> ir.Value:
+        """[b, hkv, group * rows, n] -> [b, hq, rows, n]."""
+        if self.form.group == 1:
+            return x
+        head = r.integers([0, self.x.heads])
+        shape = r.op("Concat", head, self.rows, r.extent(x, 3), axis=0)
+        return r.op("Reshape", x, shape)
+
+    def _frame(self, rows: ir.Value, columns: ir.Value, product: ir.Value) -> Frame:
+        coordinates = {
+            "b": Coordinate(self.batch, True),
+            "h": Coordinate(self.heads, True),
+            "q": Coordinate(rows, False),
+            "kv": Coordinate(columns, self.keys is not None),
+        }
+        reads = {d.name: (value, d) for value, d in zip(self.x.reads, self.form.reads, strict=True)}
+        return Frame(coordinates, self.extents, reads, {QK: Typed(product, "float")}, self.x.dtype)
+
+    def _keep(self, r: Recorder, emitter: Elementwise, unique: ir.Value | None) -> ir.Value | None:
+        """The mask on the tile, broadcastable to [b, hq, rows, columns]; None keeps everything."""
+        keep = None if self.form.guard == TRUE else emitter.truth(self.form.guard)
+        if unique is None or keep is None:
+            return keep if unique is None else unique
+        return r.op("And", keep, unique)
+
+    def _finish(
+        self, r: Recorder, emitter: Elementwise, keep: ir.Value | None, v: ir.Value
+    ) -> ir.Value:
+        """Softmax of the score, times the weight, times V; rows that keep nothing give 0."""
+        score, dtype = emitter.number(self.form.score), self.x.dtype
+        if keep is not None:
+            score = r.masked(keep, score, dtype)
+        probabilities = self._softmax(r, emitter, score)
+        if self.form.weight is not None:
+            probabilities = r.op("Mul", probabilities, emitter.number(self.form.weight))
+        out = self._unstacked(r, r.op("MatMul", self._stacked(r, probabilities), v))
+        return out if keep is None else r.zero_where_empty(keep, out, dtype)
+
+    def _softmax(self, r: Recorder, emitter: Elementwise, score: ir.Value) -> ir.Value:
+        """Over the columns; a sink is one more column, dropped again."""
+        if self.form.sink is None:
+            return r.op("Softmax", score, axis=-1)
+        shape = r.op("Concat", r.op("Shape", score, start=0, end=3), r.integers([1]), axis=0)
+        column = r.op("Expand", emitter.number(self.form.sink), shape)
+        extended = r.op("Softmax", r.op("Concat", score, column, axis=-1), axis=-1)
+        cut = (r.integers([0]), r.integers([-1]), r.integers([-1]))
+        return r.op("Slice", extended, *cut)
+
+
+def reads_of(form: SoftmaxAttention, values: Sequence[ir.Value]) -> Mapping[str, ir.Value]:
+    """The values of the reads by name."""
+    return {d.name: v for d, v in zip(form.reads, values, strict=True)}
