@@ -1,0 +1,1 @@
+"""Performance models of attention accelerators, evaluated in closed form."""
