@@ -1,0 +1,59 @@
+"""Containers that models take and return: dataclasses and key/value caches.
+
+`torch.export` flattens inputs and outputs and refuses a class it does not know.  Plain dataclasses
+are made known by their fields; transformers' caches by their layers.  Registration is global and
+permanent in torch, so it is done only for a class that a captured model really uses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+
+def make_known(value: Any) -> None:
+    """Register every unknown container class inside ``value``; unknown plain objects stay so."""
+    kind = type(value)
+    if isinstance(value, torch.Tensor):
+        return
+    if kind not in pytree.SUPPORTED_NODES and not _register(value):
+        return
+    children, _ = pytree.SUPPORTED_NODES[kind].flatten_fn(value)
+    for child in children:
+        make_known(child)
+
+
+def _register(value: Any) -> bool:
+    """Whether the class of ``value`` is known now."""
+    kind = type(value)
+    if kind.__module__ == "transformers.cache_utils":
+        _register_cache(kind)
+    elif dataclasses.is_dataclass(value):
+        torch.export.register_dataclass(
+            kind, serialized_type_name=f"{kind.__module__}.{kind.__qualname__}"
+        )
+    return kind in pytree.SUPPORTED_NODES
+
+
+def _register_cache(kind: type) -> None:
+    if kind.__name__ == "DynamicCache":
+        from transformers.integrations.executorch import register_dynamic_cache_export_support
+
+        register_dynamic_cache_export_support()
+    elif kind.__name__ == "EncoderDecoderCache":
+        pytree.register_pytree_node(
+            kind,
+            lambda cache: ([cache.self_attention_cache, cache.cross_attention_cache], None),
+            lambda caches, _: kind(*caches),
+            serialized_type_name=f"{kind.__module__}.{kind.__name__}",
+            flatten_with_keys_fn=lambda cache: (
+                [
+                    (pytree.GetAttrKey("self_attention_cache"), cache.self_attention_cache),
+                    (pytree.GetAttrKey("cross_attention_cache"), cache.cross_attention_cache),
+                ],
+                None,
+            ),
+        )

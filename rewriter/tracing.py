@@ -1,0 +1,108 @@
+"""Tracing that leaves no trace: state is put back, torch kept quiet, errors name the model code."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import sysconfig
+import traceback
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+import torch
+
+_TORCH = str(Path(torch.__file__).resolve().parent)
+_OWN = str(Path(__file__).resolve().parent)
+_STDLIB = str(Path(sysconfig.get_path("stdlib")).resolve())
+
+
+@contextlib.contextmanager
+def untouched(model: torch.nn.Module) -> Iterator[None]:
+    """Undo what tracing does to the model's Python state (counters, caches of fake tensors)."""
+    before = [(vars(m), {k: (v, _copied(v)) for k, v in vars(m).items()}) for m in model.modules()]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        for state, saved in before:
+            for value, copy in saved.values():
+                _refill(value, copy)
+            state.clear()
+            state.update({key: value for key, (value, _) in saved.items()})
+
+
+def _copied(value: Any) -> Any:
+    """A shallow copy of a container, None for anything else."""
+    return value.copy() if type(value) in (dict, OrderedDict, list, set) else None
+
+
+def _refill(value: Any, copy: Any) -> None:
+    if copy is None:
+        return
+    value.clear()
+    if isinstance(value, list):
+        value.extend(copy)
+    else:
+        value.update(copy)
+
+
+class _WithoutGraphDump:
+    """A stderr that drops the partial graph torch prints when an export fails."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._dropped = False
+
+    def write(self, text: str) -> int:
+        newline_after_dump = self._dropped and text == "\n"
+        self._dropped = text.lstrip().startswith("def forward(")
+        return len(text) if self._dropped or newline_after_dump else self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep torch's own account of a failed export out: it becomes a note or one error."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+
+    def not_warning(record: logging.LogRecord) -> bool:
+        return record.levelno != logging.WARNING
+
+    logger.addFilter(not_warning)
+    try:
+        with contextlib.redirect_stderr(cast(TextIO, _WithoutGraphDump(sys.stderr))):
+            yield
+    finally:
+        logger.removeFilter(not_warning)
+
+
+def user_line(error: BaseException) -> str | None:
+    """``file:line, in function: `code` `` of the deepest frame in the model's own code."""
+    chain: BaseException | None = error
+    while chain is not None:
+        for frame in reversed(traceback.extract_tb(chain.__traceback__)):
+            if is_user_code(frame.filename):
+                return frame_text(frame)
+        chain = chain.__cause__ or chain.__context__
+    return None
+
+
+def frame_text(frame: traceback.FrameSummary) -> str:
+    """A frame as ``file:line, in function: `code` ``."""
+    code = f": `{frame.line}`" if frame.line else ""
+    return f"{frame.filename}:{frame.lineno}, in {frame.name}{code}"
+
+
+def is_user_code(filename: str) -> bool:
+    """Whether a file is the model's code: not torch, not the standard library, not this package."""
+    if filename.startswith("<"):
+        return False
+    resolved = str(Path(filename).resolve())
+    if resolved.startswith((_TORCH, _OWN)):
+        return False
+    return "site-packages" in resolved or not resolved.startswith(_STDLIB)
