@@ -1,0 +1,121 @@
+"""Every environment variable of the project, typed; nothing else reads the environment.
+
+``ATTN_REWRITE_DUMP=DIR``    write every stage as text into DIR, numbered, only when it changed
+``ATTN_REWRITE_DEBUG=0..4``  tell on standard error: 1 the plan, 2 also refusals, 3 also graphs and
+                             cascades between passes, 4 also generated source
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from attn_rewrite.errors import PolicyError, ToolError
+
+DUMP = "ATTN_REWRITE_DUMP"
+DEBUG = "ATTN_REWRITE_DEBUG"
+DEBUG_LEVELS = ("silent", "plan", "refusals", "stages", "source")
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """Values set for a scope; None means "ask the environment"."""
+
+    dump: Path | None = None
+    debug: int | None = None
+
+
+_ENVIRONMENT = Knobs()
+_scope: ContextVar[Knobs] = ContextVar("attn_rewrite_knobs", default=_ENVIRONMENT)
+
+
+def dump_directory() -> Path | None:
+    """Where stages are written, or None."""
+    scoped = _scope.get().dump
+    if scoped is not None:
+        return scoped
+    value = os.environ.get(DUMP, "")
+    return Path(value) if value else None
+
+
+def debug_level() -> int:
+    """How much is told on standard error, 0 to 4; `PolicyError` for anything else."""
+    scoped = _scope.get().debug
+    if scoped is not None:
+        return scoped
+    text = os.environ.get(DEBUG, "").strip() or "0"
+    if not re.fullmatch("[0-4]", text):
+        raise PolicyError(f"{DEBUG} is {text!r}; expected a level from 0 to 4")
+    return int(text)
+
+
+@contextmanager
+def override(*, dump: Path | str | None = None, debug: int | None = None) -> Iterator[None]:
+    """Set knobs for a ``with`` block (of this thread or task); None leaves one as it is."""
+    if debug is not None and debug not in range(len(DEBUG_LEVELS)):
+        raise PolicyError(f"debug level {debug} is not known; expected 0 to 4")
+    knobs = _scope.get()
+    if dump is not None:
+        knobs = replace(knobs, dump=Path(dump))
+    if debug is not None:
+        knobs = replace(knobs, debug=debug)
+    token = _scope.set(knobs)
+    try:
+        yield
+    finally:
+        _scope.reset(token)
+
+
+def tell(level: int, text: str | Callable[[], str]) -> None:
+    """Write ``text`` to standard error when the debug level is at least ``level``."""
+    if debug_level() >= level:
+        sys.stderr.write(f"[attn-rewrite] {text if isinstance(text, str) else text()}\n")
+
+
+@dataclass
+class Dumper:
+    """Writes the stages of one run as ``00-capture.txt``, ``01-...``: a stage that changed nothing
+    writes nothing.
+
+    With ``directory=None`` it does nothing, and texts given as functions are never made.
+    """
+
+    directory: Path | None = None
+    _count: int = field(default=0, init=False)
+    _last: dict[str, str] = field(default_factory=dict, init=False)
+
+    def write(self, stage: str, text: str | Callable[[], str], *, suffix: str = ".txt") -> None:
+        """Write ``text`` unless the last stage with this suffix was the same.
+
+        ``suffix`` says what kind of text it is: ``.fx`` a graph, ``.cascade``, ``.json``, ``.py``.
+        Raises `ToolError` where the folder cannot be written.
+        """
+        if self.directory is None:
+            return
+        content = text if isinstance(text, str) else text()
+        if self._last.get(suffix) == content:
+            return
+        self._last[suffix] = content
+        name = re.sub(r"[^\w.=-]+", "-", stage).strip("-")
+        path = self.directory / f"{self._count:02}-{name}{suffix}"
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            path.write_text(content if content.endswith("\n") else content + "\n", "utf-8")
+        except OSError as error:
+            raise ToolError(
+                f"the stage {stage!r} cannot be written to {path}: {error.strerror or error}; "
+                f"point {DUMP} at a writable folder",
+                stage="dump",
+            ) from error
+        self._count += 1
+
+
+def dumper() -> Dumper:
+    """A new `Dumper` for one run, writing to `dump_directory`."""
+    return Dumper(dump_directory())
