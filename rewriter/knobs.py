@@ -3,6 +3,7 @@
 ``ATTN_REWRITE_DUMP=DIR``    write every stage as text into DIR, numbered, only when it changed
 ``ATTN_REWRITE_DEBUG=0..4``  tell on standard error: 1 the plan, 2 also refusals, 3 also graphs and
                              cascades between passes, 4 also generated source
+``ATTN_REWRITE_CACHE=DIR``   keep measurements of this machine in DIR, not in the user's cache folder
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from attn_rewrite.errors import PolicyError, ToolError
 
 DUMP = "ATTN_REWRITE_DUMP"
 DEBUG = "ATTN_REWRITE_DEBUG"
+CACHE = "ATTN_REWRITE_CACHE"
 DEBUG_LEVELS = ("silent", "plan", "refusals", "stages", "source")
 
 
@@ -53,6 +55,14 @@ def debug_level() -> int:
     if not re.fullmatch("[0-4]", text):
         raise PolicyError(f"{DEBUG} is {text!r}; expected a level from 0 to 4")
     return int(text)
+
+
+def cache_directory() -> Path:
+    """Where measurements of this machine are kept; by default in the user's cache folder (XDG)."""
+    if value := os.environ.get(CACHE, ""):
+        return Path(value)
+    user = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(user) if user else Path.home() / ".cache") / "attn-rewrite"
 
 
 @contextmanager
