@@ -3,7 +3,7 @@
 ``ATTN_REWRITE_DUMP=DIR``    write every stage as text into DIR, numbered, only when it changed
 ``ATTN_REWRITE_DEBUG=0..4``  tell on standard error: 1 the plan, 2 also refusals, 3 also graphs and
                              cascades between passes, 4 also generated source
-``ATTN_REWRITE_CACHE=DIR``   keep measurements of this machine in DIR, not in the user's cache folder
+``ATTN_REWRITE_CACHE=DIR``   keep measurements of this machine in DIR, not in the user's cache
 """
 
 from __future__ import annotations

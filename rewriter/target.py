@@ -246,7 +246,7 @@ def _write(path: Path, entries: Mapping[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(entries, file, indent=1, sort_keys=True)
+            json.dump(entries, file, indent=1)
         Path(name).replace(path)
     except OSError as error:
         raise ToolError(
