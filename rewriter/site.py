@@ -99,6 +99,7 @@ class Site:
     nodes: tuple[Node, ...] = field(repr=False)
     inputs: dict[str, Operand] = field(repr=False)
     output: Operand = field(repr=False)
+    factors: tuple[Factor, ...] = field(repr=False)  # every axis, in canonical order
     offset: str = "0"
     source: str | None = None
     refusals: tuple[Refusal, ...] = ()
@@ -107,6 +108,19 @@ class Site:
     def rewritable(self) -> bool:
         """True when nothing stands against replacing the site."""
         return not self.refusals
+
+    def groups(self, tensor: str) -> tuple[tuple[Factor, ...], ...]:
+        """The canonical dimensions of Q, K, V, AV or a read: the factors merged into each."""
+        ranks = {
+            "Q": ("b", "h", "q", "d"),
+            "K": ("b", "hkv", "kv", "d"),
+            "V": ("b", "hkv", "kv", "f"),
+            "AV": ("b", "h", "q", "f"),
+        }.get(tensor) or next(t.ranks for t in self.cascade.inputs if t.name == tensor)
+        roles = {"h": ("h", "g"), "hkv": ("h",)}
+        return tuple(
+            tuple(f for f in self.factors if f.role in roles.get(rank, (rank,))) for rank in ranks
+        )
 
     def facts(self) -> dict[str, str | int | float | bool]:
         """Facts as plain values, for reports; dynamic sizes as their symbol."""

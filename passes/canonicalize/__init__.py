@@ -1,1 +1,72 @@
 """Exact FX passes: one normal form per meaning."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from attn_rewrite.graph import GraphBuilder, copy_graph, op_name
+from attn_rewrite.passes.canonicalize.baddbmm import Baddbmm
+from attn_rewrite.passes.canonicalize.base import Canonicalization
+from attn_rewrite.passes.canonicalize.in_place import InPlace
+from attn_rewrite.passes.canonicalize.log_softmax import LogSoftmax
+from attn_rewrite.passes.canonicalize.product_sum import ProductSum
+from attn_rewrite.passes.canonicalize.safe_softmax import SafeSoftmax
+from attn_rewrite.passes.canonicalize.softmax_quotient import LateQuotient, SoftmaxQuotient, SoftmaxShift
+
+# Every canonicalisation, in the order they are tried on a node.
+PIPELINE: tuple[Canonicalization, ...] = (
+    InPlace(),
+    Baddbmm(),
+    ProductSum(),
+    LogSoftmax(),
+    SoftmaxQuotient(),
+    LateQuotient(),
+    SoftmaxShift(),
+    SafeSoftmax(),
+)
+
+_PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn")
+
+
+def canonicalize(
+    module: fx.GraphModule, pipeline: tuple[Canonicalization, ...] = PIPELINE
+) -> fx.GraphModule:
+    """A copy of ``module`` in normal form; the same object if nothing changed.
+
+    Nodes of the copy carry the node of ``module`` with the same value as ``meta["origin"]``, where
+    there is one.  Graphs called by higher-order operators (autocast, no_grad) are canonicalised too.
+    """
+    targets = {t: [p for p in pipeline if t in p.targets] for p in pipeline for t in p.targets}
+    inner = {n: g for n, g in module.named_children() if isinstance(g, fx.GraphModule)}
+    changed = {n: new for n, g in inner.items() if (new := canonicalize(g, pipeline)) is not g}
+    copy, _ = copy_graph(module)
+    edits = _run(copy, targets)
+    if not edits and not changed:
+        return module
+    for name, new in changed.items():
+        setattr(copy, name, new)
+    copy.graph.eliminate_dead_code()
+    copy.recompile()
+    return copy
+
+
+def _run(module: fx.GraphModule, targets: dict[str, list[Canonicalization]]) -> int:
+    """Rewrite every node to a fixed point; the number of edits."""
+    edits = 0
+    queue = [n for n in module.graph.nodes if op_name(n) in targets]
+    for node in queue:
+        if node._erased:
+            continue
+        for rule in targets[op_name(node)]:
+            build = GraphBuilder(module.graph)
+            build.at(node, **{k: node.meta[k] for k in _PROVENANCE if k in node.meta})
+            new = rule.rewrite(node, build)
+            if new is None:
+                continue
+            edits += 1
+            node.replace_all_uses_with(new)
+            new.meta["origin"] = node.meta.get("origin")
+            module.graph.erase_node(node)
+            queue.extend(n for n in (new, *new.users) if op_name(n) in targets and n not in queue)
+            break
+    return edits

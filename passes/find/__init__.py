@@ -1,1 +1,40 @@
 """Find attention by meaning: softmax-anchored, symbolic-axis matching."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from torch import fx
+
+from attn_rewrite.graph import module_path
+from attn_rewrite.passes.find.anchor import is_anchor
+from attn_rewrite.passes.find.match import match
+from attn_rewrite.site import Findings, Refusal, Site
+
+
+def graphs(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """The module and every graph called from it by a higher-order operator (autocast, no_grad)."""
+    yield module
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and isinstance(inner := getattr(module, str(node.target), None), fx.GraphModule):
+            yield from graphs(inner)
+
+
+def find(module: fx.GraphModule) -> Findings:
+    """Every attention in a canonicalised graph, and every softmax that is not one, with the reason."""
+    sites: list[Site] = []
+    refusals: list[Refusal] = []
+    counts: Counter[str] = Counter()
+    for graph in graphs(module):
+        for node in graph.graph.nodes:
+            if not is_anchor(node):
+                continue
+            path = module_path(node) or "attention"
+            found = match(node, graph, f"{path}#{counts[path]}")
+            if isinstance(found, Site):
+                counts[path] += 1
+                sites.append(found)
+            else:
+                refusals.append(found)
+    return Findings(tuple(sites), tuple(refusals))

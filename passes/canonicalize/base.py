@@ -1,0 +1,28 @@
+"""The protocol of a canonicalisation: one node in, an equal node in normal form out.
+
+A new spelling of attention is one new file here and one line in `PIPELINE`.  The finder reads a
+canonicalised *copy* of the host graph; what is not rewritten keeps the author's operators.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from attn_rewrite.graph import GraphBuilder
+from attn_rewrite.passes.transform import Exactness
+
+
+@dataclass(frozen=True)
+class Canonicalization:
+    """Rewrites one kind of node; subclasses give `name`, `exactness`, `targets` and `rewrite`."""
+
+    name: ClassVar[str]
+    exactness: ClassVar[Exactness] = Exactness.REASSOCIATED
+    targets: ClassVar[frozenset[str]]  # operator names, any overload
+
+    def rewrite(self, node: fx.Node, build: GraphBuilder) -> fx.Node | None:
+        """A node of equal value in normal form, built with ``build``; None to leave ``node``."""
+        raise TypeError(f"{type(self).__name__} must define rewrite()")

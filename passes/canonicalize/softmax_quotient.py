@@ -1,0 +1,117 @@
+"""``exp(x) / exp(x).sum(dim)`` -> ``softmax(x)``, with or without the shift by the maximum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import fx
+
+from attn_rewrite.graph import GraphBuilder, arguments, aten, is_call, op_name, shape_of
+from attn_rewrite.passes.canonicalize.base import Canonicalization
+from attn_rewrite.sizes import as_size, same_size
+
+_SAME_VALUE = ("to", "clone", "contiguous", "detach", "expand", "expand_as", "clamp_min", "clamp", "alias")
+
+
+def through(node: Any, *names: str) -> Any:
+    """Skip operators that do not change the values (or only bound a sum of exponentials from 0)."""
+    while is_call(node, *names):
+        node = node.args[0]
+    return node
+
+
+def summed_exponential(denominator: Any) -> tuple[fx.Node, int] | None:
+    """(exp node, axis) if ``denominator`` sums an exponential over one kept axis."""
+    total = through(denominator, *_SAME_VALUE)
+    if is_call(total, "unsqueeze"):
+        axis, total, kept = total.args[1], through(total.args[0], *_SAME_VALUE), True
+    else:
+        axis, kept = None, False
+    if not is_call(total, "sum"):
+        return None
+    named = arguments(total)
+    dims = named.get("dim")
+    where = [dims] if isinstance(dims, int) else list(dims or ())
+    exponential = total.args[0]
+    if len(where) != 1 or not is_call(exponential, "exp", "exp_"):
+        return None
+    rank = len(shape_of(exponential))
+    where_axis = int(where[0]) % rank
+    if not named.get("keepdim") and not (kept and axis is not None and int(axis) % rank == where_axis):
+        return None
+    return exponential, where_axis
+
+
+def softmax_of(build: GraphBuilder, exponential: fx.Node, axis: int) -> fx.Node:
+    """``softmax`` of the exponent."""
+    return build.call(aten.softmax.int, exponential.args[0], axis)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class SoftmaxQuotient(Canonicalization):
+    """An exponential divided by its own sum is a softmax."""
+
+    name: ClassVar[str] = "softmax-quotient"
+    targets: ClassVar[frozenset[str]] = frozenset({"div", "div_", "mul"})
+
+    def rewrite(self, node: fx.Node, build: GraphBuilder) -> fx.Node | None:
+        """Rewrite ``e / e.sum(dim, keepdim=True)`` and ``e * (1 / e.sum(...))``."""
+        top, bottom = node.args[0], node.args[1]
+        if op_name(node) == "mul":
+            if not is_call(bottom, "reciprocal"):
+                return None
+            bottom = bottom.args[0]  # type: ignore[union-attr]
+        found = summed_exponential(bottom)
+        if found is None or through(top, "to", "clone", "contiguous", "detach") is not found[0]:
+            return None
+        return softmax_of(build, *found)
+
+
+@dataclass(frozen=True)
+class LateQuotient(Canonicalization):
+    """``(exp(x) @ v) / exp(x).sum(-1)`` -> ``softmax(x) @ v``: the division after the product."""
+
+    name: ClassVar[str] = "late-quotient"
+    targets: ClassVar[frozenset[str]] = frozenset({"div", "div_"})
+
+    def rewrite(self, node: fx.Node, build: GraphBuilder) -> fx.Node | None:
+        """Rewrite where the sum runs over the contracted (last) axis of the left operand."""
+        product, bottom = node.args[0], node.args[1]
+        found = summed_exponential(bottom)
+        if found is None or not is_call(product, "matmul", "bmm") or not isinstance(product, fx.Node):
+            return None
+        exponential, axis = found
+        if through(product.args[0], "to", "clone") is not exponential:
+            return None
+        if axis != len(shape_of(exponential)) - 1:
+            return None
+        target = product.target
+        assert callable(target)
+        return build.call(target, softmax_of(build, exponential, axis), product.args[1])  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class SoftmaxShift(Canonicalization):
+    """``softmax(x - m)`` -> ``softmax(x)`` where m is constant along the softmax axis."""
+
+    name: ClassVar[str] = "softmax-shift"
+    targets: ClassVar[frozenset[str]] = frozenset({"softmax", "_softmax"})
+
+    def rewrite(self, node: fx.Node, build: GraphBuilder) -> fx.Node | None:
+        """Rewrite shifts by a maximum (or anything else) of length 1 along the axis."""
+        named = arguments(node)
+        shifted = named["self"]
+        if not is_call(shifted, "sub", "sub_") or arguments(shifted).get("alpha", 1) != 1:
+            return None
+        source, shift = shifted.args[0], shifted.args[1]
+        if not isinstance(source, fx.Node) or not isinstance(shift, fx.Node):
+            return None
+        whole, part = shape_of(source), shape_of(shift)
+        axis = named["dim"] % len(whole) - len(whole)
+        if len(shape_of(shifted)) != len(whole) or (len(part) >= -axis and not same_size(as_size(part[axis]), 1)):
+            return None
+        if same_size(as_size(whole[axis]), 1):
+            return None
+        args = (source, named["dim"], named.get("dtype"))
+        return build.call(aten.softmax.int, *args)  # type: ignore[no-any-return]

@@ -1,0 +1,106 @@
+"""Facts about a site that do not change what it computes: its kind, whether rope was seen, its layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import fx
+
+from attn_rewrite.graph import is_call, is_tensor, op_name, shape_of
+from attn_rewrite.sizes import as_size, same_size
+from attn_rewrite.passes.find.roles import Roles
+from attn_rewrite.site import Operand
+
+PROJECTIONS = frozenset({"linear", "addmm", "conv1d", "conv2d", "convolution", "conv3d"})
+_STEPS = 64
+
+
+def inputs_of(node: fx.Node) -> Iterator[fx.Node]:
+    """Tensor arguments of a node, lists flattened."""
+    for arg in node.all_input_nodes:
+        if is_tensor(arg) or isinstance(arg.meta.get("val"), (list, tuple)):
+            yield arg
+
+
+def _is_projection(node: fx.Node) -> bool:
+    if op_name(node) in PROJECTIONS:
+        return True
+    if op_name(node) in ("matmul", "mm", "einsum"):
+        return any(_is_weight(a) for a in node.all_input_nodes)
+    return False
+
+
+def _is_weight(node: fx.Node) -> bool:
+    while is_call(node, "t", "transpose", "permute", "to", "detach", "view", "unsqueeze"):
+        first = node.args[0]
+        assert isinstance(first, fx.Node)
+        node = first
+    return node.op == "get_attr"
+
+
+def origins(node: fx.Node) -> tuple[set[fx.Node], list[fx.Node]]:
+    """What a tensor was projected from, and the nodes between: the activations nearest behind it."""
+    found: set[fx.Node] = set()
+    between: list[fx.Node] = []
+    queue, seen = [node], {node}
+    while queue and len(between) < _STEPS:
+        here = queue.pop()
+        if _is_projection(here):
+            found.update(a for a in inputs_of(here) if not _is_weight(a))
+            continue
+        sources = [a for a in inputs_of(here) if not _is_weight(a)]
+        if here.op == "placeholder" or (not sources and here.op == "get_attr"):
+            found.add(here)
+            continue
+        between.append(here)
+        for source in sources:
+            if source not in seen:
+                seen.add(source)
+                queue.append(source)
+    return found, between
+
+
+def rope_seen(nodes: list[fx.Node]) -> bool:
+    """Rotary embedding: a rotation of halves or pairs multiplied by cos and sin."""
+    names = {op_name(n) for n in nodes}
+    if "view_as_complex" in names:
+        return True
+    return "mul" in names and bool({"add", "sub"} & names) and (
+        ("neg" in names and bool({"cat", "stack"} & names)) or {"cos", "sin"} <= names
+    )  # fmt: skip
+
+
+def kind_of(query: Operand, key: Operand, roles: Roles) -> tuple[str, bool]:
+    """(self | cross | joint | pooling, rope seen)."""
+    from_q, path_q = origins(query.node)
+    from_k, path_k = origins(key.node)
+    rope = rope_seen(path_q)
+    if not any(f.role == "b" for d in query.dims for f in d) and roles.b:
+        return "pooling", rope
+    if any(is_call(n, "cat") for n in path_q) and any(is_call(n, "cat") for n in path_k):
+        long_q, long_k = _sequences(from_q), _sequences(from_k)
+        if len(long_q) >= 2 and long_q & long_k:
+            return "joint", rope
+    if from_q & from_k:
+        return "self", rope
+    extents = [{str(f.extent) for d in o.dims for f in d if f.role == r} for o, r in ((query, "q"), (key, "kv"))]
+    same_length = bool(extents[0]) and extents[0] == extents[1]
+    raw = all(n.op == "placeholder" for n in from_q | from_k)
+    return ("self" if same_length and raw else "cross"), rope
+
+
+def _sequences(nodes: set[fx.Node]) -> set[fx.Node]:
+    """Activations with a batch and a sequence, not position tables."""
+    return {
+        n for n in nodes
+        if is_tensor(n) and len(shape_of(n)) >= 3 and not same_size(as_size(shape_of(n)[-2]), 1)
+    }  # fmt: skip
+
+
+def layout_text(operand: Operand) -> str:
+    """The layout of an operand as an einops-like string, such as ``"b q (h d)"``."""
+    words = []
+    for dim in operand.dims:
+        names = [f.role for f in dim]
+        words.append(names[0] if len(names) == 1 else f"({' '.join(names)})" if names else "1")
+    return " ".join(words)

@@ -1,0 +1,449 @@
+"""Lift nodes to expressions: what each element of a tensor is, as a function of its coordinates.
+
+`Lifter.lift(node, dims)` pulls the coordinates of ``node`` back through elementwise and layout
+operators to index arithmetic (``arange``, ``tril``, comparisons), products, constants, and *leaves*:
+tensors read as they are.  Masks and scores are both lifted this way, so that a mask is recognised by
+what it computes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from attn_rewrite.cascade.expr import Call, Const, Expr, Extent, Rank, Read, call, walk, where
+from attn_rewrite.cascade.simplify import is_boolean, simplify
+from attn_rewrite.graph import arguments, is_tensor, op_name, shape_of, value_of
+from attn_rewrite.passes.find.axes import Atoms, Axes
+from attn_rewrite.sizes import as_size, same_size
+from attn_rewrite.passes.find.layout import Coord, Dims, atom_rank, coordinate, pull, pure
+from attn_rewrite.passes.find.product import Product, product_of
+
+# An expression larger than this is read as a tensor instead.
+MAX_NODES = 120
+MAX_DEPTH = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Leaf:
+    """A tensor of the host graph read at pure coordinates."""
+
+    name: str
+    node: fx.Node
+    dims: tuple[Atoms, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Dot:
+    """A product met on the way: candidate for the score product."""
+
+    name: str
+    product: Product
+    dims: tuple[Atoms, ...]  # coordinates of the product's output
+    atoms: dict[str, Atoms]  # of every label, contracted ones included
+
+    def operand(self, left: bool) -> tuple[fx.Node, tuple[Atoms, ...]]:
+        """One operand and the atoms of its dimensions."""
+        p = self.product
+        node, labels = (p.left, p.left_labels) if left else (p.right, p.right_labels)
+        return node, tuple(self.atoms[x] if x else () for x in labels)
+
+
+class Lifter:
+    """Lifts nodes of one graph in the coordinates of one site."""
+
+    def __init__(self, axes: Axes, module: torch.nn.Module) -> None:
+        self.axes = axes
+        self.module = module
+        self.leaves: dict[str, Leaf] = {}
+        self.dots: dict[str, Dot] = {}
+        self._memo: dict[tuple[Any, ...], Expr | None] = {}
+        self._symbols: dict[Any, Expr] = {}
+
+    def know_sizes(self, dims: tuple[Atoms, ...]) -> None:
+        """Let symbolic sizes that are the extent of an axis be written as that extent."""
+        for dim in dims:
+            for atom in self.axes.resolve(dim):
+                size = self.axes.size(atom)
+                if isinstance(size, int):
+                    continue
+                free = [s for s in size.free_symbols if s not in self._symbols]
+                if len(free) == 1:
+                    solved = sympy.solve(size - sympy.Symbol("whole"), free[0], dict=False)
+                    if len(solved) == 1:
+                        self._symbols[sympy.Symbol("whole")] = Extent(f"@{atom}")
+                        known = self._size_expr(solved[0])
+                        del self._symbols[sympy.Symbol("whole")]
+                        if known is not None:
+                            self._symbols[free[0]] = known
+
+    def lift(self, node: fx.Node, dims: Dims, depth: int = 0) -> Expr | None:
+        """The expression of ``node`` at ``dims``; a leaf where nothing more is known.
+
+        None only where ``dims`` are not pure and the node is not understood.
+        """
+        key = (node, dims)
+        if key in self._memo:
+            return self._memo[key]
+        expr = self._open(node, dims, depth) if depth < MAX_DEPTH else None
+        if expr is not None:
+            expr = simplify(expr)
+            atoms = {a for d in pure(dims) or () for a in self.axes.resolve(d)}
+            covers = len(atoms) == len({r for n in walk(expr) if isinstance(n, Read) for r in n.index})
+            if (self._is_plain_data(expr) and covers) or sum(1 for _ in walk(expr)) > MAX_NODES:
+                expr = None
+        if expr is None:
+            atoms = pure(dims)
+            expr = None if atoms is None else self._leaf(node, atoms)
+        self._memo[key] = expr
+        return expr
+
+    def _is_plain_data(self, expr: Expr) -> bool:
+        """No position and no product in it, and no smaller than what it reads: better read as it is."""
+        inside = list(walk(expr))
+        reads = [n for n in inside if isinstance(n, Read)]
+        if not isinstance(expr, Call) or any(r.tensor in self.dots for r in reads):
+            return False
+        if any(isinstance(a, (Rank, Extent)) for n in inside if isinstance(n, Call) for a in n.args):
+            return False
+        every = {a for r in reads for a in r.index}
+        return any(set(r.index) == every for r in reads) and bool(every)
+
+    def _leaf(self, node: fx.Node, dims: tuple[Atoms, ...]) -> Expr:
+        for leaf in self.leaves.values():
+            if leaf.node is node and leaf.dims == dims:
+                return self._read(leaf)
+        leaf = Leaf(f"L{len(self.leaves)}", node, dims)
+        self.leaves[leaf.name] = leaf
+        return self._read(leaf)
+
+    def _read(self, leaf: Leaf) -> Expr:
+        return Read(leaf.name, tuple(atom_rank(a) for d in leaf.dims for a in d))
+
+    def as_leaf(self, dot: Dot) -> Expr:
+        """Read a product as a tensor after all."""
+        return self._leaf(dot.product.node, dot.dims)
+
+    # -- one level ----------------------------------------------------------------------------------
+
+    def _open(self, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+        name = op_name(node)
+        if node.op == "get_attr":
+            return self._constant(node, dims)
+        if name == "to" and self._changes_kind(node):
+            return self._cast(node, dims, depth)
+        moved = pull(node, dims, self.axes)
+        if moved is not None:
+            return self.lift(*moved, depth + 1)
+        if name == "dropout":
+            return self._dropout(node, dims, depth)
+        product = product_of(node)
+        if product is not None:
+            return self._dot(product, dims)
+        rule = _RULES.get(name.removesuffix("_") if name not in ("__and__", "__or__") else name)
+        return None if rule is None else rule(self, node, dims, depth)
+
+    def _dot(self, product: Product, dims: Dims) -> Expr | None:
+        out = pure(dims)
+        if out is None:
+            return None
+        atoms = {x: d for x, d in zip(product.out_labels, out, strict=True) if x}
+        sizes = product.sizes()
+        for label in product.contracted:
+            atoms[label] = self.axes.fresh(sizes[label])
+        if not product.contracted:
+            return None
+        dot = Dot(f"D{len(self.dots)}", product, out, atoms)
+        self.dots[dot.name] = dot
+        return Read(dot.name)
+
+    def _dropout(self, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+        named = arguments(node)
+        if named["train"] and named["p"]:
+            return None
+        return self.lift(named["input"], dims, depth + 1)
+
+    def _changes_kind(self, node: fx.Node) -> bool:
+        source = node.args[0]
+        if not is_tensor(source):
+            return False
+        assert isinstance(source, fx.Node)
+        before, after = value_of(source).dtype, value_of(node).dtype
+        return before != after and not (before.is_floating_point and after.is_floating_point)
+
+    def _cast(self, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        inner = self.lift(source, dims, depth + 1)
+        after = value_of(node).dtype
+        if inner is None:
+            return None
+        if after == torch.bool:
+            return inner if is_boolean(inner) else call("ne", inner, 0)
+        if value_of(source).dtype == torch.bool and not is_boolean(inner):
+            return None  # a mask read as a tensor stays one tensor read, cast in the graph
+        if after.is_floating_point or not value_of(source).dtype.is_floating_point:
+            return call("cast_f32" if after.is_floating_point else "cast_i64", inner)
+        return None
+
+    def _constant(self, node: fx.Node, dims: Dims) -> Expr | None:
+        value = _attribute(self.module, str(node.target))
+        if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
+            return None
+        if value.numel() == 1 and value.device.type != "meta":
+            return _literal(value.reshape(()).item())
+        return self._triangle(value, dims)
+
+    def _triangle(self, value: torch.Tensor, dims: Dims) -> Expr | None:
+        """A stored lower-triangular buffer, recognised by its elements."""
+        if value.dtype not in (torch.bool, torch.uint8) or value.dim() < 2 or value.device.type == "meta":
+            return None
+        rows, columns = value.shape[-2:]
+        if value.numel() != rows * columns or rows != columns or rows < 2:
+            return None
+        if not torch.equal(value.reshape(rows, columns).bool(), torch.ones(rows, columns).tril().bool()):
+            return None
+        row, column = (coordinate(d, self.axes) for d in dims[-2:])
+        return None if row is None or column is None else call("le", column, row)
+
+    # -- operands -----------------------------------------------------------------------------------
+
+    def operand(self, arg: Any, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+        """Lift an argument of an elementwise operator, with broadcasting."""
+        if isinstance(arg, (bool, int, float)):
+            return _literal(arg)
+        if not isinstance(arg, fx.Node):
+            return None
+        value = arg.meta.get("val")
+        if isinstance(value, (torch.SymInt, int)):
+            return self._size_expr(as_size(value))
+        if not isinstance(value, torch.Tensor):
+            return None
+        shape, whole = shape_of(arg), shape_of(node)
+        inner = dims[len(dims) - len(shape) :]
+        own: Dims = tuple(
+            () if same_size(as_size(s), 1) and not same_size(as_size(w), 1) else d
+            for s, w, d in zip(shape, whole[len(whole) - len(shape) :], inner, strict=True)
+        )
+        return self.lift(arg, own, depth + 1)
+
+    def _size_expr(self, size: Any) -> Expr | None:
+        if isinstance(size, int):
+            return Const(size)
+        if size in self._symbols:
+            return self._symbols[size]
+        if getattr(size, "is_Integer", False):
+            return Const(int(size))
+        if isinstance(size, (sympy.Add, sympy.Mul)):
+            parts = [self._size_expr(a) for a in size.args]
+            if any(p is None for p in parts):
+                return None
+            op = "add" if isinstance(size, sympy.Add) else "mul"
+            total = parts[0]
+            for part in parts[1:]:
+                assert total is not None
+                assert part is not None
+                total = call(op, total, part)
+            return total
+        return None
+
+
+def _attribute(module: torch.nn.Module, path: str) -> Any:
+    value: Any = module
+    for part in path.split("."):
+        value = getattr(value, part, None)
+    return value
+
+
+def _literal(value: Any) -> Const:
+    if isinstance(value, bool):
+        return Const(value)
+    return Const(value if isinstance(value, int) else float(value))
+
+
+Rule = Callable[[Lifter, fx.Node, Dims, int], "Expr | None"]
+
+
+def _elementwise(op: str) -> Rule:
+    def rule(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+        args = [lifter.operand(a, node, dims, depth) for a in node.args]
+        if any(a is None for a in args) or node.kwargs:
+            return None
+        return call(op, *(a for a in args if a is not None))
+
+    return rule
+
+
+def _scaled_sum(sign: str) -> Rule:
+    def rule(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+        named = arguments(node)
+        a = lifter.operand(named["self"], node, dims, depth)
+        b = lifter.operand(named["other"], node, dims, depth)
+        alpha = named.get("alpha")
+        if a is None or b is None:
+            return None
+        if alpha not in (None, 1):
+            b = b * alpha
+        if sign == "rsub":
+            return b - a
+        return call(sign, a, b)
+
+    return rule
+
+
+def _divide(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+    named = arguments(node)
+    a = lifter.operand(named["self"], node, dims, depth)
+    b = lifter.operand(named["other"], node, dims, depth)
+    if a is None or b is None:
+        return None
+    mode = named.get("rounding_mode")
+    if mode == "trunc":
+        return None
+    return call("div" if mode is None else "floordiv", a, b)
+
+
+def _where(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+    named = arguments(node)
+    if "self" not in named or "other" not in named:
+        return None
+    parts = [lifter.operand(named[n], node, dims, depth) for n in ("condition", "self", "other")]
+    return None if any(p is None for p in parts) else where(*(p for p in parts if p is not None))
+
+
+def _masked_fill(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+    named = arguments(node)
+    x, m, v = (lifter.operand(named[n], node, dims, depth) for n in ("self", "mask", "value"))
+    return None if x is None or m is None or v is None else where(m, v, x)
+
+
+def _arange(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+    named = arguments(node)
+    start = lifter.operand(named.get("start", 0) or 0, node, (), depth)
+    step = named.get("step", 1)
+    place = coordinate(dims[0], lifter.axes)
+    if start is None or place is None or not isinstance(step, int):
+        return None
+    return start + (place if step == 1 else place * step)
+
+
+def _filled(name: str) -> Rule:
+    def rule(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+        fixed = {"ones": 1, "zeros": 0}.get(name)
+        named = arguments(node)
+        value = fixed if fixed is not None else named.get("fill_value", named.get("s"))
+        if not isinstance(value, (bool, int, float)):
+            return lifter.operand(value, node, (), depth)
+        dtype = value_of(node).dtype
+        if dtype == torch.bool:
+            return Const(bool(value))
+        return Const(float(value) if dtype.is_floating_point else int(value))
+
+    return rule
+
+
+def _triangular(lower: bool) -> Rule:
+    def rule(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+        named = arguments(node)
+        row, column = (coordinate(d, lifter.axes) for d in dims[-2:])
+        inner = lifter.operand(named["self"], node, dims, depth)
+        diagonal = lifter.operand(named["diagonal"], node, (), depth)
+        if row is None or column is None or inner is None or diagonal is None:
+            return None
+        kept = call("le", column, row + diagonal) if lower else call("ge", column, row + diagonal)
+        zero: Expr = Const(False) if value_of(node).dtype == torch.bool else Const(0)
+        if is_boolean(inner):
+            return call("and", kept, inner)
+        return where(kept, inner, zero)
+
+    return rule
+
+
+def _index(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+    """Advanced indexing whose indices are plain coordinates: a read at other axes."""
+    named = arguments(node)
+    source, indices = named["self"], list(named["indices"])
+    if not is_tensor(source) or any(i is None for i in indices):
+        return None
+    shape = shape_of(source)
+    own: list[Coord] = []
+    for size, index in zip(shape, indices, strict=False):
+        place = lifter.operand(index, node, dims, depth)
+        if place is None:
+            return None
+        atom = int(place.name[1:]) if isinstance(place, Rank) else None
+        if atom is not None and same_size(lifter.axes.size(atom), as_size(size)):
+            own.append((atom,))
+        elif isinstance(place, Const) and place.value == 0:
+            own.append(() if same_size(as_size(size), 1) else place)
+        elif atom is not None and _covers(lifter.axes.size(atom), size):
+            own.append((atom,))
+        else:
+            own.append(place)
+    rest = dims[len(dims) - (len(shape) - len(indices)) :] if len(shape) > len(indices) else ()
+    return lifter.lift(source, (*own, *rest), depth + 1)
+
+
+def _covers(size: Any, symbol: Any) -> bool:
+    """Two lone symbols: an index over one axis of the model into another (``s72`` rows, ``s43`` mask)."""
+    other = as_size(symbol)
+    return not isinstance(size, int) and not isinstance(other, int) and size.is_Symbol and other.is_Symbol
+
+
+def _logical_not(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+    inner = lifter.operand(node.args[0], node, dims, depth)
+    if inner is None or (op_name(node) == "bitwise_not" and value_of(node).dtype != torch.bool):
+        return None
+    return call("not", inner)
+
+
+def _logical(op: str) -> Rule:
+    plain = _elementwise(op)
+
+    def rule(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+        return plain(lifter, node, dims, depth) if value_of(node).dtype == torch.bool else None
+
+    return rule
+
+
+def _clamp(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+    named = arguments(node)
+    inner = lifter.operand(named["self"], node, dims, depth)
+    low, high = named.get("min"), named.get("max")
+    if inner is None or any(isinstance(v, fx.Node) for v in (low, high)):
+        return None
+    return call("clip", inner, -math.inf if low is None else low, math.inf if high is None else high)
+
+
+_RULES: dict[str, Rule] = {
+    "add": _scaled_sum("add"),
+    "sub": _scaled_sum("sub"),
+    "rsub": _scaled_sum("rsub"),
+    "div": _divide,
+    "where": _where,
+    "masked_fill": _masked_fill,
+    "arange": _arange,
+    "index": _index,
+    "clamp": _clamp,
+    "tril": _triangular(lower=True),
+    "triu": _triangular(lower=False),
+    "logical_not": _logical_not,
+    "bitwise_not": _logical_not,
+    **{n: _filled("ones") for n in ("ones", "ones_like", "new_ones")},
+    **{n: _filled("zeros") for n in ("zeros", "zeros_like", "new_zeros")},
+    **{n: _filled("full") for n in ("full", "full_like", "new_full", "scalar_tensor")},
+    **{n: _logical("and") for n in ("logical_and", "bitwise_and", "__and__")},
+    **{n: _logical("or") for n in ("logical_or", "bitwise_or", "__or__")},
+    **{ours: _elementwise(op) for ours, op in (
+        ("mul", "mul"), ("floor_divide", "floordiv"), ("remainder", "mod"), ("neg", "neg"), ("exp", "exp"),
+        ("tanh", "tanh"), ("sigmoid", "sigmoid"), ("relu", "relu"), ("abs", "abs"), ("sqrt", "sqrt"),
+        ("log", "log"), ("maximum", "max"), ("minimum", "min"), ("eq", "eq"), ("ne", "ne"), ("lt", "lt"),
+        ("le", "le"), ("gt", "gt"), ("ge", "ge"), ("multiply", "mul"),
+    )},
+}  # fmt: skip

@@ -1,0 +1,275 @@
+"""From an anchor to a Site: choose the score product, give axes roles, raise to a cascade."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from attn_rewrite.cascade.attention import QK, SoftmaxAttention, softmax_cascade
+from attn_rewrite.cascade.expr import TRUE, Call, Const, Expr, Rank, Read, call, conjunction, conjuncts, substitute, walk
+from attn_rewrite.cascade.ir import TensorDecl
+from attn_rewrite.cascade.simplify import is_causal_term, mask_value, rows_kept, simplify
+from attn_rewrite.graph import ROLE_ORDER, arguments, canonical_groups, is_call, module_path, source_line, value_of
+from attn_rewrite.passes.find.anchor import Anchor, open_anchor, refuse
+from attn_rewrite.passes.find.axes import Atoms
+from attn_rewrite.passes.find.facts import kind_of, layout_text
+from attn_rewrite.passes.find.forward import Forward, follow
+from attn_rewrite.passes.find.layout import pull, pure
+from attn_rewrite.passes.find.lift import Dot
+from attn_rewrite.passes.find.region import region
+from attn_rewrite.passes.find.roles import Roles, assign, groups, in_ranks, operand
+from attn_rewrite.site import Operand, Refusal, Site
+
+Tensor = tuple[fx.Node, tuple[Atoms, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class Raised:
+    """The mathematics of a site: score, guard, factor, and the tensors they read."""
+
+    score: Expr
+    guard: Expr
+    weight: Expr | None
+    reads: dict[str, Operand]
+
+
+def match(node: fx.Node, module: fx.GraphModule, name: str) -> Site | Refusal:
+    """Recognise the attention around an anchor node, or say why it is not one."""
+    anchor = open_anchor(node, module)
+    if isinstance(anchor, Refusal):
+        return anchor
+    dot = _score_product(anchor)
+    if isinstance(dot, Refusal):
+        return dot
+    forward = follow(anchor)
+    if isinstance(forward, Refusal):
+        return forward
+    return _site(anchor, dot, forward, module, name)
+
+
+def _score_product(anchor: Anchor) -> Dot | Refusal:
+    """The product whose output covers every key axis, keys on one side only."""
+    axes, keys = anchor.axes, set(anchor.axes.resolve(anchor.keys))
+    used = {n.tensor for n in walk(anchor.score) if isinstance(n, Read)}
+    dots = [d for d in anchor.lifter.dots.values() if d.name in used]
+    if not dots:
+        reason = "the argument of the softmax is not computed from a product of two tensors"
+        return refuse("no-score-product", reason, anchor.node)
+    for dot in dots:
+        if not keys <= {a for d in dot.dims for a in axes.resolve(d)}:
+            continue
+        sides = [{a for d in dot.operand(left)[1] for a in axes.resolve(d)} for left in (True, False)]
+        on = [bool(keys & side) for side in sides]
+        if on != [True, True] and keys <= sides[on.index(True)]:
+            return dot
+    reason = "no product in the score has the normalised axis on exactly one side"
+    return refuse("no-key-axis", reason, anchor.node)
+
+
+def _site(anchor: Anchor, dot: Dot, forward: Forward, module: fx.GraphModule, name: str) -> Site | Refusal:
+    axes = anchor.axes
+    keys = set(axes.resolve(anchor.keys))
+    left_has_keys = bool(keys & {a for d in dot.operand(True)[1] for a in axes.resolve(d)})
+    factor, query = _trim(*dot.operand(not left_has_keys), axes)
+    factor_k, key = _trim(*dot.operand(left_has_keys), axes)
+    _, value = _trim(forward.value.value, forward.value.value_dims, axes, scale=False)
+    rows = tuple(a for d in anchor.dims for a in axes.resolve(d) if a not in keys)
+    roles = assign(rows, anchor.keys, dot, query, key, value, forward.value.features, axes)
+    problem = _check(anchor, roles, query, key, value)
+    if problem is not None:
+        return problem
+    raised = _raise(anchor, dot, forward, roles, factor * factor_k)
+    if isinstance(raised, Refusal):
+        return raised
+    return _assemble(anchor, forward, roles, (query, key, value), raised, module, name)
+
+
+def _trim(node: fx.Node, dims: tuple[Atoms, ...], axes: Any, *, scale: bool = True) -> tuple[float, Tensor]:
+    """Walk an operand back through layout operators (and constant factors) to where it is made."""
+    factor = 1.0
+    while True:
+        if scale and is_call(node, "mul", "mul_", "div", "div_") and isinstance(node.args[1], (int, float)):
+            if arguments(node).get("rounding_mode") is None and isinstance(node.args[0], fx.Node):
+                times = float(node.args[1])
+                factor *= times if is_call(node, "mul", "mul_") else 1.0 / times
+                node = node.args[0]
+                continue
+        moved = pull(node, dims, axes)
+        atoms = None if moved is None else pure(moved[1])
+        if moved is None or atoms is None or value_of(moved[0]).dtype != value_of(node).dtype:
+            return factor, (node, dims)
+        if len({a for d in atoms for a in axes.resolve(d)}) != sum(len(axes.resolve(d)) for d in atoms):
+            return factor, (node, dims)
+        node, dims = moved[0], atoms
+
+
+def _check(anchor: Anchor, roles: Roles, query: Tensor, key: Tensor, value: Tensor) -> Refusal | None:
+    """Every operand has the axes its place asks for, and no other."""
+    axes = anchor.axes
+    for what, (node, dims), allowed in (
+        ("query", query, "bhgqd"), ("key", key, ("b", "h", "kv", "d")), ("value", value, ("b", "h", "kv", "f")),
+    ):  # fmt: skip
+        for atom in (a for d in dims for a in axes.resolve(d)):
+            if not roles.knows((atom,)) or roles.of(atom) not in allowed:
+                has = roles.of(atom) if roles.knows((atom,)) else "an axis outside the scores"
+                return refuse("axes-inconsistent", f"the {what} depends on {has}", node)
+    needed = set(roles.kv)
+    for what, (node, dims) in (("key", key), ("value", value)):
+        if not needed <= {a for d in dims for a in axes.resolve(d)}:
+            return refuse("axes-inconsistent", f"the {what} does not depend on the normalised axis", node)
+    if not isinstance(axes.extent(roles.h + roles.g), int):
+        return refuse("dynamic-heads", "the number of heads is not static", anchor.node)
+    return None
+
+
+def _raise(anchor: Anchor, dot: Dot, forward: Forward, roles: Roles, factor: float) -> Raised | Refusal:
+    """Score, guard and factor over ranks, with reads named M0, M1, ... in order of use."""
+    lifter, axes = anchor.lifter, anchor.axes
+    others = {Read(d.name): lifter.as_leaf(d) for d in lifter.dots.values() if d is not dot}
+    product: Expr = Read(dot.name) if factor == 1.0 else Read(dot.name) * factor
+    parts = []
+    for expr in (anchor.score, anchor.guard, forward.weight):
+        if expr is None:
+            parts.append(None)
+            continue
+        expr = substitute(substitute(expr, others), {Read(dot.name): product})
+        parts.append(in_ranks(expr, roles, axes))
+        if parts[-1] is None:
+            return refuse("symbolic-axes", "a mask or bias splits an axis of dynamic length", anchor.node)
+    reads: dict[str, Operand] = {}
+    mapping: dict[Expr, Expr] = {Read(dot.name): QK}
+    for expr in parts:
+        for read in (n for n in walk(TRUE if expr is None else expr) if isinstance(n, Read) and n.tensor in lifter.leaves):
+            if read in mapping:
+                continue
+            leaf = lifter.leaves[read.tensor]
+            own = operand(leaf.node, leaf.dims, roles, axes)
+            ranks = _ranks(own)
+            name = f"M{len(reads)}"
+            reads[name] = own
+            mapping[read] = Read(name, tuple(Rank(r) for r in ranks))
+    score, guard, weight = (None if e is None else simplify(substitute(e, mapping)) for e in parts)
+    assert score is not None
+    assert guard is not None
+    score, extra = split_guard(score)
+    return Raised(score, conjunction((*conjuncts(guard), *extra)), weight, reads)
+
+
+def _ranks(own: Operand) -> tuple[str, ...]:
+    roles = [f.role for d in own.dims for f in d]
+    if "g" in roles and "h" not in roles:
+        roles.append("h")
+    return tuple(g[0] for g in canonical_groups(roles))
+
+
+def split_guard(score: Expr) -> tuple[Expr, tuple[Expr, ...]]:
+    """Split ``where(mask, s, -inf)`` and ``s + where(mask, 0, -inf)`` into (s, kept terms).
+
+    A finite mask value is moved to the guard only where every row is proved to keep a key: on an empty
+    row it gives the mean of V, which a guard would not.
+    """
+    match score:
+        case Call("where", (condition, yes, no)):
+            if mask_value(yes) and not mask_value(no):
+                condition, yes, no = simplify(call("not", condition)), no, yes
+            if mask_value(no) and _removes(no, condition):
+                inner, terms = split_guard(yes)
+                return inner, (*conjuncts(condition), *terms)
+        case Call("add", (a, b)):
+            left, terms = split_guard(a)
+            right, more = split_guard(b)
+            if terms or more:
+                return simplify(call("add", left, right)), (*terms, *more)
+        case Const(0) | Const(0.0):
+            return score, ()
+    return score, ()
+
+
+def _removes(value: Expr, condition: Expr) -> bool:
+    assert isinstance(value, Const)
+    return value.value == -float("inf") or (value.value <= -1e30 and rows_kept(condition))
+
+
+def causal_offset(raised: Raised) -> Expr | None:
+    """The offset of a proved causal mask (in the guard, or as a removing term of the score), or None."""
+    terms = list(conjuncts(raised.guard))
+    for node in walk(raised.score):
+        if isinstance(node, Call) and node.op == "where":
+            condition, yes, no = node.args
+            if mask_value(no):
+                terms += conjuncts(condition)
+            elif mask_value(yes):
+                terms += conjuncts(simplify(call("not", condition)))
+    return next((o for t in terms if (o := is_causal_term(t)) is not None), None)
+
+
+def scale_of(score: Expr) -> float:
+    """The constant factor on the product (1.0 where it is not a constant)."""
+    for node in walk(score):
+        if isinstance(node, Call) and node.op == "mul" and node.args[0] == QK and isinstance(node.args[1], Const):
+            return float(node.args[1].value)
+    return 1.0
+
+
+def _assemble(
+    anchor: Anchor,
+    forward: Forward,
+    roles: Roles,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    raised: Raised,
+    module: fx.GraphModule,
+    name: str,
+) -> Site:
+    axes = anchor.axes
+    group = axes.extent(roles.g)
+    inputs = {n: operand(*t, roles, axes) for n, t in zip("QKV", tensors, strict=True)} | raised.reads
+    form = SoftmaxAttention(
+        raised.score,
+        raised.guard,
+        raised.weight,
+        group=int(group),
+        reads=tuple(
+            TensorDecl(n, _ranks(o), dtype=_dtype(o.node)) for n, o in raised.reads.items()
+        ),
+    )
+    offset = causal_offset(raised)
+    kind, rope = kind_of(inputs["Q"], inputs["K"], roles)
+    output = operand(forward.value.node, forward.value.out_dims, roles, axes)
+    return Site(
+        name=name,
+        module=module_path(anchor.node),
+        kind=kind,
+        family="softmax",
+        causal=offset is not None,
+        hq=int(axes.extent(roles.h + roles.g)),
+        hkv=int(axes.extent(roles.h)),
+        q_len=axes.extent(roles.q),
+        kv_len=axes.extent(roles.kv),
+        d_qk=axes.extent(roles.d),
+        d_v=axes.extent(roles.f),
+        scale=scale_of(raised.score),
+        dropout=forward.dropout,
+        rope=rope,
+        layout=layout_text(inputs["Q"]),
+        cascade=softmax_cascade(form, "site"),
+        graph=module,
+        anchor=anchor.node,
+        nodes=region(output.node, [o.node for o in inputs.values()]),
+        inputs=inputs,
+        output=output,
+        factors=tuple(f for g in groups(roles, axes, tuple((r,) for r in ROLE_ORDER)) for f in g),
+        offset="0" if offset is None else str(offset),
+        source=source_line(anchor.node),
+    )
+
+
+def _dtype(node: fx.Node) -> str:
+    dtype = value_of(node).dtype
+    if dtype == torch.bool:
+        return "bool"
+    return "float" if dtype.is_floating_point else "i64"
+
+

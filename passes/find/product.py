@@ -1,0 +1,140 @@
+"""Contractions in one normal form: two operands, and a label for every dimension.
+
+matmul, bmm, mm, mv, einsum of two operands, and an activation-by-activation linear all become
+labelled products; a label on both operands and not on the output is contracted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from attn_rewrite.graph import arguments, is_call, is_tensor, op_name, shape_of
+from attn_rewrite.sizes import as_size, same_size
+
+Labels = tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """``node[out] = sum of left[left_labels] * right[right_labels]`` over labels not in ``out``.
+
+    A dimension of length 1 that broadcasts has the label ``""``.
+    """
+
+    node: fx.Node
+    left: fx.Node
+    right: fx.Node
+    left_labels: Labels
+    right_labels: Labels
+    out_labels: Labels
+
+    @property
+    def contracted(self) -> Labels:
+        """Labels summed over."""
+        return tuple(x for x in self.left_labels if x and x in self.right_labels and x not in self.out_labels)
+
+    def sizes(self) -> dict[str, Any]:
+        """Extent of every label."""
+        out: dict[str, Any] = {}
+        for operand, labels in ((self.left, self.left_labels), (self.right, self.right_labels)):
+            for label, size in zip(labels, shape_of(operand), strict=True):
+                if label:
+                    out[label] = as_size(size)
+        return out
+
+
+def product_of(node: fx.Node) -> Product | None:
+    """The product a node computes, or None."""
+    match op_name(node):
+        case "matmul" | "bmm" | "mm" | "mv" | "dot":
+            return _matmul(node)
+        case "einsum":
+            return _einsum(node)
+        case "linear":
+            return _linear(node)
+    return None
+
+
+def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    left, right = node.args[0], node.args[1]
+    return (left, right) if is_tensor(left) and is_tensor(right) else None  # type: ignore[return-value]
+
+
+def _matmul(node: fx.Node) -> Product | None:
+    pair = _operands(node)
+    if pair is None:
+        return None
+    left, right = shape_of(pair[0]), shape_of(pair[1])
+    batch = max(len(left), len(right)) - 2
+    names = [f"x{i}" for i in range(max(batch, 0))]
+    l_labels = _batch(left[:-2], names) + (("m", "k") if len(left) > 1 else ("k",))
+    r_labels = _batch(right[:-2], names) + (("k", "n") if len(right) > 1 else ("k",))
+    out = tuple(
+        n if n in l_labels or n in r_labels else "" for n in names
+    ) + tuple(x for x, shape in (("m", left), ("n", right)) if len(shape) > 1)  # fmt: skip
+    return Product(node, *pair, l_labels, r_labels, out)
+
+
+def _batch(shape: tuple[Any, ...], names: list[str]) -> Labels:
+    own = names[len(names) - len(shape) :] if shape else []
+    return tuple("" if same_size(as_size(s), 1) else n for s, n in zip(shape, own, strict=True))
+
+
+def _einsum(node: fx.Node) -> Product | None:
+    named = arguments(node)
+    tensors = named["tensors"]
+    if len(tensors) != 2 or not all(map(is_tensor, tensors)):
+        return None
+    left, right = tensors
+    equation = named["equation"].replace(" ", "")
+    inputs, arrow, out = equation.partition("->")
+    a, b = inputs.split(",")
+    if not arrow:
+        letters = (a + b).replace(".", "")
+        out = ("..." if "." in inputs else "") + "".join(
+            c for c in sorted(set(letters)) if letters.count(c) == 1
+        )
+    dots = max(len(shape_of(t)) - len(s.replace(".", "")) for t, s in ((left, a), (right, b)) if "..." in s) if "." in inputs else 0  # fmt: skip
+    labels = [
+        _letters(s, shape_of(t), dots) for s, t in ((a, left), (b, right))
+    ]
+    if any(len(set(x) - {""}) != len([c for c in x if c]) for x in labels):
+        return None  # a repeated letter is a diagonal
+    known = set(labels[0]) | set(labels[1])
+    target = tuple(x if x in known else "" for x in _expand_letters(out, dots))
+    summed = (set(labels[0]) ^ set(labels[1])) - set(target) - {""}
+    return None if summed else Product(node, left, right, labels[0], labels[1], target)
+
+
+def _expand_letters(spec: str, dots: int) -> Labels:
+    head, ellipsis, tail = spec.partition("...")
+    middle = tuple(f"x{i}" for i in range(dots)) if ellipsis else ()
+    return (*head, *middle, *tail)
+
+
+def _letters(spec: str, shape: tuple[Any, ...], dots: int) -> Labels:
+    own = len(shape) - len(spec.replace(".", ""))
+    labels = _expand_letters(spec, own)
+    shifted = tuple(f"x{int(x[1:]) + dots - own}" if x[0] == "x" and len(x) > 1 else x for x in labels)
+    return tuple("" if same_size(as_size(s), 1) else x for x, s in zip(shifted, shape, strict=True))
+
+
+def _linear(node: fx.Node) -> Product | None:
+    """``F.linear(q, k)`` with an activation as the weight is a product; with a parameter it is not."""
+    named = arguments(node)
+    weight = named["weight"]
+    if named["bias"] is not None or not is_tensor(weight) or weight.op == "get_attr":
+        return None
+    source = weight
+    while is_call(source, "t", "transpose", "to", "view", "detach"):
+        source = source.args[0]
+    if source.op == "get_attr" or not is_tensor(named["input"]):
+        return None
+    left, right = named["input"], weight
+    names = tuple(f"x{i}" for i in range(len(shape_of(left)) - 2))
+    rows = ("m",) if len(shape_of(left)) > 1 else ()
+    columns = ("n",) if len(shape_of(right)) > 1 else ()
+    return Product(node, left, right, (*names, *rows, "k"), (*columns, "k"), (*names, *rows, *columns))

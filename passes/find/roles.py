@@ -1,0 +1,187 @@
+"""Roles of axes: which atoms are batch, heads, query heads per key head, positions and widths.
+
+Decided by what depends on what: key axes are normalised and contracted, query axes belong to Q alone,
+batch-like axes are shared.  Heads are the shared axes that a projection's feature axis splits into;
+where no such split is visible, the batch-like axis next to the positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from attn_rewrite.cascade.expr import Const, Expr, Extent, Rank, call, transform
+from attn_rewrite.graph import is_call, is_tensor, shape_of
+from attn_rewrite.passes.find.axes import Atoms, Axes
+from attn_rewrite.sizes import as_size, same_size
+from attn_rewrite.passes.find.layout import pull, pure
+from attn_rewrite.passes.find.lift import Dot
+from attn_rewrite.site import Factor, Operand
+
+# Operators that keep every axis where it is: position embeddings, norms, activations.
+KEEPS_AXES = frozenset(
+    "add sub mul div neg cat layer_norm rms_norm native_layer_norm tanh pow softmax index_put "
+    "to _to_copy rotary dropout sigmoid silu gelu relu elu normalize linalg_vector_norm where".split()
+)
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Atoms of each role, outermost first; ``h`` shared heads, ``g`` query heads per shared head."""
+
+    b: Atoms
+    h: Atoms
+    g: Atoms
+    q: Atoms
+    kv: Atoms
+    d: Atoms
+    f: Atoms
+
+    def of(self, atom: int) -> str:
+        """Role of an atom."""
+        for role in ("b", "h", "g", "q", "kv", "d", "f"):
+            if atom in getattr(self, role):
+                return role
+        raise KeyError(f"atom {atom} has no role")
+
+    def knows(self, atoms: Atoms) -> bool:
+        """True if every atom has a role."""
+        everything = {a for r in ("b", "h", "g", "q", "kv", "d", "f") for a in getattr(self, r)}
+        return set(atoms) <= everything
+
+
+def siblings(node: fx.Node, dims: tuple[Atoms, ...], width: Atoms, axes: Axes) -> set[int]:
+    """Atoms that share a dimension with ``width`` where the tensor comes from a projection."""
+    for _ in range(24):
+        wide = set(axes.resolve(width))
+        for dim in dims:
+            atoms = axes.resolve(dim)
+            if wide & set(atoms) and len(atoms) > len(wide & set(atoms)):
+                return set(atoms) - wide
+        step = _back(node, dims, axes)
+        if step is None:
+            return set()
+        node, dims = step
+    return set()
+
+
+def _back(node: fx.Node, dims: tuple[Atoms, ...], axes: Axes) -> tuple[fx.Node, tuple[Atoms, ...]] | None:
+    moved = pull(node, dims, axes)
+    if moved is not None:
+        atoms = pure(moved[1])
+        return None if atoms is None else (moved[0], atoms)
+    if is_call(node, *KEEPS_AXES, "_weight_norm"):
+        inputs = node.args[0] if isinstance(node.args[0], (list, tuple)) else node.args
+        for source in inputs:
+            if is_tensor(source) and len(shape_of(source)) == len(dims) and source.op != "get_attr":  # type: ignore[arg-type,union-attr]
+                pairs = zip(shape_of(source)[:-1], shape_of(node)[:-1], strict=True)  # type: ignore[arg-type]
+                if all(same_size(as_size(a), as_size(b)) for a, b in pairs):
+                    return source, dims  # type: ignore[return-value]
+    return None
+
+
+def assign(
+    rows: Atoms,
+    keys: Atoms,
+    dot: Dot,
+    query: tuple[fx.Node, tuple[Atoms, ...]],
+    key: tuple[fx.Node, tuple[Atoms, ...]],
+    value: tuple[fx.Node, tuple[Atoms, ...]],
+    features: Atoms,
+    axes: Axes,
+) -> Roles:
+    """Give every atom of a site its role; ``rows`` are the score's atoms without the keys."""
+    width = tuple(a for x in dot.product.contracted for a in dot.atoms[x])
+    related = siblings(*query, width, axes) | siblings(*key, width, axes) | siblings(*value, features, axes)
+    keys, width, features = (axes.resolve(x) for x in (keys, width, features))
+    rows = axes.resolve(rows)  # after the walks: they may split atoms
+    related = set(axes.resolve(tuple(related)))
+    shared_with = {a for _, dims in (key, value) for d in dims for a in axes.resolve(d)}
+    shared = tuple(a for a in rows if a in shared_with)
+    alone = tuple(a for a in rows if a not in shared_with)
+    heads = tuple(a for a in shared if a in related)
+    group = tuple(a for a in alone if a in related)
+    if len(group) == len(alone) and group and not heads:
+        group = group[:-1]  # a query axis is needed: the innermost
+    batch = tuple(a for a in shared if a not in related)
+    if not heads and not group:
+        if len(batch) >= 2:
+            batch, heads = batch[:-1], batch[-1:]
+        elif len(alone) >= 2 and not batch[1:]:
+            group = alone[:-1]
+    query_axes = tuple(a for a in alone if a not in group)
+    return Roles(batch, heads, group, query_axes, keys, width, features)
+
+
+def operand(node: fx.Node, dims: tuple[Atoms, ...], roles: Roles, axes: Axes) -> Operand:
+    """The operand with every atom named by its role."""
+    factors = tuple(
+        tuple(Factor(roles.of(a), a, axes.size(a)) for a in axes.resolve(dim)) for dim in dims
+    )
+    return Operand(node, factors)
+
+
+def groups(roles: Roles, axes: Axes, wanted: tuple[tuple[str, ...], ...]) -> tuple[tuple[Factor, ...], ...]:
+    """Factors of canonical dimensions, one tuple of roles each."""
+    return tuple(
+        tuple(Factor(role, a, axes.size(a)) for role in group for a in getattr(roles, role)) for group in wanted
+    )
+
+
+def in_ranks(expr: Expr, roles: Roles, axes: Axes) -> Expr | None:
+    """Rewrite coordinates of atoms as coordinates of ranks; None if that needs a symbolic radix."""
+    failed: list[int] = []
+
+    def rule(node: Expr) -> Expr | None:
+        if isinstance(node, (Rank, Extent)):
+            name = node.name if isinstance(node, Rank) else node.rank
+            if not name.startswith("@"):
+                return None
+            atom = int(name[1:])
+            new = _place(atom, roles, axes) if isinstance(node, Rank) else _length(atom, roles, axes)
+            if new is None:
+                failed.append(atom)
+            return new
+        return None
+
+    result = transform(expr, rule)
+    return None if failed else result
+
+
+def _line(atom: int, roles: Roles) -> tuple[str, Atoms]:
+    role = roles.of(atom)
+    return ("h", roles.h + roles.g) if role in "hg" else (role, getattr(roles, role))
+
+
+def _place(atom: int, roles: Roles, axes: Axes) -> Expr | None:
+    parts = axes.resolve((atom,))
+    total: Expr | None = None
+    for part in parts:
+        place = _digit(part, roles, axes)
+        if place is None or (total is not None and not isinstance(axes.size(part), int)):
+            return None
+        total = place if total is None else total * axes.size(part) + place
+    return total
+
+
+def _digit(atom: int, roles: Roles, axes: Axes) -> Expr | None:
+    rank, line = _line(atom, roles)
+    place = line.index(atom)
+    inner = axes.extent(line[place + 1 :])
+    if not isinstance(inner, int):
+        return None
+    value: Expr = Rank(rank) if inner == 1 else call("floordiv", Rank(rank), inner)
+    if place == 0:
+        return value
+    size = axes.size(atom)
+    return value % size if isinstance(size, int) else None
+
+
+def _length(atom: int, roles: Roles, axes: Axes) -> Expr | None:
+    size = axes.extent((atom,))
+    if isinstance(size, int):
+        return Const(size)
+    parts = axes.resolve((atom,))
+    rank, line = _line(parts[0], roles)
+    return Extent(rank) if line == parts else None
