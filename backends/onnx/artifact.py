@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from attn_rewrite.backends.onnx.runtime import STAGE, open_session, run_session
 from attn_rewrite.backends.onnx.sites import SiteLowering
 from attn_rewrite.errors import ToolError, VerifyError
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
@@ -30,7 +33,8 @@ class OnnxArtifact:
     """An ONNX file that was written: where, for what, and how each attention was lowered.
 
     ``bytes`` counts the file and its external data.  ``sites`` says for every attention whether the
-    file really skips work (`SiteLowering.skips`) or applies a dense mask.
+    file really skips work (`SiteLowering.skips`) or applies a dense mask.  ``errors`` holds the
+    largest error per output that the check at export found; ``source`` the program it came from.
     """
 
     path: Path
@@ -40,7 +44,9 @@ class OnnxArtifact:
     outputs: tuple[TensorSpec, ...]
     sites: tuple[SiteLowering, ...]
     bytes: int
+    errors: Mapping[str, float] = field(default_factory=dict, compare=False)
     metadata: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    source: ExportedProgram | None = field(default=None, compare=False, repr=False)
 
     def session(self, providers: Sequence[str] | None = None, *, threads: int = 2) -> Any:
         """An ``onnxruntime.InferenceSession`` (CPU unless ``providers`` says otherwise).
@@ -51,21 +57,30 @@ class OnnxArtifact:
 
     def run(self, inputs: Arrays, *, in_child: bool = False) -> dict[str, np.ndarray[Any, Any]]:
         """Outputs by name; ``in_child`` opens the session in a process of its own."""
-        missing = [s.name for s in self.inputs if s.name not in inputs]
-        if missing:
-            raise ToolError(f"{self.path.name} needs input {', '.join(missing)}.", stage=STAGE)
-        given = {s.name: inputs[s.name] for s in self.inputs}
+        return self.run_all([inputs], in_child=in_child)[0]
+
+    def run_all(
+        self, runs: Sequence[Arrays], *, in_child: bool = False
+    ) -> list[dict[str, np.ndarray[Any, Any]]]:
+        """Outputs by name for several sets of inputs, in one session."""
+        given = [self._complete(inputs) for inputs in runs]
         if in_child:
             from attn_rewrite.backends.onnx.child import run_in_child
 
             return run_in_child(self.path, given)[0]
-        found: dict[str, np.ndarray[Any, Any]] = run_session(self.session(), given)
-        return found
+        session = self.session()
+        return [run_session(session, inputs) for inputs in given]
+
+    def _complete(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+        missing = [s.name for s in self.inputs if s.name not in inputs]
+        if missing:
+            raise ToolError(f"{self.path.name} needs input {', '.join(missing)}.", stage=STAGE)
+        return {s.name: np.asarray(inputs[s.name]) for s in self.inputs}
 
     def verify(
         self,
         inputs: Arrays,
-        reference: Arrays,
+        reference: Arrays | None = None,
         *,
         bound: Mapping[str, float] | None = None,
         in_child: bool = False,
@@ -74,23 +89,37 @@ class OnnxArtifact:
 
         ``reference`` holds the expected outputs (float64 where the caller has them) and ``bound``
         the error allowed per output; without one it is ``4 eps x max|reference|`` of the output's
-        type.  NaN in the reference is left out of the comparison.  Raises `VerifyError` when an
-        error is over its bound or a shape differs, `ToolError` when ONNX Runtime fails.
+        type.  Without a reference the program the file was made from is run, in its own types and
+        in float64, and gives both.  NaN in the reference is left out of the comparison.  Raises
+        `VerifyError` when an error is over its bound or a shape differs, `ToolError` when ONNX
+        Runtime fails, ValueError when there is nothing to compare with.
         """
-        got = self.run(inputs, in_child=in_child)
-        errors: dict[str, float] = {}
-        for name, expected in reference.items():
-            if name not in got:
-                have = ", ".join(got)
-                raise VerifyError(f"{self.path.name} has no output {name!r}; it has {have}.")
-            errors[name] = _error(name, got[name], np.asarray(expected))
-            allowed = _default_bound(got[name], expected) if bound is None else bound[name]
-            if not errors[name] <= allowed:
-                raise VerifyError(
-                    f"{self.path.name} in ONNX Runtime: output {name!r} is off by {errors[name]:.3g}, "
-                    f"allowed {allowed:.3g}; the export is wrong, please report it with the model."
-                )
-        return errors
+        if reference is None:
+            if self.source is None:
+                raise ValueError(f"{self.path.name} is not held with its program: give reference=.")
+            from attn_rewrite.backends.onnx.oracle import expected
+
+            found = expected(self.source, inputs)
+            reference, bound = found.outputs, found.bounds
+        return compare(self.path.name, self.run(inputs, in_child=in_child), reference, bound)
+
+
+def compare(
+    what: str, got: Arrays, reference: Arrays, bound: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """Largest absolute error per output of ``reference``; `VerifyError` where one is over bound."""
+    errors: dict[str, float] = {}
+    for name, expected in reference.items():
+        if name not in got:
+            raise VerifyError(f"{what} has no output {name!r}; it has {', '.join(got)}.")
+        errors[name] = _error(name, got[name], np.asarray(expected))
+        allowed = _default_bound(got[name], expected) if bound is None else bound[name]
+        if not errors[name] <= allowed:
+            raise VerifyError(
+                f"{what} in ONNX Runtime: output {name!r} is off by {errors[name]:.3g}, allowed "
+                f"{allowed:.3g}; the export is wrong, please report it with the model."
+            )
+    return errors
 
 
 def _error(name: str, got: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:

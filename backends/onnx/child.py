@@ -1,7 +1,7 @@
 """ONNX Runtime in a process of its own: its arena never adds to the caller's memory.
 
-The child is ``python -m attn_rewrite.backends.onnx.child MODEL INPUTS OUTPUTS``; tensors travel as
-``.npz`` files, so that nothing is pickled.
+The child is ``python -m attn_rewrite.backends.onnx.child MODEL FOLDER``; tensors travel through
+safetensors files in the folder, one per run, so that nothing is pickled.
 """
 
 from __future__ import annotations
@@ -11,26 +11,32 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from attn_rewrite.backends.onnx.runtime import STAGE, open_session, run_session
 from attn_rewrite.errors import AttnRewriteError, ToolError
 
 TIMEOUT_SECONDS = 1800
+Arrays = dict[str, np.ndarray[Any, Any]]
 
 
-def run_in_child(
-    path: Path, inputs: Mapping[str, np.ndarray[Any, Any]]
-) -> tuple[dict[str, np.ndarray[Any, Any]], int]:
-    """Outputs by name, and the child's peak memory in bytes; `ToolError` where it fails."""
-    with tempfile.TemporaryDirectory(prefix="attn-rewrite-") as folder:
-        given, got = Path(folder, "inputs.npz"), Path(folder, "outputs.npz")
-        np.savez(given, **dict(inputs))
-        command = [sys.executable, "-m", __name__, str(Path(path).resolve()), str(given), str(got)]
+def run_in_child(path: Path, runs: Sequence[Arrays]) -> tuple[list[Arrays], int]:
+    """Outputs by name of every run, and the child's peak memory in bytes.
+
+    One process and one session for all ``runs``; `ToolError` where it fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="attn-rewrite-") as name:
+        folder = Path(name)
+        for index, inputs in enumerate(runs):
+            contiguous = {n: np.ascontiguousarray(a).reshape(a.shape) for n, a in inputs.items()}
+            save_file(contiguous, folder / f"{index}.in")
+        # -P: a stray file beside the caller must not shadow a module of the child.
+        command = [sys.executable, "-P", "-m", __name__, str(Path(path).resolve()), name]
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
@@ -41,8 +47,8 @@ def run_in_child(
             ) from error
         if done.returncode != 0:
             raise ToolError(_message(path, done), stage=STAGE)
-        with np.load(got) as arrays:
-            return {name: arrays[name] for name in arrays.files}, int(json.loads(done.stdout))
+        outputs: list[Arrays] = [load_file(folder / f"{i}.out") for i in range(len(runs))]
+        return outputs, int(json.loads(done.stdout))
 
 
 def _message(path: Path, done: subprocess.CompletedProcess[str]) -> str:
@@ -53,16 +59,16 @@ def _message(path: Path, done: subprocess.CompletedProcess[str]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Run a model once; prints the peak memory in bytes, errors as one line on stderr."""
-    model, given, got = (Path(a) for a in arguments)
+    """Run a model on every input file; prints the peak memory in bytes, errors as one line."""
+    model, folder = (Path(a) for a in arguments)
     try:
         session = open_session(model)
-        with np.load(given) as arrays:
-            outputs = run_session(session, {name: arrays[name] for name in arrays.files})
+        for given in sorted(folder.glob("*.in")):
+            outputs = run_session(session, load_file(given))
+            save_file(outputs, given.with_suffix(".out"))
     except AttnRewriteError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
-    np.savez(got, **outputs)
     scale = 1 if sys.platform == "darwin" else 1024
     sys.stdout.write(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale))
     return 0

@@ -56,10 +56,9 @@ _RANKED = {"bool": 0, "int": 1, "float": 2}
 _COMPARE = {"lt": "Less", "le": "LessOrEqual", "gt": "Greater", "ge": "GreaterOrEqual"}
 _BINARY = {"add": "Add", "sub": "Sub", "mul": "Mul", "max": "Max", "min": "Min"}
 _FLOAT_UNARY = {
-    name: name.capitalize()
-    for name in (
-        "exp log sqrt tanh sigmoid relu floor ceil round erf sin cos softplus reciprocal"
-    ).split()
+    **{name: name.capitalize() for name in ("exp", "log", "sqrt", "tanh", "sigmoid", "relu")},
+    **{name: name.capitalize() for name in ("floor", "ceil", "round", "erf", "sin", "cos")},
+    **{name: name.capitalize() for name in ("softplus", "reciprocal")},
 }
 _ANY_UNARY = {"neg": "Neg", "abs": "Abs", "sign": "Sign"}
 _CASTS = {

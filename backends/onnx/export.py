@@ -10,10 +10,10 @@ import collections
 import contextlib
 import json
 import logging
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,14 +42,20 @@ def export_onnx(
     *,
     target: str = "portable",
     opset: int | None = None,
+    verify: bool = True,
 ) -> OnnxArtifact:
     """Write ``optimized`` (an `OptimizedModule`, or an ``ExportedProgram``) as ONNX.
 
     ``portable`` uses standard operators only and runs on any conforming runtime.  ``opset`` is 20
     unless asked otherwise (18 to 24); the IR version is 10.  Batch and lengths that are dynamic in
-    the program stay dynamic under readable names.  Raises `PolicyError` on a bad option,
-    `LowerError` (with refusals) where a site has no ONNX form, `ToolError` where a package is
-    missing or a tool fails, and leaves no file behind then.
+    the program stay dynamic under readable names.
+
+    With ``verify`` the file is opened in ONNX Runtime and compared with the program on its example
+    inputs, and at another batch size and length where those are dynamic, before it gets its name.
+
+    Raises `PolicyError` on a bad option, `LowerError` (with refusals) where a site has no ONNX
+    form, `ToolError` where a package is missing or a tool fails, `VerifyError` where the numbers
+    disagree; no file is left behind then.
     """
     number = _checked(target, opset)
     require_exporter()
@@ -74,10 +80,18 @@ def export_onnx(
     _check_census(census)
     metadata = _metadata(optimized, target, number, [s.to_json() for s in sites])
     model.metadata_props.update(metadata)
-    inputs, outputs = _specs(model.graph.inputs), _specs(model.graph.outputs)
-    place = Path(path)
-    size = _write(model, place)
-    return OnnxArtifact(place, number, target, inputs, outputs, sites, size, metadata)
+    draft = OnnxArtifact(
+        path=Path(path),
+        opset=number,
+        target=target,
+        inputs=_specs(model.graph.inputs),
+        outputs=_specs(model.graph.outputs),
+        sites=sites,
+        bytes=0,
+        metadata=metadata,
+        source=program,
+    )
+    return _write(model, draft, verify)
 
 
 def _checked(target: str, opset: int | None) -> int:
@@ -227,7 +241,7 @@ def _specs(values: Any) -> Any:
     return tuple(
         TensorSpec(
             v.name,
-            v.dtype.name.lower() if v.dtype is not None else "unknown",
+            str(v.dtype.numpy()) if v.dtype is not None else "unknown",
             tuple(d if isinstance(d, int) else str(d.value) for d in v.shape or ()),
         )
         for v in values
@@ -269,31 +283,54 @@ def _plain(value: Any) -> str:
     return json.dumps(to_json(), default=str) if to_json else str(value)
 
 
-def _write(model: ir.Model, place: Path) -> int:
-    """Write beside ``place`` and rename; returns the bytes written."""
+def _write(model: ir.Model, draft: OnnxArtifact, verify: bool) -> OnnxArtifact:
+    """Write beside the place, check there, and rename; the artifact with its size and errors."""
+    place = draft.path
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as folder:
-            return _write_into(model, Path(folder), place)
+            return _write_into(model, draft, Path(folder), verify)
     except OSError as error:
         raise ToolError(f"cannot write {place}: {error.strerror or error}", stage="disk") from error
 
 
-def _write_into(model: ir.Model, folder: Path, place: Path) -> int:
+def _write_into(model: ir.Model, draft: OnnxArtifact, folder: Path, verify: bool) -> OnnxArtifact:
     import onnx_ir as ir
 
+    place, temporary = draft.path, folder / draft.path.name
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
-    # A data file's name is never reused while an older model may still point to it.
-    names = [f"{place.name}.data", f"{place.name}.1.data"]
-    old = [place.with_name(n) for n in names if place.with_name(n).exists()]
-    data = next(n for n in names if place.with_name(n) not in old) if len(old) < 2 else names[0]
-    temporary = folder / place.name
-    ir.save(model, temporary, external_data=data if weights > EXTERNAL_BYTES else None)
+    external = weights > EXTERNAL_BYTES
+    # An older model at this place keeps its data until the new one has taken the name: the two
+    # names of the data file alternate.
+    data, other = f"{place.name}.data", f"{place.name}.1.data"
+    if place.with_name(data).exists():
+        data, other = other, data
+    ir.save(model, temporary, external_data=data if external else None)
     size = sum(f.stat().st_size for f in folder.iterdir())
-    if weights > EXTERNAL_BYTES:
-        shutil.move(folder / data, place.with_name(data))
+    written = replace(draft, path=temporary)
+    errors = _check(written, in_child=external) if verify else {}
+    if external:
+        (folder / data).replace(place.with_name(data))
     temporary.replace(place)
-    for stale in old:
-        if stale.name != data or weights <= EXTERNAL_BYTES:
-            stale.unlink(missing_ok=True)
-    return size
+    for stale in {other} | (set() if external else {data}):
+        place.with_name(stale).unlink(missing_ok=True)
+    return replace(draft, bytes=size, errors=errors)
+
+
+def _check(written: OnnxArtifact, in_child: bool) -> dict[str, float]:
+    """The largest error per output over the program's example inputs; {} where it has none."""
+    from attn_rewrite.backends.onnx.artifact import compare
+    from attn_rewrite.backends.onnx.oracle import as_arrays, example_inputs, expected
+
+    assert written.source is not None
+    runs = example_inputs(written.source)
+    if not runs:
+        written.session()
+        return {}
+    outputs = written.run_all([as_arrays(inputs) for inputs in runs], in_child=in_child)
+    worst: dict[str, float] = {}
+    for inputs, got in zip(runs, outputs, strict=True):
+        wanted = expected(written.source, inputs)
+        errors = compare(written.path.name, got, wanted.outputs, wanted.bounds)
+        worst = {name: max(error, worst.get(name, 0.0)) for name, error in errors.items()}
+    return worst

@@ -57,6 +57,11 @@ def input_values(program: ExportedProgram) -> dict[str, Any]:
     return {name: nodes[name].meta["val"] for name in wanted}
 
 
+def sizes_of(value: object) -> tuple[object, ...]:
+    """The extents of a traced tensor, ints or symbols; none for other values."""
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+
+
 def axis_names(program: ExportedProgram) -> dict[str, str]:
     """A readable name for every symbol of the inputs' shapes.
 
@@ -65,9 +70,7 @@ def axis_names(program: ExportedProgram) -> dict[str, str]:
     """
     names: dict[str, str] = {}
     for tensor_name, value in input_values(program).items():
-        if not isinstance(value, torch.Tensor):
-            continue
-        for axis, size in enumerate(value.shape):
+        for axis, size in enumerate(sizes_of(value)):
             symbol = str(size)
             if isinstance(size, int) or not symbol.isidentifier() or symbol in names:
                 continue

@@ -1,0 +1,197 @@
+"""What an exported file is compared with: the program itself, in its own types and in float64.
+
+The two runs give the bound for ONNX Runtime's error: twice what the program itself is off, or the
+rounding that as many contractions may add up to, whichever is more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
+from torch.utils import _pytree as pytree
+
+from attn_rewrite.backends.onnx.names import input_values, output_names, sizes_of
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+_CONTRACTIONS = ("mm", "bmm", "addmm", "baddbmm", "matmul", "linear", "einsum", "convolution")
+_ATTENTIONS = ("scaled_dot_product_attention", "tiled_attention")
+CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Outputs by name in float64, and the error allowed for each."""
+
+    outputs: Arrays
+    bounds: Mapping[str, float]
+
+
+class _Evaluation(torch.fx.Interpreter):
+    """Runs a program's graph; with ``wide`` all floating-point arithmetic happens in float64.
+
+    Weights are widened one operator at a time, so that no second copy of the model exists.
+    """
+
+    def __init__(self, program: ExportedProgram, wide: bool) -> None:
+        super().__init__(program.graph_module)
+        self.wide = wide
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if self.wide:
+            args, kwargs = pytree.tree_map(_widened, (args, kwargs))
+        return super().call_function(target, args, kwargs)
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.double()
+    if isinstance(value, torch.dtype) and value.is_floating_point:
+        return torch.float64
+    return value
+
+
+def _arguments(program: ExportedProgram, inputs: Mapping[str, Any]) -> Iterator[Any]:
+    """The graph's arguments in order: weights and constants, and the user's values by name."""
+    signature, constants = program.graph_signature, program.constants
+    for spec in signature.input_specs:
+        if isinstance(spec.arg, ConstantArgument):
+            yield spec.arg.value
+        elif spec.kind == InputKind.USER_INPUT:
+            value = inputs[spec.arg.name]
+            yield torch.as_tensor(value) if isinstance(value, np.ndarray) else value
+        elif spec.target in program.state_dict:
+            yield program.state_dict[spec.target]
+        else:
+            yield constants[spec.target]
+
+
+def _run(program: ExportedProgram, inputs: Mapping[str, Any], wide: bool) -> Arrays:
+    with torch.no_grad():
+        results = _Evaluation(program, wide).run(*_arguments(program, inputs))
+    specs = program.graph_signature.output_specs
+    kept = [
+        result
+        for result, spec in zip(pytree.tree_leaves(results), specs, strict=True)
+        if spec.kind == OutputKind.USER_OUTPUT and not isinstance(spec.arg, ConstantArgument)
+    ]
+    named = zip(output_names(program), kept, strict=True)
+    return {name: _array(value) for name, value in named}
+
+
+def _array(value: Any) -> np.ndarray[Any, Any]:
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    plain: np.ndarray[Any, Any] = np.asarray(value)
+    return plain
+
+
+def _contractions(program: ExportedProgram) -> int:
+    names = [str(getattr(n.target, "_opname", "")) for n in program.graph.nodes]
+    return sum(n in _CONTRACTIONS for n in names) + 2 * sum(n in _ATTENTIONS for n in names)
+
+
+def _allowed(
+    own: np.ndarray[Any, Any], wide: np.ndarray[Any, Any], depth: int, eps: float
+) -> float:
+    """``max(2 x own error, 4 eps x sqrt(contractions) x max|reference|)``."""
+    if not wide.size:
+        return 0.0
+    finite = np.isfinite(wide) & np.isfinite(own)
+    error = np.max(np.abs(own.astype(np.float64) - wide), where=finite, initial=0.0)
+    size = np.max(np.abs(wide), where=finite, initial=0.0)
+    # Rounding errors of independent contractions add up like a random walk.
+    return float(max(2 * error, 4 * eps * math.sqrt(max(depth, 1)) * size))
+
+
+def expected(program: ExportedProgram, inputs: Mapping[str, Any]) -> Expected:
+    """What ``program`` gives on ``inputs`` (by placeholder name), and how far off a file may be."""
+    own, wide = _run(program, inputs, False), _run(program, inputs, True)
+    depth = _contractions(program)
+    outputs: Arrays = {}
+    bounds: dict[str, float] = {}
+    for name, dtype in _output_types(program).items():
+        floating = dtype is not None and dtype.is_floating_point
+        # An integer (an argmax) may differ in float64 where it is a near tie: it has to be the own.
+        outputs[name] = wide[name] if floating else own[name]
+        eps = torch.finfo(dtype).eps if floating and dtype is not None else 0.0
+        bounds[name] = _allowed(own[name], wide[name], depth, eps) if floating else 0.0
+    return Expected(outputs, bounds)
+
+
+def _output_types(program: ExportedProgram) -> dict[str, torch.dtype | None]:
+    """Element types of the outputs by name; None for plain numbers."""
+    nodes = {n.name: n for n in program.graph.nodes}
+    kept = [
+        getattr(nodes[s.arg.name].meta["val"], "dtype", None)
+        for s in program.graph_signature.output_specs
+        if s.kind == OutputKind.USER_OUTPUT and not isinstance(s.arg, ConstantArgument)
+    ]
+    return dict(zip(output_names(program), kept, strict=True))
+
+
+def example_inputs(program: ExportedProgram) -> tuple[dict[str, Any], ...]:
+    """The program's example inputs, and where axes are dynamic the same at other sizes.
+
+    The second set has one more example in the batch and two thirds of the length, made by repeating
+    and cutting the first.  Empty where the program holds no example inputs.
+    """
+    if program.example_inputs is None:
+        return ()
+    leaves = pytree.tree_leaves(program.example_inputs, is_leaf=lambda x: x is None)
+    specs = [s for s in program.graph_signature.input_specs if s.kind == InputKind.USER_INPUT]
+    given = {
+        s.arg.name: leaf
+        for s, leaf in zip(specs, leaves, strict=True)
+        if not isinstance(s.arg, ConstantArgument)
+    }
+    traced = input_values(program)
+    other = _other_sizes(program, traced, given)
+    if not other:
+        return (given,)
+    return given, {name: _resized(traced[name], value, other) for name, value in given.items()}
+
+
+def _other_sizes(
+    program: ExportedProgram, traced: Mapping[str, Any], given: Mapping[str, Any]
+) -> dict[Any, int]:
+    """Another size for every symbol, within the program's range."""
+    sizes: dict[Any, int] = {}
+    for name, value in traced.items():
+        for axis, size in enumerate(sizes_of(value)):
+            expression = size.node.expr if isinstance(size, torch.SymInt) else None
+            if expression is None or not expression.is_symbol or expression in sizes:
+                continue
+            now = given[name].shape[axis]
+            wanted = now + 1 if axis == 0 else max(1, now * 2 // 3)
+            allowed = program.range_constraints.get(expression)
+            if allowed is not None and wanted < allowed.lower:
+                wanted = int(allowed.lower)
+            if allowed is not None and wanted > allowed.upper:  # the upper bound may be infinite
+                wanted = int(allowed.upper)
+            sizes[expression] = wanted
+    return sizes
+
+
+def _resized(traced: Any, value: Any, sizes: Mapping[Any, int]) -> Any:
+    """``value`` with its dynamic axes cut, or continued from their start."""
+    if not isinstance(traced, torch.Tensor):
+        return sizes.get(traced.node.expr, value) if isinstance(traced, torch.SymInt) else value
+    for axis, size in enumerate(sizes_of(traced)):
+        if isinstance(size, torch.SymInt):
+            wanted = int(size.node.expr.subs(sizes))
+            index = torch.arange(wanted) % value.shape[axis]
+            value = value.index_select(axis, index)
+    return value
+
+
+def as_arrays(inputs: Mapping[str, Any]) -> Arrays:
+    """Inputs as ONNX Runtime takes them."""
+    return {name: _array(value) for name, value in inputs.items()}
