@@ -67,6 +67,6 @@ def _run(module: fx.GraphModule, targets: dict[str, list[Canonicalization]]) -> 
             node.replace_all_uses_with(new)
             new.meta["origin"] = node.meta.get("origin")
             module.graph.erase_node(node)
-            queue.extend(n for n in (new, *new.users) if op_name(n) in targets and n not in queue)
+            queue.extend(n for n in (*build.memo.values(), *new.users) if op_name(n) in targets)
             break
     return edits

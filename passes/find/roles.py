@@ -106,12 +106,28 @@ def assign(
         group = group[:-1]  # a query axis is needed: the innermost
     batch = tuple(a for a in shared if a not in related)
     if not heads and not group:
-        if len(batch) >= 2:
-            batch, heads = batch[:-1], batch[-1:]
-        elif len(alone) >= 2 and not batch[1:]:
-            group = alone[:-1]
+        batch, heads, group = _by_position(batch, alone, query[1], axes)
     query_axes = tuple(a for a in alone if a not in group)
     return Roles(batch, heads, group, query_axes, keys, width, features)
+
+
+def _by_position(
+    shared: Atoms, alone: Atoms, dims: tuple[Atoms, ...], axes: Axes
+) -> tuple[Atoms, Atoms, Atoms]:
+    """(batch, heads, group) from the dimensions of Q: the first batch-like one is the batch.
+
+    A query axis that shares its dimension with a batch-like one is a group of heads.
+    """
+    lines = [axes.resolve(d) for d in dims]
+    like = [d for d in lines if set(d) & set(shared)]
+    group = tuple(a for a in alone if any(a in d for d in like))
+    batch = like[0] if like and not set(like[0]) & set(group) else ()
+    inside = {a for d in like for a in d}
+    kept = tuple(a for a in shared if a in batch or a not in inside)
+    heads = tuple(a for a in shared if a not in kept)
+    if not heads and not group and len(alone) >= 2:
+        group = alone[:-1]
+    return kept, heads, group
 
 
 def operand(node: fx.Node, dims: tuple[Atoms, ...], roles: Roles, axes: Axes) -> Operand:

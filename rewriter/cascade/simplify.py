@@ -157,10 +157,18 @@ def _constant_choice(expr: Expr) -> bool:
     )
 
 
+def _half_constant(expr: Expr) -> bool:
+    """A choice with one constant branch: what `masked_fill` makes."""
+    return isinstance(expr, Call) and expr.op == "where" and any(isinstance(b, Const) for b in expr.args[1:])
+
+
 def _choices(node: Call) -> Expr | None:
     """``op(where(c, 1, 0), k)`` -> ``where(c, op(1, k), op(0, k))``; choices of truth values."""
     if node.op == "where":
         return _boolean_choice(node)
+    if node.op == "mul" and isinstance(node.args[1], Const) and _half_constant(node.args[0]):
+        condition, yes, no = node.args[0].children
+        return simplify(call("where", condition, yes * node.args[1], no * node.args[1]))
     spots = [i for i, a in enumerate(node.args) if _constant_choice(a)]
     if len(spots) != 1 or not all(isinstance(a, Const) for i, a in enumerate(node.args) if i not in spots):
         return None

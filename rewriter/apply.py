@@ -1,0 +1,111 @@
+"""Splice kernels into the host graph in the place of the attention they were lowered from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import fx
+
+from attn_rewrite.graph import Builder, GraphBuilder, arrange, copy_graph, extents, restore
+from attn_rewrite.site import Site
+
+_PROVENANCE = ("nn_module_stack", "stack_trace", "torch_fn")
+
+
+class Emits(Protocol):
+    """What splicing needs of a kernel."""
+
+    @property
+    def name(self) -> str:
+        """How the cascade is computed."""
+
+    def emit(self, build: Builder, inputs: Sequence[Any]) -> Any:
+        """Compute AV from Q, K, V and the reads, all in canonical layout."""
+
+
+@dataclass(frozen=True, eq=False)
+class Replacement:
+    """A site and the kernel that takes its place."""
+
+    site: Site
+    kernel: Emits
+
+
+def splice(host: fx.GraphModule, replacements: Iterable[Replacement]) -> fx.GraphModule:
+    """A copy of ``host`` with each site computed by its kernel; ``host`` itself if there are none.
+
+    The sites may have been found in a canonicalised copy: operands are looked up by origin, and what
+    only exists in the copy is brought over.  Parameters are shared.
+    """
+    replacements = sorted(replacements, key=lambda r: _position(r.site))
+    if not replacements:
+        return host
+    twins = _copy_all(host)
+    root = twins.modules[host]
+    builders: dict[fx.Graph, GraphBuilder] = {}
+    for item in replacements:
+        output = twins.local(item.site.output.node)
+        build = builders.setdefault(output.graph, GraphBuilder(output.graph))
+        provenance = {k: item.site.anchor.meta[k] for k in _PROVENANCE if k in item.site.anchor.meta}
+        build.at(output, attn_rewrite_site=item.site.name, **provenance)
+        output.replace_all_uses_with(compute(build, item, twins))
+    for module in twins.modules.values():
+        module.graph.eliminate_dead_code()
+        module.graph.lint()
+        module.recompile()
+    return root
+
+
+def compute(build: GraphBuilder, item: Replacement, twins: _Twins) -> Any:
+    """Build the kernel call with its layout changes; the value has the layout of the site's output."""
+    site = item.site
+    values = {n: (o, twins.local(o.node, build)) for n, o in site.inputs.items()}
+    sizes = extents(build, values)
+    inputs = [arrange(build, o, v, site.groups(n), sizes) for n, (o, v) in values.items()]
+    result = item.kernel.emit(build, inputs)
+    dtype = site.output.node.meta["val"].dtype
+    if result.meta["val"].dtype != dtype:
+        from attn_rewrite.graph import aten
+
+        result = build.call(aten.to.dtype, result, dtype)
+    return restore(build, result, site.groups("AV"), site.output, sizes)
+
+
+def _position(site: Site) -> int:
+    return list(site.output.node.graph.nodes).index(site.output.node)
+
+
+@dataclass(frozen=True, eq=False)
+class _Twins:
+    """Copies of a module and of the graphs it calls, and the copy of every node."""
+
+    modules: dict[fx.GraphModule, fx.GraphModule]
+    nodes: dict[fx.Node, fx.Node]
+
+    def local(self, node: fx.Node, build: GraphBuilder | None = None) -> fx.Node:
+        """The copy of ``node`` (a node of the host, or of a canonicalised copy of it)."""
+        here: fx.Node | None = node
+        while here is not None and here not in self.nodes:
+            here = here.meta.get("origin")
+        if here is not None:
+            return self.nodes[here]
+        assert build is not None, f"{node} has no counterpart in the host graph"
+        args = fx.node.map_arg(node.args, lambda n: self.local(n, build))
+        kwargs = fx.node.map_arg(node.kwargs, lambda n: self.local(n, build))
+        assert callable(node.target)
+        copied: fx.Node = build.call(node.target, *args, **kwargs)
+        return copied
+
+
+def _copy_all(host: fx.GraphModule) -> _Twins:
+    copy, nodes = copy_graph(host)
+    modules = {host: copy}
+    for name, inner in host.named_children():
+        if isinstance(inner, fx.GraphModule) and hasattr(copy, name):
+            twins = _copy_all(inner)
+            setattr(copy, name, twins.modules[inner])
+            modules |= twins.modules
+            nodes |= twins.nodes
+    return _Twins(modules, nodes)

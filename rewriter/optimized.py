@@ -1,0 +1,162 @@
+"""`OptimizedModule`: a rewritten model that is used like the one it came from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+
+from attn_rewrite.errors import AttnRewriteError
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+    from attn_rewrite.plan import Plan
+    from attn_rewrite.report import Report
+    from attn_rewrite.site import Site
+
+Rebuild = Callable[[nn.Module], "OptimizedModule"]
+
+
+class OptimizedModule(nn.Module):
+    """A rewritten model: same call signature, parameters, buffers and ``state_dict`` keys.
+
+    ``report``, ``plan`` and ``sites`` say what was done.  Parameters are shared with the source module
+    while it is held; unknown attributes come from it.  Moving to another device or dtype captures and
+    rewrites the source again, because an exported graph has devices and casts baked in.
+    """
+
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        *,
+        plan: Plan,
+        report: Report,
+        sites: tuple[Site, ...] = (),
+        source: nn.Module | None = None,
+        rebuild: Rebuild | None = None,
+        program: Callable[[fx.GraphModule], ExportedProgram] | None = None,
+    ) -> None:
+        super().__init__()
+        self._adopt(graph)
+        self.plan = plan
+        self.report = report
+        self.sites = sites
+        self._hold("_source", source)
+        self._hold("_rebuild", rebuild)
+        self._hold("_make_program", program)
+        self._hold("_program", None)
+        self.training = graph.training if source is None else source.training
+
+    @classmethod
+    def from_program(cls, program: ExportedProgram, *, plan: Plan, report: Report) -> OptimizedModule:
+        """A module that runs a saved, already rewritten program; it has no source module."""
+        module = cls(program.module(), plan=plan, report=report)  # type: ignore[arg-type]
+        module._hold("_program", program)
+        return module
+
+    def _hold(self, name: str, value: Any) -> None:
+        """Keep a reference that is not part of the module tree."""
+        object.__setattr__(self, name, value)
+
+    def _adopt(self, graph: fx.GraphModule) -> None:
+        """Run ``graph`` from now on; its parameters, buffers and children become this module's."""
+        self._hold("_graph", graph)
+        for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self._hold(table, getattr(graph, table))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the rewritten model."""
+        return self._graph(*args, **kwargs)
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        """The rewritten host graph."""
+        return self._graph  # type: ignore[no-any-return]
+
+    @property
+    def program(self) -> ExportedProgram:
+        """The rewritten model as an exported program, for saving and for export."""
+        if self._program is None:
+            if self._make_program is None:
+                raise AttnRewriteError("this module holds no program: it was not captured ahead of time")
+            self._hold("_program", self._make_program(self._graph))
+        return self._program  # type: ignore[no-any-return]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> OptimizedModule:
+        probe = next((t for t in (*self.parameters(), *self.buffers()) if t.is_floating_point()), None)
+        if probe is None:
+            return super()._apply(fn, recurse)
+        with torch.no_grad():
+            moved = fn(probe.detach().flatten()[:1])
+        if moved.dtype == probe.dtype and moved.device == probe.device:
+            return super()._apply(fn, recurse)
+        if self._source is None or self._rebuild is None:
+            raise AttnRewriteError(
+                f"a saved program is fixed to {probe.dtype} on {probe.device} and its source module is not "
+                f"held: optimize the original model in {moved.dtype} on {moved.device} instead"
+            )
+        self._source._apply(fn, recurse)
+        self._become(self._rebuild(self._source))
+        return self
+
+    def _become(self, other: OptimizedModule) -> None:
+        self._adopt(other._graph)
+        self.plan, self.report, self.sites = other.plan, other.report, other.sites
+        for name in ("_make_program", "_program"):
+            self._hold(name, getattr(other, name))
+
+    def train(self, mode: bool = True) -> OptimizedModule:
+        """Keep the mode the model was captured in; another one needs the just-in-time path."""
+        if mode != self.training:
+            was, asked = ("training", "evaluation") if self.training else ("evaluation", "training")
+            raise AttnRewriteError(
+                f"the graph was captured in {was} mode, and {asked} mode was asked for: use "
+                "torch.compile(model, backend='attn_rewrite', options={'policy': ...}), which follows the mode"
+            )
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            source = self.__dict__.get("_source")
+            if source is None or name.startswith("__"):
+                raise
+            return self._from_source(source, name)
+
+    def _from_source(self, source: nn.Module, name: str) -> Any:
+        """An attribute of the source; its methods see a twin whose forward is the rewritten one."""
+        value = getattr(source, name)
+        if getattr(value, "__self__", None) is not source:
+            return value
+        twin = copy.copy(source)
+        twin.__dict__["forward"] = self.forward
+        return getattr(twin, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModule:
+        new = self.__class__.__new__(self.__class__)
+        memo[id(self)] = new
+        nn.Module.__init__(new)
+        source = copy.deepcopy(self._source, memo)  # parameters first: the graph shares them
+        new._hold("_source", source)
+        for name in ("_rebuild", "_make_program"):
+            new._hold(name, getattr(self, name))
+        new._hold("_program", None if self._make_program else self._program)
+        new.plan, new.report, new.sites = self.plan, self.report, self.sites
+        new._adopt(copy.deepcopy(self._graph, memo))
+        new.training = self.training
+        return new
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights into the parameters shared with the source module."""
+        if assign:
+            raise AttnRewriteError("assign=True would separate the graph from its parameters: use assign=False")
+        return super().load_state_dict(state, strict=strict)
+
+    def extra_repr(self) -> str:
+        """Policy and number of rewritten sites."""
+        return f"sites={len(self.sites)}"
