@@ -11,7 +11,9 @@ trees (``q - kv``); comparison for *structural* equality is ``==``, the operator
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -295,6 +297,19 @@ def conjunction(terms: tuple[Expr, ...]) -> Expr:
     return result
 
 
+_PLAIN_NAME = re.compile(r"[A-Za-z_][\w@]*(?:\.\w+)*'*", re.ASCII)
+
+# Words that mean something else in an expression, or end one.
+_WORDS = frozenset({"inf", "nan", "true", "false", "and", "or", "not", "where", "x"})
+
+
+def quoted(name: str) -> str:
+    """``name`` as the notation writes it: bare where it can be, else a JSON string."""
+    if _PLAIN_NAME.fullmatch(name) and name not in _WORDS:
+        return name
+    return json.dumps(name)
+
+
 def _literal(value: Scalar) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
@@ -316,18 +331,18 @@ def _text(expr: Expr, outer: int) -> str:
             text = _literal(value)
             return f"({text})" if text.startswith("-") and outer > 4 else text
         case Rank(name):
-            return name
+            return quoted(name)
         case Extent(rank):
-            return f"#{rank}"
+            return f"#{quoted(rank)}"
         case Read(tensor, index):
-            return f"{tensor}[{', '.join(_text(i, 0) for i in index)}]"
+            return f"{quoted(tensor)}[{', '.join(_text(i, 0) for i in index)}]"
         case Call(op, args):
             operator = OPERATORS[op]
             if operator.infix is None:
                 return f"{op}({', '.join(_text(a, 0) for a in args)})"
-            # Comparisons do not chain: `(a < b) < c` keeps its parentheses.
-            left = _text(args[0], operator.binding + (operator.binding == 1))
-            right = _text(args[1], operator.binding + 1)
+            # Comparisons do not chain: `(a < b) < c` keeps its parentheses; powers bind to the right.
+            left = _text(args[0], operator.binding + (operator.binding == 1 or op == "pow"))
+            right = _text(args[1], operator.binding + (op != "pow"))
             text = f"{left} {operator.infix} {right}"
             return f"({text})" if operator.binding < outer else text
     raise TypeError(f"not an expression: {expr!r}")

@@ -1,0 +1,62 @@
+"""Cascades of Einsums: the representation every attention is raised to (`ir`), and what is asked of it.
+
+Public names are lazy: importing this package imports neither torch nor sympy nor networkx.  No
+submodule has the name of a public function.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from attn_rewrite.cascade.count import count_passes, live_footprint, pass_analysis
+    from attn_rewrite.cascade.ir import Cascade, Einsum, Loop, RankDecl, TensorDecl
+    from attn_rewrite.cascade.named import NAMED
+    from attn_rewrite.cascade.oracle import interpret
+    from attn_rewrite.cascade.text import parse, parse_expr
+    from attn_rewrite.passes.cascade import fuse_reductions
+
+_HOME = {
+    "Cascade": "attn_rewrite.cascade.ir",
+    "Einsum": "attn_rewrite.cascade.ir",
+    "Loop": "attn_rewrite.cascade.ir",
+    "RankDecl": "attn_rewrite.cascade.ir",
+    "TensorDecl": "attn_rewrite.cascade.ir",
+    "NAMED": "attn_rewrite.cascade.named",
+    "parse": "attn_rewrite.cascade.text",
+    "parse_expr": "attn_rewrite.cascade.text",
+    "interpret": "attn_rewrite.cascade.oracle",
+    "count_passes": "attn_rewrite.cascade.count",
+    "live_footprint": "attn_rewrite.cascade.count",
+    "pass_analysis": "attn_rewrite.cascade.count",
+    "fuse_reductions": "attn_rewrite.passes.cascade",
+}
+
+__all__ = [
+    "NAMED",
+    "Cascade",
+    "Einsum",
+    "Loop",
+    "RankDecl",
+    "TensorDecl",
+    "count_passes",
+    "fuse_reductions",
+    "interpret",
+    "live_footprint",
+    "parse",
+    "parse_expr",
+    "pass_analysis",
+]
+
+
+def __getattr__(name: str) -> object:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,258 @@
+"""Values of expressions over a box of rank coordinates, as float64 torch tensors.
+
+A value has one dimension per rank of the frame (size 1 where it does not vary), so that every
+operator is one broadcast torch operation.  Truth values stay bool and coordinates int64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from attn_rewrite.cascade.expr import Call, Const, Expr, Extent, Rank, Read
+from attn_rewrite.cascade.extents import shift_of
+from attn_rewrite.errors import CascadeError
+
+_FLOATS = {"f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+_INTEGERS = {"i64": 64, "i32": 32, "i8": 8}
+
+
+@dataclass
+class Frame:
+    """The box an expression is evaluated over.
+
+    ``coordinates`` are consecutive int64 values per rank, ``active`` the points that count (None:
+    all): only there must a read lie inside its tensor.  ``present`` collects the points where the
+    divisors of the outermost product are not empty.
+    """
+
+    ranks: tuple[str, ...]
+    coordinates: Mapping[str, Tensor]
+    extents: Mapping[str, int]
+    tensors: Mapping[str, Tensor]
+    active: Tensor | None = None
+    present: list[Tensor] = field(default_factory=list)
+
+    def axis(self, rank: str) -> int:
+        """The dimension of ``rank``."""
+        return self.ranks.index(rank)
+
+    def shape(self) -> list[int]:
+        """Points along each rank."""
+        return [len(self.coordinates[r]) for r in self.ranks]
+
+    def restricted(self, condition: Tensor) -> Frame:
+        """The same box with fewer active points."""
+        active = condition if self.active is None else self.active & condition
+        return Frame(self.ranks, self.coordinates, self.extents, self.tensors, active)
+
+
+def evaluate(expr: Expr, frame: Frame, outermost: bool = False) -> Tensor:
+    """The value of ``expr``; ``outermost`` collects divisors of a product in ``frame.present``.
+
+    ``a / b`` is 0 where b is 0 (the divisor is empty there), and ``exp(a - b)`` is 0 where a is -inf
+    whatever b is (an empty score), as the user operations of the paper define it.
+    """
+    match expr:
+        case Const(value):
+            dtype = {bool: torch.bool, int: torch.int64, float: torch.float64}[type(value)]
+            return _constant(torch.tensor(value, dtype=dtype), frame)
+        case Rank(name):
+            shape = [-1 if r == name else 1 for r in frame.ranks]
+            return frame.coordinates[name].view(shape)
+        case Extent(rank):
+            return _constant(torch.tensor(frame.extents[rank]), frame)
+        case Read():
+            return _read(expr, frame)
+        case Call("mul", (a, b)):
+            return _arithmetic(evaluate(a, frame, outermost)) * _arithmetic(
+                evaluate(b, frame, outermost)
+            )
+        case Call("neg", (a,)):
+            return -_arithmetic(evaluate(a, frame, outermost))
+        case Call("div", (a, b)):
+            return _divide(a, b, frame, outermost)
+        case Call("exp" | "exp2" as op, (Call("sub", (a, b)),)):
+            return _subtract_then_exp(op, evaluate(a, frame), evaluate(b, frame))
+        case Call("where", (condition, yes, no)):
+            c = truth(evaluate(condition, frame))
+            return _choose(
+                c, evaluate(yes, frame.restricted(c)), evaluate(no, frame.restricted(~c))
+            )
+        case Call("and", (a, b)):
+            left = truth(evaluate(a, frame))
+            return left & truth(evaluate(b, frame.restricted(left)))
+        case Call(op, args):
+            return _OPERATIONS[op](*(evaluate(a, frame) for a in args))
+    raise TypeError(f"not an expression: {expr!r}")
+
+
+def truth(value: Tensor) -> Tensor:
+    """The value as a truth value."""
+    return value if value.dtype == torch.bool else value != 0
+
+
+def real(value: Tensor) -> Tensor:
+    """The value in float64."""
+    return value.to(torch.float64)
+
+
+def _constant(value: Tensor, frame: Frame) -> Tensor:
+    device = next(iter(frame.coordinates.values())).device if frame.coordinates else None
+    return value.to(device).view([1] * len(frame.ranks))
+
+
+def _read(read: Read, frame: Frame) -> Tensor:
+    tensor = frame.tensors.get(read.tensor)
+    if tensor is None:
+        raise CascadeError(f"{read} is read before anything is written to it")
+    if len(read.index) != tensor.ndim:
+        raise CascadeError(
+            f"{read} has {len(read.index)} indices, the tensor {tensor.ndim} dimensions"
+        )
+    view = _slice(read, tensor, frame)
+    return _gather(read, tensor, frame) if view is None else view
+
+
+def _slice(read: Read, tensor: Tensor, frame: Frame) -> Tensor | None:
+    """A view, where each index is a literal or a shifted rank of its own and stays inside."""
+    ranks: list[str] = []
+    for dim in reversed(range(tensor.ndim)):
+        index = read.index[dim]
+        shift = (None, frame.extents[index.rank]) if isinstance(index, Extent) else shift_of(index)
+        if shift is None or shift[0] in ranks:
+            return None
+        rank, offset = shift
+        count = 1
+        if rank is not None:
+            coordinates = frame.coordinates[rank]
+            count = len(coordinates)
+            offset += int(coordinates[0]) if count else 0
+        if offset < 0 or offset + count > tensor.shape[dim]:
+            return None
+        tensor = tensor.narrow(dim, offset, count)
+        if rank is None:
+            tensor = tensor.squeeze(dim)
+        else:
+            ranks.insert(0, rank)
+    order = sorted(range(len(ranks)), key=lambda i: frame.axis(ranks[i]))
+    counts = {ranks[i]: tensor.shape[i] for i in order}
+    return tensor.permute(order).reshape([counts.get(r, 1) for r in frame.ranks])
+
+
+def _gather(read: Read, tensor: Tensor, frame: Frame) -> Tensor:
+    """Any index expressions; a point that counts must lie inside the tensor."""
+    indices = []
+    for dim, index in enumerate(read.index):
+        at = evaluate(index, frame).to(torch.int64)
+        outside = (at < 0) | (at >= tensor.shape[dim])
+        if frame.active is not None:
+            outside = outside & frame.active
+        if bool(outside.any()):
+            example = at.expand(outside.shape)[outside][0]
+            raise CascadeError(
+                f"{read} is read at {index} = {int(example)}, outside its extent {tensor.shape[dim]}; "
+                f"filter such points with a where clause"
+            )
+        indices.append(at.clamp(0, max(0, tensor.shape[dim] - 1)))
+    if 0 in tensor.shape:
+        shape = torch.broadcast_shapes(*(i.shape for i in indices))
+        return tensor.new_zeros(shape)
+    return tensor[tuple(indices)]
+
+
+def _arithmetic(value: Tensor) -> Tensor:
+    """Truth values count as 0 and 1."""
+    return value.to(torch.int64) if value.dtype == torch.bool else value
+
+
+def _divide(a: Expr, b: Expr, frame: Frame, outermost: bool) -> Tensor:
+    dividend, divisor = real(evaluate(a, frame, outermost)), real(evaluate(b, frame))
+    present = divisor != 0
+    if outermost and not bool(present.all()):
+        frame.present.append(present)
+    return torch.where(present, dividend / torch.where(present, divisor, 1.0), 0.0)
+
+
+def _subtract_then_exp(op: str, a: Tensor, b: Tensor) -> Tensor:
+    left, right = real(a), real(b)
+    power = torch.exp if op == "exp" else torch.exp2
+    return torch.where(left == -math.inf, 0.0, power(left - right))
+
+
+def _choose(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    dtype = torch.promote_types(yes.dtype, no.dtype)
+    return torch.where(condition, yes.to(dtype), no.to(dtype))
+
+
+def _power(a: Tensor, b: Tensor) -> Tensor:
+    a, b = _arithmetic(a), _arithmetic(b)
+    if a.is_floating_point() or b.is_floating_point() or bool((b < 0).any()):
+        a, b = real(a), real(b)
+    return torch.pow(a, b)
+
+
+def _promoted(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    def operation(a: Tensor, b: Tensor) -> Tensor:
+        a, b = _arithmetic(a), _arithmetic(b)
+        dtype = torch.promote_types(a.dtype, b.dtype)
+        return function(a.to(dtype), b.to(dtype))
+
+    return operation
+
+
+def _of_real(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda a: function(real(a))
+
+
+def _exact(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Integers stay integers (abs, floor, round, sign)."""
+    return lambda a: function(_arithmetic(a))
+
+
+def _cast(name: str) -> Callable[[Tensor], Tensor]:
+    """Round to the named type and come back; integer types truncate and saturate."""
+    if name == "bool":
+        return truth
+    if name in _FLOATS:
+        return lambda a: real(a).to(_FLOATS[name]).to(torch.float64)
+    bits = _INTEGERS[name]
+
+    def operation(a: Tensor) -> Tensor:
+        a = _arithmetic(a)
+        limit = 2 ** (bits - 1)
+        # The largest float64 below 2**63 keeps the conversion of i64 defined.
+        high = float(limit - 1) if bits < 64 else float(limit - 1024)
+        return (
+            a.clamp(-limit, limit - 1)
+            if a.dtype == torch.int64
+            else a.clamp(-limit, high).to(torch.int64)
+        )
+
+    return operation
+
+
+_OPERATIONS: dict[str, Callable[..., Tensor]] = {
+    "lt": _promoted(torch.lt), "le": _promoted(torch.le), "gt": _promoted(torch.gt),
+    "ge": _promoted(torch.ge), "eq": _promoted(torch.eq), "ne": _promoted(torch.ne),
+    "or": lambda a, b: truth(a) | truth(b), "not": lambda a: ~truth(a),
+    "add": _promoted(torch.add), "sub": _promoted(torch.sub), "pow": _power,
+    "floordiv": _promoted(torch.floor_divide), "mod": _promoted(torch.remainder),
+    "max": _promoted(torch.maximum), "min": _promoted(torch.minimum),
+    "exp": _of_real(torch.exp), "exp2": _of_real(torch.exp2), "log": _of_real(torch.log),
+    "log1p": _of_real(torch.log1p), "sqrt": _of_real(torch.sqrt), "rsqrt": _of_real(torch.rsqrt),
+    "tanh": _of_real(torch.tanh), "sigmoid": _of_real(torch.sigmoid), "relu": _exact(torch.relu),
+    "abs": _exact(torch.abs), "floor": _exact(torch.floor), "ceil": _exact(torch.ceil),
+    "round": _exact(torch.round), "sign": _exact(torch.sign), "erf": _of_real(torch.erf),
+    "sin": _of_real(torch.sin), "cos": _of_real(torch.cos),
+    "gelu": _of_real(torch.nn.functional.gelu), "silu": _of_real(torch.nn.functional.silu),
+    "softplus": _of_real(lambda a: torch.logaddexp(a, torch.zeros_like(a))),
+    "reciprocal": _of_real(torch.reciprocal),
+    "isneginf": _of_real(torch.isneginf),
+    "clip": lambda a, low, high: _promoted(torch.minimum)(_promoted(torch.maximum)(a, low), high),
+    **{f"cast_{name}": _cast(name) for name in ("f64", "f32", "f16", "bf16", "i64", "i32", "i8", "bool")},
+}  # fmt: skip
