@@ -274,6 +274,8 @@ def _check_shared(model: torch.nn.Module, graph: GraphModule) -> None:
 
 
 def _mode_notes(model: torch.nn.Module) -> Iterator[str]:
+    if isinstance(model, GraphModule):  # an exported program: its mode and its hooks are fixed
+        return
     if model.training:
         yield "captured in train mode: dropout and batch statistics are active"
     hooked = [name or "the model" for name, m in model.named_modules() if m._forward_hooks]

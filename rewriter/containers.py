@@ -7,7 +7,10 @@ permanent in torch, so it is done only for a class that a captured model really 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,6 +27,24 @@ def make_known(value: Any) -> None:
     children, _ = pytree.SUPPORTED_NODES[kind].flatten_fn(value)
     for child in children:
         make_known(child)
+
+
+_LIBRARIES = ("transformers.", "diffusers.")
+
+
+def make_known_by_name(names: Iterable[str]) -> None:
+    """Register the container classes with these dotted names that transformers or diffusers have.
+
+    Nothing outside these libraries is imported: the names come from files.
+    """
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        if not name.startswith(_LIBRARIES):
+            continue
+        with contextlib.suppress(ImportError):  # torch names the unknown class when it needs it
+            kind = getattr(importlib.import_module(module), attribute, None)
+            if isinstance(kind, type) and module == "transformers.cache_utils":
+                _register_cache(kind)
 
 
 def _register(value: Any) -> bool:
@@ -43,7 +64,7 @@ def _register_cache(kind: type) -> None:
         from transformers.integrations.executorch import register_dynamic_cache_export_support
 
         register_dynamic_cache_export_support()
-    elif kind.__name__ == "EncoderDecoderCache":
+    elif kind.__name__ == "EncoderDecoderCache" and kind not in pytree.SUPPORTED_NODES:
         pytree.register_pytree_node(
             kind,
             lambda cache: ([cache.self_attention_cache, cache.cross_attention_cache], None),
