@@ -1,7 +1,8 @@
 """The cascades of the FuseMax paper (Nayak et al., MICRO 2024), as text.
 
-Ranks: p queries, m keys, e the head dim of Q and K, f that of V; batch and heads are omitted and so is
-the factor 1/sqrt(#e), as in the paper (a raised Site keeps its scale).  Q[e, p], K[e, m], V[f, m] -> AV[f, p].
+Ranks: p queries, m keys, e the head dim of Q and K, f that of V; batch and heads are omitted and
+so is the factor 1/sqrt(#e), as in the paper (a raised Site keeps its scale).
+Q[e, p], K[e, m], V[f, m] -> AV[f, p].
 """
 
 from __future__ import annotations
@@ -106,8 +107,9 @@ AV[f, p] = RNV[f, #m1, p] / RD[#m1, p]
 """
 )
 
-# Section III: A[k], B[k] -> Z.  The iterative one divides by RY[0] = 0, which is an empty divisor: the
-# correction of the empty prefix is 0.  It fails where a later prefix of Y is 0; the deferred one never does.
+# Section III: A[k], B[k] -> Z.  The iterative one divides by RY[0] = 0, which is an empty divisor:
+# the correction of the empty prefix is 0.  It fails where a later prefix of Y is 0; the deferred one
+# never does.
 CASCADE_1 = """
 ranks k
 inputs A[k], B[k]
