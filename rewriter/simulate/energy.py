@@ -1,8 +1,9 @@
 """Energy of attention, in pJ, where it has a closed form.
 
 Arithmetic is counted on the Einsums and DRAM on the traffic.  Register and buffer accesses depend
-on the mapping in ways that have no closed form here: they add 3 % on FuseMax's arrays and over a
-fifth on FLAT's, so designs on FLAT's hardware have no energy (None), rather than a wrong one.
+on the mapping in ways that have no closed form here.  On FuseMax's arrays the closed form covers
+96.6 to 97.2 % of the published energy; on FLAT's it would cover 75 to 89 %, so designs on FLAT's
+arrays have no energy (None) rather than a wrong one.
 """
 
 from __future__ import annotations

@@ -81,17 +81,27 @@ def block_tiles(w: Workload, design: Design) -> int:
         ValueError: not even one tile of queries fits.
     """
     hardware = design.hardware
-    tile_row = hardware.value_bytes * hardware.array
-    streamed = tile_row * (w.d_qk + w.d_v)
-    state = w.d_qk + w.d_v + 2 + design.scores_on_chip * hardware.array
-    fits = (hardware.buffer - streamed) // (tile_row * state)
+    streamed, state = _buffered(w, design)
+    fits = (hardware.buffer - streamed) // state
     if fits < 1:
         raise ValueError(
             f"{design.name}: a buffer of {hardware.buffer} bytes does not hold one tile of "
-            f"{hardware.array} queries of {w.name}, which takes {streamed + tile_row * state} bytes"
+            f"{hardware.array} queries of {w.name}, which takes {streamed + state} bytes"
         )
     queries = tiles_of(w, hardware).queries
     return next(n for n in range(min(fits, queries), 0, -1) if queries % n == 0)
+
+
+def minimum_buffer(w: Workload, design: Design) -> int:
+    """Bytes of buffer with which ``design`` can run at all (one tile of queries)."""
+    return sum(_buffered(w, design)) if design.cascade == "one-pass" else 1
+
+
+def _buffered(w: Workload, design: Design) -> tuple[int, int]:
+    """Bytes of one streamed tile of keys and values, and of the state of one tile of queries."""
+    tile_row = design.hardware.value_bytes * design.hardware.array
+    state = w.d_qk + w.d_v + 2 + design.scores_on_chip * design.hardware.array
+    return tile_row * (w.d_qk + w.d_v), tile_row * state
 
 
 def _flat(w: Workload, hardware: Accelerator) -> Fraction:

@@ -83,8 +83,11 @@ def site_workload(site: Site, *, batch: int, length: int | None = None) -> Workl
     of FuseMax shares nothing between heads.
 
     Raises:
-        ValueError: a length of the site is dynamic and no ``length`` is given.
+        ValueError: the site is not softmax attention, or a length of it is dynamic and no
+            ``length`` is given.
     """
+    if site.family != "softmax":
+        raise ValueError(f"site {site.name} is {site.family} attention; only softmax is modelled")
     sizes = [site.q_len, site.kv_len] if length is None else [length, length]
     if not all(isinstance(size, int) for size in sizes):
         raise ValueError(f"site {site.name} has dynamic lengths {sizes}; give a length")
