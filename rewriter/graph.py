@@ -8,6 +8,7 @@ both in the host graph and in verification.
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -21,6 +22,9 @@ aten = torch.ops.aten
 
 # Order of the axes in every canonical layout; g (query heads of one key head) sits inside h.
 ROLE_ORDER = ("b", "h", "g", "q", "kv", "d", "f")
+
+# Metadata of placeholders that are parameters of the model (graphs captured just in time).
+PARAMETER = "attn_rewrite_parameter"
 
 # Same elements, same shape: nothing to do in either direction.
 TRANSPARENT = frozenset(
@@ -142,13 +146,25 @@ def is_tensor(node: Any) -> bool:
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
 
 
+def is_parameter(node: fx.Node) -> bool:
+    """True for a node that reads a parameter or buffer of the model."""
+    return node.op == "get_attr" or bool(node.meta.get(PARAMETER))
+
+
 def module_path(node: fx.Node) -> str:
     """Path of the innermost module the node was traced in; empty for the root."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
-    path = next(reversed(stack.values()))[0]
-    return str(path).removeprefix("L['self'].").removeprefix("L['self']")
+    path = str(next(reversed(stack.values()))[0])
+    path = re.sub(r"^L\['self'\]\.?|^L__self__\.?", "", path)
+    return re.sub(r"_modules\['([^']*)'\]|\[(\d+)\]|\['([^']*)'\]", _path_part, path).strip(".")
+
+
+def _path_part(match: re.Match[str]) -> str:
+    """``_modules['a']``, ``[0]`` and ``['a']`` as path components."""
+    name = next(g for g in match.groups() if g is not None)
+    return name if match.group(1) is not None else f".{name}"
 
 
 def source_line(node: fx.Node) -> str | None:

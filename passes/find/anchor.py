@@ -73,10 +73,11 @@ def _open_softmax(node: fx.Node, module: torch.nn.Module) -> Anchor | Refusal:
     assert isinstance(scores, fx.Node)
     shape = shape_of(scores)
     axes = Axes()
-    dims = tuple(axes.fresh(s) for s in shape)
-    keys = dims[named["dim"] % len(dims)] if dims else ()
-    if not keys:
-        return refuse("single-key", "the softmax runs over an axis of length 1", node)
+    if not shape:
+        return refuse("no-score-product", "the softmax is taken of a single number", node)
+    place = named["dim"] % len(shape)
+    dims = tuple(axes.line(s) if i == place else axes.fresh(s) for i, s in enumerate(shape))
+    keys = dims[place]
     lifter = Lifter(axes, module)
     lifter.know_sizes(dims)
     expr = lifter.lift(scores, dims)
@@ -94,10 +95,8 @@ def _open_sdpa(node: fx.Node, module: torch.nn.Module) -> Anchor | Refusal:
     if shared is None:
         return refuse("sdpa-shapes", "the batch dimensions of query, key and value do not broadcast", node)
     batch_q, batch_k, batch_v = shared
-    rows, keys = axes.fresh(shape_of(q)[-2]), axes.fresh(shape_of(k)[-2])
+    rows, keys = axes.fresh(shape_of(q)[-2]), axes.line(shape_of(k)[-2])
     width, features = axes.fresh(shape_of(q)[-1]), axes.fresh(shape_of(v)[-1])
-    if not keys:
-        return refuse("single-key", "the attention has a single key", node)
     dims = (*batch_q, rows, keys)
     labels_q = tuple(f"q{i}" for i in range(len(batch_q)))
     labels_k = tuple(f"k{i}" for i in range(len(batch_k)))

@@ -28,6 +28,11 @@ class Axes:
         self._sizes.append(size)
         return (len(self._sizes) - 1,)
 
+    def line(self, size: Size) -> Atoms:
+        """A new atom even for length 1: an axis whose identity matters (the keys)."""
+        self._sizes.append(as_size(size))
+        return (len(self._sizes) - 1,)
+
     def size(self, atom: int) -> Size:
         """Extent of an atom."""
         return self._sizes[atom]
@@ -68,7 +73,11 @@ class Axes:
             if taken is None:
                 return None
             result.append(taken)
-        return result if not queue else None
+        if any(not same_size(self._sizes[a], 1) for a in queue):
+            return None
+        if queue and result:
+            result[-1] += tuple(queue)
+        return result
 
     def _take(self, queue: list[int], need: Size) -> Atoms | None:
         taken: list[int] = []

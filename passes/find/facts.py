@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from attn_rewrite.graph import is_call, is_tensor, op_name, shape_of
+from attn_rewrite.graph import arguments, is_call, is_parameter, is_tensor, op_name, shape_of
 from attn_rewrite.sizes import as_size, same_size
 from attn_rewrite.passes.find.roles import Roles
 from attn_rewrite.site import Operand
@@ -35,7 +35,7 @@ def _is_weight(node: fx.Node) -> bool:
         first = node.args[0]
         assert isinstance(first, fx.Node)
         node = first
-    return node.op == "get_attr"
+    return is_parameter(node)
 
 
 def origins(node: fx.Node) -> tuple[set[fx.Node], list[fx.Node]]:
@@ -49,7 +49,7 @@ def origins(node: fx.Node) -> tuple[set[fx.Node], list[fx.Node]]:
             found.update(a for a in inputs_of(here) if not _is_weight(a))
             continue
         sources = [a for a in inputs_of(here) if not _is_weight(a)]
-        if here.op == "placeholder" or (not sources and here.op == "get_attr"):
+        if here.op == "placeholder" or (not sources and is_parameter(here)):
             found.add(here)
             continue
         between.append(here)
@@ -95,6 +95,21 @@ def _sequences(nodes: set[fx.Node]) -> set[fx.Node]:
         n for n in nodes
         if is_tensor(n) and len(shape_of(n)) >= 3 and not same_size(as_size(shape_of(n)[-2]), 1)
     }  # fmt: skip
+
+
+def appended_to_cache(key: Operand) -> bool:
+    """True if the keys are a cache with the newest ones appended: ``cat([past, new])`` along kv."""
+    position = next((i for i, d in enumerate(key.dims) if any(f.role == "kv" for f in d)), None)
+    node = key.node
+    while is_call(node, "to", "contiguous", "clone", "detach", "alias"):
+        node = node.args[0]  # type: ignore[assignment]
+    if not is_call(node, "cat") or position is None:
+        return False
+    named = arguments(node)
+    parts = named["tensors"]
+    if named["dim"] % len(key.dims) != position or len(parts) != 2:
+        return False
+    return parts[0].op == "placeholder" or not _is_projection(parts[0])
 
 
 def layout_text(operand: Operand) -> str:

@@ -9,13 +9,13 @@ import torch
 from torch import fx
 
 from attn_rewrite.cascade.attention import QK, SoftmaxAttention, softmax_cascade
-from attn_rewrite.cascade.expr import TRUE, Call, Const, Expr, Rank, Read, call, conjunction, conjuncts, substitute, walk
+from attn_rewrite.cascade.expr import TRUE, Call, Const, Expr, Extent, Rank, Read, call, conjunction, conjuncts, substitute, walk
 from attn_rewrite.cascade.ir import TensorDecl
 from attn_rewrite.cascade.simplify import is_causal_term, mask_value, rows_kept, simplify
 from attn_rewrite.graph import ROLE_ORDER, arguments, canonical_groups, is_call, module_path, source_line, value_of
 from attn_rewrite.passes.find.anchor import Anchor, open_anchor, refuse
 from attn_rewrite.passes.find.axes import Atoms
-from attn_rewrite.passes.find.facts import kind_of, layout_text
+from attn_rewrite.passes.find.facts import appended_to_cache, kind_of, layout_text
 from attn_rewrite.passes.find.forward import Forward, follow
 from attn_rewrite.passes.find.layout import pull, pure
 from attn_rewrite.passes.find.lift import Dot
@@ -237,6 +237,8 @@ def _assemble(
     )
     offset = causal_offset(raised)
     kind, rope = kind_of(inputs["Q"], inputs["K"], roles)
+    if offset is None and kind == "self" and not roles.q and appended_to_cache(inputs["K"]):
+        offset = Extent("kv") - 1  # one newest query: every key is at or before its position
     output = operand(forward.value.node, forward.value.out_dims, roles, axes)
     return Site(
         name=name,

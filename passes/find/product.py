@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from attn_rewrite.graph import arguments, is_call, is_tensor, op_name, shape_of
+from attn_rewrite.graph import arguments, is_call, is_parameter, is_tensor, op_name, shape_of
 from attn_rewrite.sizes import as_size, same_size
 
 Labels = tuple[str, ...]
@@ -126,12 +126,12 @@ def _linear(node: fx.Node) -> Product | None:
     """``F.linear(q, k)`` with an activation as the weight is a product; with a parameter it is not."""
     named = arguments(node)
     weight = named["weight"]
-    if named["bias"] is not None or not is_tensor(weight) or weight.op == "get_attr":
+    if named["bias"] is not None or not is_tensor(weight) or is_parameter(weight):
         return None
     source = weight
     while is_call(source, "t", "transpose", "to", "view", "detach"):
         source = source.args[0]
-    if source.op == "get_attr" or not is_tensor(named["input"]):
+    if is_parameter(source) or not is_tensor(named["input"]):
         return None
     left, right = named["input"], weight
     names = tuple(f"x{i}" for i in range(len(shape_of(left)) - 2))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from attn_rewrite.cascade.expr import Const, Expr, Extent, Rank, call, transform
-from attn_rewrite.graph import is_call, is_tensor, shape_of
+from attn_rewrite.graph import is_call, is_parameter, is_tensor, shape_of
 from attn_rewrite.passes.find.axes import Atoms, Axes
 from attn_rewrite.sizes import as_size, same_size
 from attn_rewrite.passes.find.layout import pull, pure
@@ -74,7 +74,7 @@ def _back(node: fx.Node, dims: tuple[Atoms, ...], axes: Axes) -> tuple[fx.Node, 
     if is_call(node, *KEEPS_AXES, "_weight_norm"):
         inputs = node.args[0] if isinstance(node.args[0], (list, tuple)) else node.args
         for source in inputs:
-            if is_tensor(source) and len(shape_of(source)) == len(dims) and source.op != "get_attr":  # type: ignore[arg-type,union-attr]
+            if is_tensor(source) and len(shape_of(source)) == len(dims) and not is_parameter(source):  # type: ignore[arg-type,union-attr]
                 pairs = zip(shape_of(source)[:-1], shape_of(node)[:-1], strict=True)  # type: ignore[arg-type]
                 if all(same_size(as_size(a), as_size(b)) for a, b in pairs):
                     return source, dims  # type: ignore[return-value]

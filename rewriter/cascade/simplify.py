@@ -260,7 +260,7 @@ def _comparison(node: Call) -> Expr | None:
     constant = difference.pop(None, 0)
     if not difference:
         return Const(constant >= 0 if op == "le" else (constant == 0) == (op == "eq"))
-    if op == "le" and constant >= 0 and all(_never_negative(t, c) for t, c in difference.items()):
+    if op == "le" and _never_negative(difference, constant):
         return TRUE
     if op != "le" and min(difference.items(), key=_term_order)[1] < 0:
         difference = {t: -c for t, c in difference.items()}
@@ -269,8 +269,16 @@ def _comparison(node: Call) -> Expr | None:
     return None if result == node else result
 
 
-def _never_negative(term: Expr | None, coefficient: int) -> bool:
-    return coefficient > 0 and isinstance(term, (Rank, Extent))
+def _never_negative(terms: Affine, constant: int) -> bool:
+    """``terms + constant >= 0`` wherever coordinates lie within their ranks."""
+    rest = dict(terms)
+    for term in [t for t in rest if isinstance(t, Rank)]:
+        room = rest.get(Extent(term.name), 0)
+        if rest[term] == -1 and room >= 1:  # a coordinate is at most its extent less one
+            rest[Extent(term.name)] = room - 1
+            rest[term] = 0
+            constant += 1
+    return constant >= 0 and all(c >= 0 and isinstance(t, (Rank, Extent)) for t, c in rest.items())
 
 
 def _term_order(item: tuple[Expr | None, int]) -> str:

@@ -1,0 +1,48 @@
+"""Retrace what Dynamo captured to the project's dialect: pre-dispatch ATen, one graph.
+
+Module paths, source lines and fake values (with symbolic sizes) survive; placeholders that are
+parameters are marked, so that a projection is not taken for a product of two activations.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.utils import detect_fake_mode
+from torch.fx import traceback as fx_traceback
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from attn_rewrite.graph import PARAMETER
+
+
+def retrace(module: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:
+    """``module`` traced again on the fake values of its placeholders.
+
+    ``inputs`` are the example inputs Dynamo hands to a backend, in placeholder order.
+    """
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    fakes = [n.meta.get("example_value", value) for n, value in zip(placeholders, inputs, strict=True)]
+    mode = detect_fake_mode(fakes)
+
+    def run(*args: Any) -> Any:
+        with fx_traceback.preserve_node_meta():
+            return fx.Interpreter(module).run(*args)
+
+    symbolic = "symbolic" if mode is not None and mode.shape_env is not None else "fake"
+    with torch.set_grad_enabled(torch.is_grad_enabled()):
+        traced = make_fx(run, tracing_mode=symbolic, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+    assert isinstance(traced, fx.GraphModule)
+    fresh = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    for old, new, value in zip(placeholders, fresh, inputs, strict=True):
+        new.meta[PARAMETER] = isinstance(value, torch.nn.Parameter) or _named_parameter(old)
+    for node in traced.graph.nodes:
+        node.meta.setdefault("val", node.meta.get("example_value"))
+    return traced
+
+
+def _named_parameter(node: fx.Node) -> bool:
+    source = node.meta.get("tensor_dict") or {}
+    name = str(getattr(node, "_dynamo_source", "") or node.target)
+    return "_parameters" in name or bool(source.get("_is_param"))
