@@ -12,14 +12,14 @@ Source of the pass-boundary choice: Nayak et al., "FuseMax", MICRO 2024, section
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import sympy
 
 from attn_rewrite.cascade.count import PassAnalysis, leaf_ranks, operation_counts, pass_analysis
-from attn_rewrite.cascade.expr import TRUE, Call, Const, Rank, Read, ranks_of
+from attn_rewrite.cascade.expr import TRUE, Call, Const, Rank, Read, ranks_of, tensors_of
 from attn_rewrite.cascade.ir import ALIASES, Cascade, Einsum, RankDecl
 from attn_rewrite.cascade.operations import WORD, EinsumCost, rank_symbol
 from attn_rewrite.errors import PolicyError
@@ -29,6 +29,7 @@ from attn_rewrite.target import BYTES, Target, dtype_name
 TILE = 128
 # An exponential costs what FuseMax charges for it: six dependent multiply-adds.
 _EXP = 6
+_STORED = {**BYTES, "i64": 8, "i32": 4, "bool": 1}
 
 
 @dataclass(frozen=True)
@@ -97,37 +98,37 @@ def site_cost(
     """
     if not 0 <= tile_fraction <= 1:
         raise PolicyError(f"tile fraction {tile_fraction} is not a share of tiles; use 0 to 1")
-    key, query = cascade.rank(rank), cascade.rank(query_rank)
     sizes = complete_extents(cascade, extents)
-    counter = _Counter(cascade, sizes, dtype_name(dtype), (query, key), tile_fraction)
-    analysis = pass_analysis(cascade, key)
-    einsums, costs = tuple(cascade.einsums()), operation_counts(cascade)
-    work = [counter.work(c) for c in costs]
-    live_bytes = sum(counter.row_bytes(t) for t in analysis.live)
-    fused = _fused(counter, analysis, costs, live_bytes, target)
-    alone = [
-        0.0 if _is_rename(e) else counter.einsum_bytes(c)
-        for e, c in zip(einsums, costs, strict=True)
-    ]
-    unfused = list(zip(work, alone, strict=True))
-    total = _add(work)
+    ceilings = (target, dtype_name(dtype))
+    counter = _Counter(cascade, sizes, (query_rank, rank), tile_fraction, ceilings)
+    analysis = pass_analysis(cascade, rank)
+    steps = [_Step(e, counter.work(e, c), counter.einsum_bytes(e, c)) for e, c in _paired(cascade)]
+    live = tuple(t for t in analysis.live if not _is_view(cascade.producer(t)))
+    fused = _fused(counter, analysis, live, steps, target)
+    work = _add(s.work for s in steps)
+
+    def alone(step: _Step) -> float:
+        return max(_seconds(step.work, target), step.moved / target.bandwidth)
+
     return Cost(
         target=target.name,
         dtype=counter.dtype,
         passes=analysis.passes,
-        live=analysis.live,
-        live_bytes=round(live_bytes),
+        live=live,
+        live_bytes=counter.live_bytes(live),
         kept=fused.kept,
-        flops=2 * total.macs + total.others,
-        matrix_flops=2 * total.macs,
+        flops=2 * work.macs + work.others,
+        matrix_flops=2 * work.macs,
         dram_bytes=fused.moved,
-        unfused_bytes=sum(b for _, b in unfused),
-        arithmetic_s=_seconds(fused.work, target, counter.dtype),
+        unfused_bytes=sum(s.moved for s in steps),
+        arithmetic_s=_seconds(fused.work, target),
         memory_s=fused.moved / target.bandwidth,
-        unfused_s=sum(
-            max(_seconds(w, target, counter.dtype), b / target.bandwidth) for w, b in unfused
-        ),
+        unfused_s=sum(alone(s) for s in steps),
     )
+
+
+def _paired(cascade: Cascade) -> Iterator[tuple[Einsum, EinsumCost]]:
+    return zip(cascade.einsums(), operation_counts(cascade), strict=True)
 
 
 def complete_extents(cascade: Cascade, extents: Mapping[str, int]) -> dict[str, int]:
@@ -179,39 +180,48 @@ def _divided(cascade: Cascade, sizes: dict[str, int]) -> None:
                     sizes[name] = math.ceil(sizes[other] / by)
 
 
-def _is_rename(einsum: Einsum) -> bool:
-    """Does it give a tensor another name without touching its elements?"""
-    source = einsum.expr
-    plain = isinstance(source, Read) and source.index == einsum.out.index
-    return plain and einsum.guard == TRUE
+def _is_view(einsum: Einsum | None) -> bool:
+    """Does it only rename, permute or split the ranks of another tensor?"""
+    if einsum is None or not isinstance(einsum.expr, Read) or einsum.guard != TRUE:
+        return False
+    source, out = (
+        frozenset[str]().union(*map(ranks_of, r.index)) for r in (einsum.expr, einsum.out)
+    )
+    return source == out and not any(tensors_of(i) for i in einsum.expr.index)
 
 
 @dataclass(frozen=True)
 class _Work:
-    """Operations: multiply-adds of products, elementwise ones, and those weighted by their cost."""
+    """Operations (multiply-adds of products, elementwise ones) and how long each kind takes."""
 
     macs: float = 0.0
     others: float = 0.0
-    weighted: float = 0.0
+    matrix_s: float = 0.0
+    vector_s: float = 0.0
 
     def times(self, n: float) -> _Work:
-        return _Work(self.macs * n, self.others * n, self.weighted * n)
+        return _Work(*(n * getattr(self, f.name) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class _Step:
+    """An Einsum as a kernel of its own: its work, and the bytes it moves."""
+
+    einsum: Einsum
+    work: _Work
+    moved: float
 
 
 def _add(parts: Iterable[_Work]) -> _Work:
     listed = list(parts)
-    return _Work(*(sum(getattr(w, f) for w in listed) for f in ("macs", "others", "weighted")))
+    return _Work(*(sum(getattr(w, f.name) for w in listed) for f in fields(_Work)))
 
 
-def _seconds(work: _Work, target: Target, dtype: str) -> float:
-    """Least time of the arithmetic; elementwise work is done in float32.
-
-    Units of their own run beside the matrix units, the same units one after the other.
-    """
-    matrix = 2 * work.macs / target.peak(dtype)
+def _seconds(work: _Work, target: Target) -> float:
+    """Least time of the arithmetic: elementwise units of their own run beside the matrix units."""
     if target.vector_flops is None:
-        return matrix + work.weighted / target.peak("f32")
-    return max(matrix, work.weighted / target.vector_flops)
+        return work.matrix_s + work.vector_s
+    return max(work.matrix_s, work.vector_s)
 
 
 class _Counter:
@@ -221,18 +231,25 @@ class _Counter:
         self,
         cascade: Cascade,
         sizes: Mapping[str, int],
-        dtype: str,
         pair: tuple[str, str],
         tile_fraction: float,
+        ceilings: tuple[Target, str],
     ) -> None:
-        self.cascade, self.dtype, self.fraction = cascade, dtype, tile_fraction
+        self.cascade, self.fraction = cascade, tile_fraction
+        self.target, dtype = ceilings
+        self.dtype = dtype
         self.values = {rank_symbol(r): n for r, n in sizes.items()}
         self.values[WORD] = BYTES[dtype]
-        self.query, self.key = (self._symbols(r) for r in pair)
+        query, key = pair
+        known = {r.name for r in cascade.ranks}
+        has_query = query in known or ALIASES.get(query) in known
+        self.query = self._symbols(query) if has_query else frozenset()
+        self.key = self._symbols(key)
         self.declared = {t.name: t for t in (*cascade.tensors, *cascade.inputs)}
 
     def _symbols(self, rank: str) -> frozenset[sympy.Symbol]:
-        return frozenset(rank_symbol(r) for r in (rank, *leaf_ranks(self.cascade, rank)))
+        name = self.cascade.rank(rank)
+        return frozenset(rank_symbol(r) for r in (name, *leaf_ranks(self.cascade, name)))
 
     def number(self, counts: sympy.Expr) -> float:
         """The value of ``counts``; terms over queries and keys happen in executed tiles only."""
@@ -242,15 +259,24 @@ class _Counter:
             total += float(term.subs(self.values)) * (self.fraction if pairs else 1.0)
         return total
 
-    def work(self, cost: EinsumCost) -> _Work:
-        """Operations of one Einsum."""
+    def work(self, einsum: Einsum, cost: EinsumCost) -> _Work:
+        """Operations of one Einsum and their time; elementwise work is done in float32."""
         ops = {kind: self.number(n) for kind, n in cost.operations.items()}
         others = sum(n for kind, n in ops.items() if kind != "mac")
-        return _Work(ops["mac"], others, others + (_EXP - 1) * ops["exp"])
+        vector = self.target.vector_flops or self.target.peak("f32")
+        matrix_s = 2 * ops["mac"] / self.target.peak(self._product_dtype(einsum))
+        return _Work(ops["mac"], others, matrix_s, (others + (_EXP - 1) * ops["exp"]) / vector)
 
-    def einsum_bytes(self, cost: EinsumCost) -> float:
-        """Bytes one Einsum reads and writes when it runs alone."""
-        return self.number(cost.bytes_read + cost.bytes_written)
+    def _product_dtype(self, einsum: Einsum) -> str:
+        """The type all operands are stored in, where the target multiplies it; else the model's."""
+        decls = [self.declared.get(r.tensor) for r in einsum.reads()]
+        stored = {"float" if d is None else d.dtype for d in decls}
+        fixed = stored.pop() if len(stored) == 1 else "float"
+        return fixed if fixed in dict(self.target.flops) else self.dtype
+
+    def einsum_bytes(self, einsum: Einsum, cost: EinsumCost) -> float:
+        """Bytes one Einsum reads and writes when it runs alone; a view moves none."""
+        return 0.0 if _is_view(einsum) else self.number(cost.bytes_read + cost.bytes_written)
 
     def boundary_bytes(self) -> dict[str, float]:
         """Bytes of every input that is read and every output, each once."""
@@ -262,11 +288,14 @@ class _Counter:
         """Bytes of a whole tensor."""
         return self.number(sympy.Mul(*self._shape(tensor)) * self._width(tensor))
 
-    def row_bytes(self, tensor: str) -> float:
-        """Bytes of a tensor for one query of one head."""
-        decl = {rank_symbol(r) for r in ("b", "h", "hkv")} | self.query
-        kept = [s for s in self._shape(tensor) if s not in decl]
-        return self.number(sympy.Mul(*kept) * self._width(tensor))
+    def live_bytes(self, tensors: Iterable[str]) -> int:
+        """Bytes of ``tensors`` for one query of one head, whichever tiles are executed."""
+        outside = {rank_symbol(r) for r in ("b", "h", "hkv", "g")} | self.query
+        total = 0
+        for tensor in tensors:
+            kept = [symbol for symbol in self._shape(tensor) if symbol not in outside]
+            total += int((sympy.Mul(*kept) * self._width(tensor)).subs(self.values))
+        return total
 
     def _shape(self, tensor: str) -> tuple[sympy.Symbol, ...]:
         decl = self.declared.get(tensor)
@@ -278,8 +307,9 @@ class _Counter:
 
     def _width(self, tensor: str) -> sympy.Expr:
         decl = self.declared.get(tensor)
-        fixed = decl is not None and decl.dtype != "float"
-        return sympy.Integer(BYTES.get(decl.dtype, 4)) if fixed and decl else WORD
+        if decl is None or decl.dtype == "float":
+            return WORD
+        return sympy.Integer(_STORED.get(decl.dtype, 4))
 
 
 @dataclass(frozen=True)
@@ -294,36 +324,36 @@ class _Fused:
 def _fused(
     counter: _Counter,
     analysis: PassAnalysis,
-    costs: Sequence[EinsumCost],
-    live_bytes: float,
+    live: tuple[str, ...],
+    steps: Sequence[_Step],
     target: Target,
 ) -> _Fused:
     """The fastest way to carry the live intermediates over the pass boundaries."""
-    work = _add(counter.work(c) for c in costs)
+    work = _add(s.work for s in steps)
     boundary = counter.boundary_bytes()
     once = sum(boundary.values())
-    if not analysis.live:
+    if not live:
         return _Fused("nothing", work, once)
-    if live_bytes * TILE * target.units <= target.on_chip:
+    if counter.live_bytes(live) * TILE * target.units <= target.on_chip:
         return _Fused("on chip", work, once)
-    spilled = _Fused("spilled", work, once + _spill_bytes(counter, analysis))
+    spilled = _Fused("spilled", work, once + _spill_bytes(counter, analysis, live))
     # Whatever a later pass needs is made again from the inputs, ancestors included.
     again = {t: passes - 1 for t, passes in analysis.tensor_passes.items()}
-    repeated = _add(counter.work(c).times(again.get(c.tensor, 0)) for c in costs)
+    repeated = _add(s.work.times(again.get(s.einsum.out.tensor, 0)) for s in steps)
     reread = sum(n * again.get(t, 0) for t, n in boundary.items())
     recomputed = _Fused("recomputed", _add([work, repeated]), once + reread)
 
     def time(way: _Fused) -> float:
         memory = way.moved / target.bandwidth
-        return max(_seconds(way.work, target, counter.dtype), memory)
+        return max(_seconds(way.work, target), memory)
 
     return min(spilled, recomputed, key=time)
 
 
-def _spill_bytes(counter: _Counter, analysis: PassAnalysis) -> float:
+def _spill_bytes(counter: _Counter, analysis: PassAnalysis, live: Iterable[str]) -> float:
     """Each live tensor is written once and read once in every later pass that needs it."""
     total = 0.0
-    for tensor in analysis.live:
+    for tensor in live:
         made = analysis.pass_of.get(tensor)
         readers = {
             analysis.pass_of[e.out.tensor]
