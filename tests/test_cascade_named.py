@@ -375,10 +375,11 @@ def lse_merge(g: torch.Generator) -> Case:
 
 def bound(inputs: Tensors, expected: Tensor) -> float:
     """First-order rounding of a float64 attention: the score's error goes through exp, then sums."""
-    largest = max(v.to(torch.float64).abs().max().item() for v in inputs.values())
-    score = (
-        E * largest**2 if largest < 100 else E * 16.0
-    )  # integers come with scales below 1/127 x 4
+    q, k = (
+        max([4.0, *(v.abs().max().item() for n, v in inputs.items() if n in names)])
+        for names in (("Q", "Q1", "Q2"), ("K", "K1", "K2"))
+    )
+    score = 16.0 * E if "QS" in inputs else E * q * k  # scaled integers are draws below 4, too
     return EPS * (E * score + 2 * (M + P) + 8) * max(1.0, expected.abs().max().item())
 
 

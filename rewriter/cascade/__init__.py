@@ -1,4 +1,4 @@
-"""Cascades of Einsums: the representation every attention is raised to (`ir`), and what is asked of it.
+"""Cascades of Einsums: what every attention is raised to, and what can be asked of it.
 
 Public names are lazy: importing this package imports neither torch nor sympy nor networkx.  No
 submodule has the name of a public function.

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from attn_rewrite.cascade.expr import Const, Expr, Rank, Read, walk
+from attn_rewrite.cascade.expr import Call, Const, Expr, Extent, Rank, Read, walk
 from attn_rewrite.cascade.ir import Cascade, Einsum, TensorDecl
 from attn_rewrite.errors import CascadeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def extents(
@@ -17,8 +22,8 @@ def extents(
 ) -> dict[str, int]:
     """The extent of every rank, from the shape of each input, declared sizes and ``sizes``.
 
-    ``sizes`` may use aliases (``m`` for ``kv``).  A split rank whose parts have no size is split into
-    tiles of about its square root: the value of a cascade does not depend on it.  Raises
+    ``sizes`` may use aliases (``m`` for ``kv``).  A split rank whose parts have no size is split
+    into tiles of about its square root: the value of a cascade does not depend on it.  Raises
     `CascadeError` where shapes disagree or an extent stays unknown.
     """
     solver = _Solver(cascade, {cascade.rank(n): s for n, s in (sizes or {}).items()})
@@ -65,8 +70,8 @@ class _Solver:
         """Take the extents of an input's ranks from its shape."""
         if len(shape) != len(tensor.ranks):
             raise CascadeError(
-                f"cascade {self.cascade.name}: input {tensor.name} has shape {list(shape)}; expected "
-                f"{len(tensor.ranks)} dimensions, [{', '.join(tensor.ranks)}]"
+                f"cascade {self.cascade.name}: input {tensor.name} has shape {list(shape)}; "
+                f"expected {len(tensor.ranks)} dimensions, [{', '.join(tensor.ranks)}]"
             )
         for rank, extent in zip(tensor.ranks, shape, strict=True):
             self.learn(rank, int(extent), f"input {tensor.name}")
@@ -148,19 +153,36 @@ def _reads(einsum: Einsum) -> Iterator[Read]:
         yield from (n for n in walk(part) if isinstance(n, Read))
 
 
-def shift_of(index: Expr) -> tuple[str | None, int] | None:
-    """``(rank, offset)`` of an index ``r``, ``r + 1`` or ``r - 1``; ``(None, c)`` of a literal."""
+@dataclass(frozen=True)
+class Shift:
+    """An index that is a rank plus a constant; only the constant where ``rank`` is None."""
+
+    rank: str | None
+    offset: int
+
+    def span(self, coordinates: Mapping[str, Tensor]) -> tuple[int, int]:
+        """First index and count over consecutive coordinates of the rank."""
+        if self.rank is None:
+            return self.offset, 1
+        found = coordinates[self.rank]
+        return self.offset + (int(found[0]) if len(found) else 0), len(found)
+
+
+def shift_of(index: Expr, sizes: Mapping[str, int]) -> Shift | None:
+    """The shift that ``index`` is (``r``, ``r + 1``, ``r - 1``, ``3``, ``#r``); None for others."""
     match index:
         case Rank(name):
-            return name, 0
+            return Shift(name, 0)
         case Const(bool()):
             return None
         case Const(int(value)):
-            return None, value
-    op, args = getattr(index, "op", ""), index.children
-    match op, args:
-        case "add", (Rank(name), Const(int(value))) | (Const(int(value)), Rank(name)):
-            return name, value
-        case "sub", (Rank(name), Const(int(value))):
-            return name, -value
+            return Shift(None, value)
+        case Extent(rank):
+            return Shift(None, sizes[rank])
+        case Call("add", (Rank(name), Const(int(value)))):
+            return Shift(name, value)
+        case Call("add", (Const(int(value)), Rank(name))):
+            return Shift(name, value)
+        case Call("sub", (Rank(name), Const(int(value)))):
+            return Shift(name, -value)
     return None

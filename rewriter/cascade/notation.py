@@ -1,8 +1,8 @@
 """Tokens and expressions of the text notation: from characters to `Expr` trees.
 
-The notation is that of `Expr.__str__` plus what people type by hand: ``x`` and ``×`` as product
-signs, ``and or not``, chained comparisons (``0 <= q - kv < 4``), ``max`` of several arguments and
-filters inside an index (``A[k : k <= i]``).  A comment runs from ``--`` to the end of the line.
+The notation is that of `Expr.__str__` plus what people type by hand: ``x`` as product sign,
+``and or not``, chained comparisons (``0 <= q - kv < 4``), ``max`` of several arguments and filters
+inside an index (``A[k : k <= i]``).  A comment runs from ``--`` to the end of the line.
 """
 
 from __future__ import annotations
@@ -25,11 +25,16 @@ _TOKEN = re.compile(
       | (?P<op>::|//|\*\*|<=|>=|==|!=|[-+*/%<>=&|~()\[\],:;#])""",
     re.VERBOSE,
 )
-_SIGNS = str.maketrans({"×": "*", "·": "*", "−": "-", "∞": "inf", "≤": "<=", "≥": ">=", "≠": "!="})
-_SPELLINGS = {"ln": "log", "sigma": "sigmoid", "sigmoid": "sigmoid", "σ": "sigmoid"}
+# What papers print, and what is typed for it (written as escapes: they look like ASCII).
+_SIGNS = str.maketrans({
+    "\N{MULTIPLICATION SIGN}": "*", "\N{MIDDLE DOT}": "*", "\N{MINUS SIGN}": "-",
+    "\N{INFINITY}": "inf", "\N{LESS-THAN OR EQUAL TO}": "<=",
+    "\N{GREATER-THAN OR EQUAL TO}": ">=", "\N{NOT EQUAL TO}": "!=",
+})  # fmt: skip
+_SPELLINGS = {"ln": "log", "sigma": "sigmoid", "\N{GREEK SMALL LETTER SIGMA}": "sigmoid"}
 
 # Binding of the word operators, looser than every symbol of `OPERATORS`.
-_OR_WORD, _AND_WORD, _NOT_WORD, _COMPARE, _UNARY, _POWER = -3, -2, -1, 1, 6, 7
+_OR_WORD, _AND_WORD, _NOT_WORD, _COMPARE, _UNARY = -3, -2, -1, 1, 6
 _INFIX = {o.infix: o for o in OPERATORS.values() if o.infix}
 
 

@@ -34,7 +34,7 @@ class Draft:
 
 @dataclass
 class _OpenLoop:
-    """A loop being read; ``rank`` is None until a stop line names it, ``at`` its place in the body."""
+    """A loop being read: its place in the body, and its rank once a stop line names it."""
 
     start: Token
     at: int

@@ -7,7 +7,7 @@ operator is one broadcast torch operation.  Truth values stay bool and coordinat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -54,8 +54,8 @@ class Frame:
 def evaluate(expr: Expr, frame: Frame, outermost: bool = False) -> Tensor:
     """The value of ``expr``; ``outermost`` collects divisors of a product in ``frame.present``.
 
-    ``a / b`` is 0 where b is 0 (the divisor is empty there), and ``exp(a - b)`` is 0 where a is -inf
-    whatever b is (an empty score), as the user operations of the paper define it.
+    ``a / b`` is 0 where b is 0 (the divisor is empty there), and ``exp(a - b)`` is 0 where a is
+    -inf whatever b is (an empty score), as the user operations of the paper define it.
     """
     match expr:
         case Const(value):
@@ -68,25 +68,12 @@ def evaluate(expr: Expr, frame: Frame, outermost: bool = False) -> Tensor:
             return _constant(torch.tensor(frame.extents[rank]), frame)
         case Read():
             return _read(expr, frame)
-        case Call("mul", (a, b)):
-            return _arithmetic(evaluate(a, frame, outermost)) * _arithmetic(
-                evaluate(b, frame, outermost)
-            )
-        case Call("neg", (a,)):
-            return -_arithmetic(evaluate(a, frame, outermost))
-        case Call("div", (a, b)):
-            return _divide(a, b, frame, outermost)
-        case Call("exp" | "exp2" as op, (Call("sub", (a, b)),)):
-            return _subtract_then_exp(op, evaluate(a, frame), evaluate(b, frame))
-        case Call("where", (condition, yes, no)):
-            c = truth(evaluate(condition, frame))
-            return _choose(
-                c, evaluate(yes, frame.restricted(c)), evaluate(no, frame.restricted(~c))
-            )
-        case Call("and", (a, b)):
-            left = truth(evaluate(a, frame))
-            return left & truth(evaluate(b, frame.restricted(left)))
+        case Call("mul" | "neg" | "div"):
+            return _product(expr, frame, outermost)
         case Call(op, args):
+            special = _SPECIAL.get(op)
+            if special is not None:
+                return special(expr, frame)
             return _OPERATIONS[op](*(evaluate(a, frame) for a in args))
     raise TypeError(f"not an expression: {expr!r}")
 
@@ -99,6 +86,11 @@ def truth(value: Tensor) -> Tensor:
 def real(value: Tensor) -> Tensor:
     """The value in float64."""
     return value.to(torch.float64)
+
+
+def broadcast_shape(*shapes: Sequence[int]) -> list[int]:
+    """The common shape of values of one frame, where a size of 1 gives way to any other."""
+    return [next((n for n in sizes if n != 1), 1) for sizes in zip(*shapes, strict=True)]
 
 
 def _constant(value: Tensor, frame: Frame) -> Tensor:
@@ -120,27 +112,19 @@ def _read(read: Read, frame: Frame) -> Tensor:
 
 def _slice(read: Read, tensor: Tensor, frame: Frame) -> Tensor | None:
     """A view, where each index is a literal or a shifted rank of its own and stays inside."""
-    ranks: list[str] = []
-    for dim in reversed(range(tensor.ndim)):
-        index = read.index[dim]
-        shift = (None, frame.extents[index.rank]) if isinstance(index, Extent) else shift_of(index)
-        if shift is None or shift[0] in ranks:
+    shifts = [shift_of(i, frame.extents) for i in read.index]
+    ranks = [s.rank for s in shifts if s is not None and s.rank is not None]
+    if None in shifts or len(set(ranks)) != len(ranks):
+        return None
+    for dim, shift in enumerate(shifts):
+        assert shift is not None
+        start, count = shift.span(frame.coordinates)
+        if start < 0 or start + count > tensor.shape[dim]:
             return None
-        rank, offset = shift
-        count = 1
-        if rank is not None:
-            coordinates = frame.coordinates[rank]
-            count = len(coordinates)
-            offset += int(coordinates[0]) if count else 0
-        if offset < 0 or offset + count > tensor.shape[dim]:
-            return None
-        tensor = tensor.narrow(dim, offset, count)
-        if rank is None:
-            tensor = tensor.squeeze(dim)
-        else:
-            ranks.insert(0, rank)
+        tensor = tensor.narrow(dim, start, count)
+    tensor = tensor.reshape([n for n, s in zip(tensor.shape, shifts, strict=True) if s and s.rank])
+    counts = dict(zip(ranks, tensor.shape, strict=True))
     order = sorted(range(len(ranks)), key=lambda i: frame.axis(ranks[i]))
-    counts = {ranks[i]: tensor.shape[i] for i in order}
     return tensor.permute(order).reshape([counts.get(r, 1) for r in frame.ranks])
 
 
@@ -155,13 +139,12 @@ def _gather(read: Read, tensor: Tensor, frame: Frame) -> Tensor:
         if bool(outside.any()):
             example = at.expand(outside.shape)[outside][0]
             raise CascadeError(
-                f"{read} is read at {index} = {int(example)}, outside its extent {tensor.shape[dim]}; "
-                f"filter such points with a where clause"
+                f"{read} is read at {index} = {int(example)}, outside its extent "
+                f"{tensor.shape[dim]}; filter such points with a where clause"
             )
         indices.append(at.clamp(0, max(0, tensor.shape[dim] - 1)))
     if 0 in tensor.shape:
-        shape = torch.broadcast_shapes(*(i.shape for i in indices))
-        return tensor.new_zeros(shape)
+        return tensor.new_zeros(broadcast_shape(*(i.shape for i in indices)))
     return tensor[tuple(indices)]
 
 
@@ -170,23 +153,49 @@ def _arithmetic(value: Tensor) -> Tensor:
     return value.to(torch.int64) if value.dtype == torch.bool else value
 
 
-def _divide(a: Expr, b: Expr, frame: Frame, outermost: bool) -> Tensor:
-    dividend, divisor = real(evaluate(a, frame, outermost)), real(evaluate(b, frame))
+def _product(expr: Call, frame: Frame, outermost: bool) -> Tensor:
+    """A product, quotient or negation; the outermost ones say which points are not touched."""
+    first = evaluate(expr.args[0], frame, outermost)
+    if expr.op == "neg":
+        return -_arithmetic(first)
+    if expr.op == "mul":
+        return _arithmetic(first) * _arithmetic(evaluate(expr.args[1], frame, outermost))
+    divisor = real(evaluate(expr.args[1], frame))
     present = divisor != 0
     if outermost and not bool(present.all()):
         frame.present.append(present)
-    return torch.where(present, dividend / torch.where(present, divisor, 1.0), 0.0)
+    return torch.where(present, real(first) / torch.where(present, divisor, 1.0), 0.0)
 
 
-def _subtract_then_exp(op: str, a: Tensor, b: Tensor) -> Tensor:
-    left, right = real(a), real(b)
-    power = torch.exp if op == "exp" else torch.exp2
-    return torch.where(left == -math.inf, 0.0, power(left - right))
+def _exponential(expr: Call, frame: Frame) -> Tensor:
+    power = torch.exp if expr.op == "exp" else torch.exp2
+    match expr.args[0]:
+        case Call("sub", (a, b)):
+            left, right = real(evaluate(a, frame)), real(evaluate(b, frame))
+            return torch.where(left == -math.inf, 0.0, power(left - right))
+    return power(real(evaluate(expr.args[0], frame)))
 
 
-def _choose(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+def _conditional(expr: Call, frame: Frame) -> Tensor:
+    condition = truth(evaluate(expr.args[0], frame))
+    yes = evaluate(expr.args[1], frame.restricted(condition))
+    no = evaluate(expr.args[2], frame.restricted(~condition))
     dtype = torch.promote_types(yes.dtype, no.dtype)
     return torch.where(condition, yes.to(dtype), no.to(dtype))
+
+
+def _conjunction(expr: Call, frame: Frame) -> Tensor:
+    """The right side counts only where the left one holds, so that it may guard a read."""
+    left = truth(evaluate(expr.args[0], frame))
+    return left & truth(evaluate(expr.args[1], frame.restricted(left)))
+
+
+_SPECIAL: dict[str, Callable[[Call, Frame], Tensor]] = {
+    "exp": _exponential,
+    "exp2": _exponential,
+    "where": _conditional,
+    "and": _conjunction,
+}
 
 
 def _power(a: Tensor, b: Tensor) -> Tensor:
@@ -243,7 +252,7 @@ _OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "add": _promoted(torch.add), "sub": _promoted(torch.sub), "pow": _power,
     "floordiv": _promoted(torch.floor_divide), "mod": _promoted(torch.remainder),
     "max": _promoted(torch.maximum), "min": _promoted(torch.minimum),
-    "exp": _of_real(torch.exp), "exp2": _of_real(torch.exp2), "log": _of_real(torch.log),
+    "log": _of_real(torch.log),
     "log1p": _of_real(torch.log1p), "sqrt": _of_real(torch.sqrt), "rsqrt": _of_real(torch.rsqrt),
     "tanh": _of_real(torch.tanh), "sigmoid": _of_real(torch.sigmoid), "relu": _exact(torch.relu),
     "abs": _exact(torch.abs), "floor": _exact(torch.floor), "ceil": _exact(torch.ceil),
@@ -254,5 +263,5 @@ _OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "reciprocal": _of_real(torch.reciprocal),
     "isneginf": _of_real(torch.isneginf),
     "clip": lambda a, low, high: _promoted(torch.minimum)(_promoted(torch.maximum)(a, low), high),
-    **{f"cast_{name}": _cast(name) for name in ("f64", "f32", "f16", "bf16", "i64", "i32", "i8", "bool")},
+    **{f"cast_{name}": _cast(name) for name in (*_FLOATS, *_INTEGERS, "bool")},
 }  # fmt: skip

@@ -108,8 +108,8 @@ AV[f, p] = RNV[f, #m1, p] / RD[#m1, p]
 )
 
 # Section III: A[k], B[k] -> Z.  The iterative one divides by RY[0] = 0, which is an empty divisor:
-# the correction of the empty prefix is 0.  It fails where a later prefix of Y is 0; the deferred one
-# never does.
+# the correction of the empty prefix is 0.  It fails where a later prefix of Y is 0; the deferred
+# one never does.
 CASCADE_1 = """
 ranks k
 inputs A[k], B[k]
