@@ -50,6 +50,7 @@ class Anchor:
     guard: Expr = TRUE
     dropout: float = 0.0
     value: ValueProduct | None = None
+    sink: Expr | None = None  # a logit that joins the denominator only
 
 
 def refuse(code: str, reason: str, node: fx.Node) -> Refusal:
@@ -71,18 +72,35 @@ def _open_softmax(node: fx.Node, module: torch.nn.Module) -> Anchor | Refusal:
     named = arguments(node)
     scores = named["self"]
     assert isinstance(scores, fx.Node)
+    if not shape_of(scores):
+        return refuse("no-score-product", "the softmax is taken of a single number", node)
+    place = named["dim"] % len(shape_of(scores))
+    scores, column = _without_sink(scores, place)
     shape = shape_of(scores)
     axes = Axes()
-    if not shape:
-        return refuse("no-score-product", "the softmax is taken of a single number", node)
-    place = named["dim"] % len(shape)
     dims = tuple(axes.line(s) if i == place else axes.fresh(s) for i, s in enumerate(shape))
     keys = dims[place]
     lifter = Lifter(axes, module)
     lifter.know_sizes(dims)
     expr = lifter.lift(scores, dims)
     assert expr is not None
-    return Anchor(node, axes, lifter, dims, keys, expr)
+    sink = None
+    if column is not None:
+        sink = lifter.operand(column, scores, (*dims[:place], (), *dims[place + 1 :]), 0)
+    return Anchor(node, axes, lifter, dims, keys, expr, sink=sink)
+
+
+def _without_sink(scores: fx.Node, place: int) -> tuple[fx.Node, fx.Node | None]:
+    """Split ``cat([scores, sink])`` along the softmax axis into the two (GPT-OSS)."""
+    if op_name(scores) != "cat":
+        return scores, None
+    named = arguments(scores)
+    parts = named["tensors"]
+    if len(parts) != 2 or named["dim"] % len(shape_of(scores)) != place:
+        return scores, None
+    if not same_size(as_size(shape_of(parts[1])[place]), 1):
+        return scores, None
+    return parts[0], parts[1]
 
 
 def _open_sdpa(node: fx.Node, module: torch.nn.Module) -> Anchor | Refusal:

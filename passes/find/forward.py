@@ -8,12 +8,13 @@ from torch import fx
 
 from attn_rewrite.cascade.expr import FALSE, Expr, call, where
 from attn_rewrite.cascade.simplify import simplify
-from attn_rewrite.graph import arguments, is_tensor, live_users, op_name
+from attn_rewrite.graph import arguments, is_tensor, live_users, op_name, shape_of
 from attn_rewrite.passes.find.anchor import Anchor, ValueProduct, refuse
 from attn_rewrite.passes.find.axes import Atoms
 from attn_rewrite.passes.find.layout import push
 from attn_rewrite.passes.find.product import Product, product_of
 from attn_rewrite.site import Refusal
+from attn_rewrite.sizes import as_size, same_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +25,7 @@ class Probabilities:
     dims: tuple[Atoms, ...]
     weight: Expr | None = None
     dropout: float = 0.0
+    sink: bool = False  # the column of the sink is still there
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +41,7 @@ def follow(anchor: Anchor) -> Forward | Refusal:
     """Follow the probabilities of ``anchor`` to the product with V."""
     if anchor.value is not None:
         return Forward(anchor.value, None, anchor.dropout)
-    here = Probabilities(anchor.node, anchor.dims)
+    here = Probabilities(anchor.node, anchor.dims, sink=anchor.sink is not None)
     while True:
         users = live_users(here.node)
         if not users:
@@ -72,6 +74,8 @@ def _step(anchor: Anchor, here: Probabilities, user: fx.Node) -> Probabilities |
         if p and here.dropout:
             return refuse("two-dropouts", "the probabilities pass through two dropouts", user)
         return replace(here, node=user, dropout=here.dropout or p)
+    if here.sink and _drops_last_key(anchor, here, user):
+        return replace(here, node=user, sink=False)
     if user.args and user.args[0] is here.node:
         moved = push(user, here.dims, anchor.axes)
         if moved is not None:
@@ -84,6 +88,21 @@ def _step(anchor: Anchor, here: Probabilities, user: fx.Node) -> Probabilities |
         reason = "the probabilities are added to another tensor before the value product"
         return refuse("probabilities-summed", reason, user)
     return refuse("not-a-value-product", f"the probabilities go into {name or user.op}, not into a product", user)
+
+
+def _drops_last_key(anchor: Anchor, here: Probabilities, user: fx.Node) -> bool:
+    """``p[..., :-1]``: the column of the sink is taken away again."""
+    if op_name(user) != "slice" or user.args[0] is not here.node:
+        return False
+    named = arguments(user)
+    place = here.dims.index(anchor.keys)
+    length = as_size(shape_of(user)[place])
+    return (
+        named["dim"] % len(here.dims) == place
+        and not named["start"]
+        and named["step"] == 1
+        and same_size(length, anchor.axes.extent(anchor.keys))
+    )
 
 
 def _factor(anchor: Anchor, here: Probabilities, user: fx.Node) -> Expr | None:
@@ -114,6 +133,9 @@ def _factor(anchor: Anchor, here: Probabilities, user: fx.Node) -> Expr | None:
 
 
 def _finish(anchor: Anchor, here: Probabilities, product: Product) -> Forward | Refusal:
+    if here.sink:
+        reason = "the softmax has a further column that the value product reads as well"
+        return refuse("sink-in-values", reason, product.node)
     axes = anchor.axes
     on_left = product.left is here.node
     if product.left is product.right:

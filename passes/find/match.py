@@ -33,6 +33,7 @@ class Raised:
     score: Expr
     guard: Expr
     weight: Expr | None
+    sink: Expr | None
     reads: dict[str, Operand]
 
 
@@ -131,7 +132,7 @@ def _raise(anchor: Anchor, dot: Dot, forward: Forward, roles: Roles, factor: flo
     others = {Read(d.name): lifter.as_leaf(d) for d in lifter.dots.values() if d is not dot}
     product: Expr = Read(dot.name) if factor == 1.0 else Read(dot.name) * factor
     parts = []
-    for expr in (anchor.score, anchor.guard, forward.weight):
+    for expr in (anchor.score, anchor.guard, forward.weight, anchor.sink):
         if expr is None:
             parts.append(None)
             continue
@@ -151,11 +152,11 @@ def _raise(anchor: Anchor, dot: Dot, forward: Forward, roles: Roles, factor: flo
             name = f"M{len(reads)}"
             reads[name] = own
             mapping[read] = Read(name, tuple(Rank(r) for r in ranks))
-    score, guard, weight = (None if e is None else simplify(substitute(e, mapping)) for e in parts)
+    score, guard, weight, sink = (None if e is None else simplify(substitute(e, mapping)) for e in parts)
     assert score is not None
     assert guard is not None
     score, extra = split_guard(score)
-    return Raised(score, conjunction((*conjuncts(guard), *extra)), weight, reads)
+    return Raised(score, conjunction((*conjuncts(guard), *extra)), weight, sink, reads)
 
 
 def _ranks(own: Operand) -> tuple[str, ...]:
@@ -230,6 +231,7 @@ def _assemble(
         raised.score,
         raised.guard,
         raised.weight,
+        raised.sink,
         group=int(group),
         reads=tuple(
             TensorDecl(n, _ranks(o), dtype=_dtype(o.node)) for n, o in raised.reads.items()

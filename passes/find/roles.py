@@ -71,7 +71,11 @@ def _back(node: fx.Node, dims: tuple[Atoms, ...], axes: Axes) -> tuple[fx.Node, 
     if moved is not None:
         atoms = pure(moved[1])
         return None if atoms is None else (moved[0], atoms)
-    if is_call(node, *KEEPS_AXES, "_weight_norm"):
+    part = node.args[0] if is_call(node, "getitem") else node
+    if is_call(part, "split", "chunk", "split_with_sizes", "slice"):
+        source = part.args[0]  # type: ignore[union-attr]
+        return (source, dims) if is_tensor(source) else None  # type: ignore[return-value]
+    if is_call(node, *KEEPS_AXES):
         inputs = node.args[0] if isinstance(node.args[0], (list, tuple)) else node.args
         for source in inputs:
             if is_tensor(source) and len(shape_of(source)) == len(dims) and not is_parameter(source):  # type: ignore[arg-type,union-attr]

@@ -31,6 +31,7 @@ from attn_rewrite.cascade.expr import (
     substitute,
 )
 from attn_rewrite.cascade.ir import Cascade, Einsum, RankDecl, TensorDecl
+from attn_rewrite.cascade.simplify import simplify
 
 POINT = (B, H, Q, KV)
 QK = Read("QK", POINT)
@@ -141,8 +142,10 @@ def _sink(cascade: Cascade) -> Expr | None:
 def restrict(cascade: Cascade, mask: Expr) -> Cascade:
     """Keep only the pairs of ``mask``: every Einsum that iterates q and kv gets it as a guard.
 
-    Terms already present are not repeated, so the same object comes back when nothing changes.
+    The mask is brought to normal form; terms already present are not repeated, so the same object comes
+    back when nothing changes.
     """
+    wanted = conjuncts(simplify(mask))
 
     def guarded(e: Einsum) -> Einsum:
         iterates_pairs = e.out.tensor != "QK" and any(
@@ -151,7 +154,7 @@ def restrict(cascade: Cascade, mask: Expr) -> Cascade:
         if not iterates_pairs:
             return e
         have = conjuncts(e.guard)
-        new = tuple(t for t in conjuncts(mask) if t not in have)
+        new = tuple(t for t in wanted if t not in have)
         return replace(e, guard=conjunction(have + new)) if new else e
 
     body = tuple(guarded(s) if isinstance(s, Einsum) else s for s in cascade.body)
