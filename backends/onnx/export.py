@@ -66,13 +66,13 @@ def export_onnx(
         rename_axes,
         rename_outputs,
     )
-    from attn_rewrite.backends.onnx.sites import expand
+    from attn_rewrite.backends.onnx.sites import expand, site_names
 
     program = getattr(optimized, "program", optimized)
     _refuse_mutation(program)
     with _quiet():
         model = _translate(program, number)
-        sites = expand(model, number)
+        sites = expand(model, number, site_names(program))
         rename_outputs(model, output_names(program))
         _finish(model, number)
         rename_axes(model, axis_names(program))

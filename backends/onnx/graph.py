@@ -82,8 +82,11 @@ class Recorder:
         """``score`` where kept, else -inf."""
         return self.op("Where", keep, score, self.number(-math.inf, dtype))
 
+    def nonempty(self, keep: ir.Value, dtype: ir.DataType) -> ir.Value:
+        """1.0 for the rows of a mask that keep a key, else 0.0; shape [..., 1]."""
+        return self.op("ReduceMax", self.cast(keep, dtype), self.integers([-1]), keepdims=1)
+
     def zero_where_empty(self, keep: ir.Value, out: ir.Value, dtype: ir.DataType) -> ir.Value:
         """``out`` with 0 in the rows that keep no key (a softmax over -inf alone is NaN)."""
-        counts = self.op("ReduceMax", self.cast(keep, dtype), self.integers([-1]), keepdims=1)
-        some = self.op("Greater", counts, self.number(0.0, dtype))
+        some = self.op("Greater", self.nonempty(keep, dtype), self.number(0.0, dtype))
         return self.op("Where", some, out, self.number(0.0, dtype))

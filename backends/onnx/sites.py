@@ -7,9 +7,9 @@ per attention, and `expand` replaces every marker once the rest of the model is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx.defs
 import onnx_ir as ir
@@ -23,6 +23,10 @@ from attn_rewrite.cascade.attention import SoftmaxAttention, as_softmax
 from attn_rewrite.errors import LowerError
 from attn_rewrite.site import Refusal
 
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+SITE_KEY = "attn_rewrite_site"  # set by attn_rewrite.apply on the nodes it splices in
 MARKER_DOMAIN = "attn_rewrite.export"
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
 _ANY = [*_FLOATS, "tensor(bool)", *(f"tensor(int{n})" for n in (8, 16, 32, 64)), "tensor(uint8)"]
@@ -34,8 +38,8 @@ class SiteLowering:
 
     ``form`` is ``"tiles"`` (keys outside the mask's bands are never read), ``"dense mask"`` (every
     key is read and the mask applied: nothing is saved), ``"dense"`` (MatMul and Softmax over all
-    keys) or the name of an operator.  ``detail`` says more in words; ``rows`` and ``width`` are the
-    queries and keys of a step of the tiled form.
+    keys), ``"operators"`` (the graph's own) or the name of an operator.  ``detail`` says more in
+    words; ``rows`` and ``width`` are the queries and keys of a step of the tiled form.
     """
 
     name: str
@@ -130,17 +134,34 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     return table
 
 
-def _site_name(node: ir.Node, names: Sequence[str]) -> str:
-    """The name given to the graph node by the rewrite, else its module path, with an index."""
-    source = node.meta.get("node")
-    meta = getattr(source, "meta", {})
-    given = meta.get("attn_rewrite_site") or (meta.get("custom") or {}).get("attn_rewrite_site")
-    if given:
-        return str(given)
+def _origins(sources: Sequence[Any]) -> Iterator[str]:
+    """Names of the nodes a traced node came from, nearest first (torch's ``from_node`` chain)."""
+    for source in sources:
+        yield source.name
+        yield from _origins(source.from_node or ())
+
+
+def _site_name(node: ir.Node, given: Mapping[str, str], taken: Sequence[str]) -> str:
+    """The name the rewrite gave to the graph node, else its module path with an index."""
+    meta = getattr(node.meta.get("node"), "meta", {})
+    for origin in _origins(meta.get("from_node") or ()):
+        if origin in given:
+            return given[origin]
     stack = list((meta.get("nn_module_stack") or {}).values())
-    path = stack[-1][0] if stack else ""
-    base = path.removeprefix("L['self'].") or "attention"
-    return f"{base}.{sum(n.rpartition('.')[0] == base for n in names)}"
+    path = stack[-1][0].removeprefix("L['self'].") if stack else ""
+    base = path or "attention"
+    return f"{base}.{sum(n.rpartition('.')[0] == base for n in taken)}"
+
+
+def site_names(program: ExportedProgram) -> dict[str, str]:
+    """Site names by graph node, as splicing left them on the nodes of rewritten attention."""
+    nodes = [
+        n
+        for module in program.graph_module.modules()
+        if isinstance(module, torch.fx.GraphModule)
+        for n in module.graph.nodes
+    ]
+    return {n.name: n.meta[SITE_KEY] for n in nodes if SITE_KEY in n.meta}
 
 
 def _attribute(node: ir.Node, name: str) -> Any:
@@ -202,16 +223,25 @@ def _expand_one(node: ir.Node, name: str, prefix: str, opset: int) -> SiteLoweri
     return lowering
 
 
-def expand(model: ir.Model, opset: int) -> tuple[SiteLowering, ...]:
-    """Replace every marker in the model, its functions and nested graphs by standard operators."""
+def expand(
+    model: ir.Model, opset: int, given: Mapping[str, str] | None = None
+) -> tuple[SiteLowering, ...]:
+    """Replace every marker in the model, its functions and nested graphs by standard operators.
+
+    ``given`` are site names by graph node (`site_names`); a named site without a marker was left as
+    plain operators, and the result says so.
+    """
+    given = given or {}
     found: list[SiteLowering] = []
     for owner in (model.graph, *model.functions.values()):
         markers = [
             n for n in ir.traversal.RecursiveGraphIterator(owner) if n.domain == MARKER_DOMAIN
         ]
         for node in markers:
-            name = _site_name(node, [s.name for s in found])
+            name = _site_name(node, given, [s.name for s in found])
             found.append(_expand_one(node, name, f"attention_{len(found)}", opset))
         owner.opset_imports.pop(MARKER_DOMAIN, None)
     model.opset_imports.pop(MARKER_DOMAIN, None)
-    return tuple(found)
+    marked = {s.name for s in found}
+    plain = [name for name in dict.fromkeys(given.values()) if name not in marked]
+    return (*found, *(SiteLowering(n, "aten", "operators", "as in the graph") for n in plain))
