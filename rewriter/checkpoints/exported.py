@@ -143,9 +143,13 @@ def _entry_problem(key: str, entry: Any) -> str | None:
         bad = [g for g in entry if not isinstance(g, str) or not _is_arithmetic(g)]
         return f"has code where a guard is expected: {str(bad[0])[:60]!r}" if bad else None
     if key in ("in_spec", "out_spec") and isinstance(entry, str):
-        named = [word for word in _IMPORTING_CONTEXT if word in entry]
-        return f"makes torch import a module it names ({named[0]})" if named else None
+        return "makes torch import a module that it names" if names_imports(entry) else None
     return None
+
+
+def names_imports(tree: str) -> bool:
+    """Whether a dumped input or output tree makes torch import what it names."""
+    return any(word in tree for word in _IMPORTING_CONTEXT)
 
 
 def _target_problem(target: str) -> str | None:

@@ -176,6 +176,11 @@ def _text_inputs(recipe: _Recipe) -> Iterator[tuple[str, Any]]:
     yield "input_ids", _token_ids(recipe, recipe.length)
     if "attention_mask" in recipe.parameters:
         yield "attention_mask", torch.ones(recipe.batch, recipe.length, dtype=torch.long)
+    if (
+        "token_type_ids" in recipe.parameters
+        and int(recipe.setting("type_vocab_size", default=0)) > 1
+    ):
+        yield "token_type_ids", torch.zeros(recipe.batch, recipe.length, dtype=torch.long)
     if "bbox" in recipe.parameters:
         yield "bbox", torch.zeros(recipe.batch, recipe.length, 4, dtype=torch.long)
 

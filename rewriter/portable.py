@@ -1,0 +1,120 @@
+"""Exported programs that load anywhere: outputs in plain containers, nothing to unpickle.
+
+An archive whose output is a dataclass of a library names that class, and loads only in a process
+that has imported it.  A saved program returns a dictionary by field name instead; the class is kept
+beside it, and `with_outputs` puts it back where it exists.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.exported_program import ModuleCallEntry
+from torch.utils import _pytree as pytree
+
+from attn_rewrite.checkpoints.exported import names_imports
+from attn_rewrite.containers import make_known_by_name
+
+_PLAIN = (tuple, list, dict)
+
+
+def portable_program(program: ExportedProgram) -> ExportedProgram:
+    """``program`` with outputs in plain containers, and without example inputs that are not plain.
+
+    Weights are shared, not copied; the same object when nothing has to change.
+    """
+    out_spec = program.call_spec.out_spec
+    plain = _plain_spec(out_spec)
+    examples = program.example_inputs
+    kept = examples if _is_plain(examples) else None
+    if plain is out_spec and kept is examples:
+        return program
+    return _rebuilt(program, plain, kept)
+
+
+def output_tree(program: ExportedProgram) -> str | None:
+    """The output containers as text for `with_outputs`, None when they are plain already."""
+    out_spec = program.call_spec.out_spec
+    if out_spec is None or _plain_spec(out_spec) is out_spec:
+        return None
+    return pytree.treespec_dumps(out_spec)
+
+
+def with_outputs(program: ExportedProgram, tree: str | None) -> ExportedProgram:
+    """``program`` returning the containers of ``tree``, as far as their classes are known here."""
+    if tree is None or names_imports(tree):
+        return program
+    try:
+        make_known_by_name(_type_names(json.loads(tree)))
+        out_spec = pytree.treespec_loads(tree)
+    except (ValueError, TypeError, LookupError, NotImplementedError):
+        return program  # the class is not known in this process: plain containers stay
+    if out_spec.num_leaves != program.call_spec.out_spec.num_leaves:
+        return program
+    return _rebuilt(program, out_spec, program.example_inputs)
+
+
+def _type_names(tree: Any) -> set[str]:
+    """Dotted class names in a dumped tree."""
+    if isinstance(tree, dict):
+        own = {tree["type"]} if isinstance(tree.get("type"), str) else set()
+        return own.union(*(_type_names(child) for child in tree.get("children_spec", ())))
+    if isinstance(tree, list):
+        return set().union(*(_type_names(child) for child in tree))
+    return set()
+
+
+def _plain_spec(spec: Any) -> Any:
+    """``spec`` with every other container turned into a dictionary (or a tuple)."""
+    if spec is None or spec.is_leaf():
+        return spec
+    children = [_plain_spec(child) for child in spec.children()]
+    same = all(new is old for new, old in zip(children, spec.children(), strict=True))
+    if spec.type in _PLAIN:
+        return spec if same else pytree.TreeSpec(spec.type, spec._context, children)
+    names = _field_names(spec._context, len(children))
+    if names is None:
+        return pytree.TreeSpec(tuple, None, children)
+    return pytree.TreeSpec(dict, names, children)
+
+
+def _field_names(context: Any, count: int) -> list[str] | None:
+    """Names of the children in a context: the context itself, or its first part."""
+    first = context[0] if isinstance(context, list | tuple) and context else None
+    for names in (context, first):
+        if not isinstance(names, list | tuple) or len(names) != count:
+            continue
+        if all(isinstance(name, str) for name in names):
+            return list(names)
+    return None
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether unpickling ``value`` needs nothing but tensors and built-in containers."""
+    if isinstance(value, tuple | list):
+        return type(value) in _PLAIN and all(_is_plain(part) for part in value)
+    if isinstance(value, dict):
+        return type(value) in _PLAIN and all(_is_plain(part) for part in value.values())
+    return value is None or type(value) in (torch.Tensor, torch.nn.Parameter, bool, int, float, str)
+
+
+def _rebuilt(program: ExportedProgram, out_spec: Any, examples: Any) -> ExportedProgram:
+    """``program`` with another output tree and other example inputs."""
+    entry = program.module_call_graph[0]
+    assert entry.signature is not None, "the root of an exported program has a signature"
+    root = ModuleCallEntry(entry.fqn, replace(entry.signature, out_spec=out_spec))
+    return ExportedProgram(
+        root=program.graph_module,
+        graph=program.graph,
+        graph_signature=program.graph_signature,
+        state_dict=program.state_dict,
+        range_constraints=program.range_constraints,
+        module_call_graph=[root, *program.module_call_graph[1:]],
+        example_inputs=examples,
+        constants=program.constants,
+        verifiers=program.verifiers,
+    )
