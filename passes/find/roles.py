@@ -67,14 +67,14 @@ def siblings(node: fx.Node, dims: tuple[Atoms, ...], width: Atoms, axes: Axes) -
 
 
 def _back(node: fx.Node, dims: tuple[Atoms, ...], axes: Axes) -> tuple[fx.Node, tuple[Atoms, ...]] | None:
-    moved = pull(node, dims, axes)
-    if moved is not None:
-        atoms = pure(moved[1])
-        return None if atoms is None else (moved[0], atoms)
     part = node.args[0] if is_call(node, "getitem") else node
     if is_call(part, "split", "chunk", "split_with_sizes", "slice"):
         source = part.args[0]  # type: ignore[union-attr]
         return (source, dims) if is_tensor(source) else None  # type: ignore[return-value]
+    moved = pull(node, dims, axes)
+    if moved is not None:
+        atoms = pure(moved[1])
+        return None if atoms is None else (moved[0], atoms)
     if is_call(node, *KEEPS_AXES):
         inputs = node.args[0] if isinstance(node.args[0], (list, tuple)) else node.args
         for source in inputs:
@@ -105,7 +105,8 @@ def assign(
     shared = tuple(a for a in rows if a in shared_with)
     alone = tuple(a for a in rows if a not in shared_with)
     heads = tuple(a for a in shared if a in related)
-    group = tuple(a for a in alone if a in related)
+    beside = {a for d in query[1] if set(line := axes.resolve(d)) & set(heads) for a in line}
+    group = tuple(a for a in alone if a in related or a in beside)
     if len(group) == len(alone) and group and not heads:
         group = group[:-1]  # a query axis is needed: the innermost
     batch = tuple(a for a in shared if a not in related)
