@@ -20,7 +20,8 @@ import sympy
 
 from attn_rewrite.cascade.count import PassAnalysis, leaf_ranks, operation_counts, pass_analysis
 from attn_rewrite.cascade.expr import TRUE, Call, Const, Rank, Read, ranks_of, tensors_of
-from attn_rewrite.cascade.ir import ALIASES, Cascade, Einsum, RankDecl
+from attn_rewrite.cascade.extents import extents as solve_extents
+from attn_rewrite.cascade.ir import ALIASES, Cascade, Einsum
 from attn_rewrite.cascade.operations import WORD, EinsumCost, rank_symbol
 from attn_rewrite.errors import PolicyError
 from attn_rewrite.target import BYTES, Target, dtype_name
@@ -103,7 +104,7 @@ def site_cost(
     counter = _Counter(cascade, sizes, (query_rank, rank), tile_fraction, ceilings)
     analysis = pass_analysis(cascade, rank)
     steps = [_Step(e, counter.work(e, c), counter.einsum_bytes(e, c)) for e, c in _paired(cascade)]
-    live = tuple(t for t in analysis.live if not _is_view(cascade.producer(t)))
+    live = tuple(t for t in analysis.live if not _is_input(cascade, t))
     fused = _fused(counter, analysis, live, steps, target)
     work = _add(s.work for s in steps)
 
@@ -131,39 +132,33 @@ def _paired(cascade: Cascade) -> Iterator[tuple[Einsum, EinsumCost]]:
     return zip(cascade.einsums(), operation_counts(cascade), strict=True)
 
 
-def complete_extents(cascade: Cascade, extents: Mapping[str, int]) -> dict[str, int]:
+def complete_extents(cascade: Cascade, given: Mapping[str, int]) -> dict[str, int]:
     """The extent of every rank of ``cascade``, from some of them given by name or alias.
 
-    A split rank gives its parts (the inner one `TILE` unless it says its size), a rank that is only
-    reached as ``h // 4`` a quarter of ``h``, rounded up.
+    Ranks the cascade has not are ignored.  A split rank is cut into tiles of `TILE` unless its
+    parts are given; a rank only reached as ``h // 4`` is a quarter of ``h``, rounded up.
 
     Raises:
         PolicyError: an extent is missing, or not positive.
+        CascadeError: the parts given for a split rank do not cover it.
     """
+    names = {r.name for r in cascade.ranks}
     sizes = {r.name: r.size for r in cascade.ranks if r.size is not None}
-    declared = {r.name for r in cascade.ranks}
-    for name, size in extents.items():
-        sizes[name if name in declared else ALIASES.get(name, name)] = size
-    for decl in cascade.ranks:
-        if decl.parts and decl.name in sizes:
-            _split(decl, sizes)
+    for name, size in given.items():
+        own = name if name in names else ALIASES.get(name)
+        if own in names:
+            sizes[own] = size
     _divided(cascade, sizes)
-    for name in sorted(declared):
-        if sizes.get(name, 0) < 1:
-            got = f"is {sizes[name]}" if name in sizes else "is missing"
-            raise PolicyError(
-                f"cascade {cascade.name}: the extent of rank {name} {got}; give a positive number"
-            )
-    return sizes
-
-
-def _split(decl: RankDecl, sizes: dict[str, int]) -> None:
-    """Extents of the parts of a rank: outer times inner covers the whole."""
-    outer, inner = decl.parts[0], decl.parts[-1]
-    whole = sizes[decl.name]
-    if inner not in sizes:
-        sizes[inner] = math.ceil(whole / sizes[outer]) if outer in sizes else min(TILE, whole)
-    sizes.setdefault(outer, math.ceil(whole / sizes[inner]))
+    for decl in cascade.ranks:
+        if decl.name in sizes and decl.parts and not sizes.keys() & set(decl.parts):
+            sizes[decl.parts[-1]] = min(TILE, sizes[decl.name])
+    missing = names - sizes.keys() - {part for r in cascade.ranks for part in r.parts}
+    for name in sorted(missing | {n for n, size in sizes.items() if size < 1}):
+        got = f"is {sizes[name]}" if name in sizes else "is missing"
+        raise PolicyError(
+            f"cascade {cascade.name}: the extent of rank {name} {got}; give a positive number"
+        )
+    return {**sizes, **solve_extents(cascade, {}, sizes)}
 
 
 def _divided(cascade: Cascade, sizes: dict[str, int]) -> None:
@@ -180,14 +175,22 @@ def _divided(cascade: Cascade, sizes: dict[str, int]) -> None:
                     sizes[name] = math.ceil(sizes[other] / by)
 
 
-def _is_view(einsum: Einsum | None) -> bool:
+def _is_view(einsum: Einsum) -> bool:
     """Does it only rename, permute or split the ranks of another tensor?"""
-    if einsum is None or not isinstance(einsum.expr, Read) or einsum.guard != TRUE:
+    if not isinstance(einsum.expr, Read) or einsum.guard != TRUE:
         return False
     source, out = (
         frozenset[str]().union(*map(ranks_of, r.index)) for r in (einsum.expr, einsum.out)
     )
     return source == out and not any(tensors_of(i) for i in einsum.expr.index)
+
+
+def _is_input(cascade: Cascade, tensor: str) -> bool:
+    """Is it an input, or a view of one?  Reading it again is reading the input again."""
+    einsum = cascade.producer(tensor)
+    if einsum is None:
+        return True
+    return _is_view(einsum) and _is_input(cascade, einsum.reads()[0].tensor)
 
 
 @dataclass(frozen=True)
