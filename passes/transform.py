@@ -1,12 +1,21 @@
-"""What a policy names: transforms of cascades, one per file, listed in `attn_rewrite.passes`."""
+"""What a policy names: transforms of cascades, one per file, listed in `attn_rewrite.passes`.
+
+A new sparse pattern is one file with a subclass of `SparsePattern` (fields and ``mask``) and one
+line in ``passes/sparse/__init__.py``; a new edit of the score is one file with a subclass of
+`ScoreEdit` and one line in ``passes/edit/__init__.py``.  Policies, plans, heads, verification and
+reports follow.
+"""
 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from attn_rewrite.cascade.expr import Expr
+from attn_rewrite.cascade.expr import TRUE, Expr, H, Rank, call, conjunction, conjuncts, where
 
 if TYPE_CHECKING:
     from attn_rewrite.cascade.ir import Cascade
@@ -22,21 +31,184 @@ class Exactness(enum.StrEnum):
 
 
 @dataclass(frozen=True)
+class Option:
+    """What users are told about a field, and its range: ``size: Annotated[int, Option(...)]``."""
+
+    doc: str = ""
+    minimum: float | None = None
+    maximum: float | None = None
+
+    def problem(self, value: object) -> str | None:
+        """Why ``value`` is out of range, or None."""
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return None
+        if self.minimum is not None and not value >= self.minimum:
+            return f"is {value}, expected at least {self.minimum}"
+        if self.maximum is not None and not value <= self.maximum:
+            return f"is {value}, expected at most {self.maximum}"
+        return None
+
+
+@dataclass(frozen=True)
+class FieldInfo:
+    """One option of a transform: type as text, default as policy text (None: required), meaning."""
+
+    name: str
+    type: str
+    default: str | None
+    doc: str
+    hint: Any
+    option: Option
+
+    def problem(self, value: object) -> str | None:
+        """Why ``value`` cannot be this field, or None."""
+        if not accepts(self.hint, value):
+            return f"is {literal(value)}, expected {self.type}"
+        return self.option.problem(value)
+
+
+def accepts(hint: Any, value: object) -> bool:
+    """Whether a policy value has the type ``hint``: scalars, unions and tuples of them."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(accepts(a, value) for a in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin is tuple:
+        items = [a for a in arguments if a is not Ellipsis]
+        return isinstance(value, tuple) and all(any(accepts(a, v) for a in items) for v in value)
+    if hint is None or hint is type(None):
+        return value is None
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(hint, type) and isinstance(value, hint)
+
+
+def type_name(hint: Any) -> str:
+    """The type as users read it: ``int``, ``bool or none``, ``list of int``."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(type_name(a) for a in arguments)
+    if origin is typing.Literal:
+        return " or ".join(literal(a) for a in arguments)
+    if origin is tuple:
+        return "list of " + " or ".join(type_name(a) for a in arguments if a is not Ellipsis)
+    if hint is None or hint is type(None):
+        return "none"
+    return getattr(hint, "__name__", str(hint))
+
+
+def literal(value: object) -> str:
+    """A value as it is written in a policy."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(literal(v) for v in value)}]"
+    return repr(value)
+
+
+@dataclass(frozen=True)
 class Transform:
     """A rewrite Cascade -> Cascade, or a Refusal that says why not.
 
-    Subclasses are frozen dataclasses whose fields are the options users write in a policy, checked
-    in ``__post_init__`` (`ValueError` with one sentence).  ``apply`` looks at nothing but its
-    arguments.
+    Subclasses are frozen dataclasses whose fields are the options users write in a policy; type and
+    range (`Option`) are checked here, what relates several fields in ``__post_init__``
+    (`ValueError` with one sentence, after ``super().__post_init__()``).  ``apply`` looks at nothing
+    but its arguments.  ``str()`` gives the policy text.
     """
 
     name: ClassVar[str]
     exactness: ClassVar[Exactness]
     source: ClassVar[str] = ""
 
+    def __post_init__(self) -> None:
+        for info in field_infos(type(self)):
+            if problem := info.problem(getattr(self, info.name)):
+                raise ValueError(f"{self.name}: {info.name} {problem}")
+
+    def __str__(self) -> str:
+        written = [
+            f"{f.name}={literal(value)}"
+            for f in fields(self)
+            if (value := getattr(self, f.name)) != _default(f)
+        ]
+        return f"{self.name}({', '.join(written)})" if written else self.name
+
     def apply(self, cascade: Cascade, site: Site) -> Cascade | Refusal:
         """Rewrite ``cascade``; the same object if nothing changes."""
         raise TypeError(f"{type(self).__name__} must define apply()")
+
+    def apply_to_heads(
+        self, cascade: Cascade, site: Site, heads: tuple[int, ...]
+    ) -> Cascade | Refusal:
+        """Rewrite only what the given query heads compute; a Refusal where that has no meaning."""
+        return self.refuse(
+            site,
+            "heads-differ",
+            f"{self.name} cannot be limited to heads {spans_text(heads)} of {site.hq}; "
+            "name the Site without heads",
+        )
+
+    def admits(self, site: Site, named_kinds: tuple[str, ...] = ()) -> Refusal | None:
+        """Why the transform has no meaning on ``site``, or None.
+
+        ``named_kinds`` are the kinds of Site that the user's rule names explicitly.
+        """
+        return None
+
+    def refuse(self, site: Site, code: str, reason: str) -> Refusal:
+        """A Refusal of this transform on ``site``."""
+        from attn_rewrite.site import Refusal
+
+        return Refusal(code, reason, str(site.anchor or ""), site.source, site.name)
+
+
+def _default(f: Any) -> object:
+    if f.default is not MISSING:
+        return f.default
+    return f.default_factory() if f.default_factory is not MISSING else MISSING
+
+
+def field_infos(transform: type[Transform]) -> tuple[FieldInfo, ...]:
+    """The options of a transform class, in the order of positional arguments."""
+    hints = typing.get_type_hints(transform, include_extras=True)
+    infos = []
+    for f in fields(transform):
+        hint, option = hints[f.name], Option()
+        if typing.get_origin(hint) is typing.Annotated:
+            hint, *extras = typing.get_args(hint)
+            option = next((e for e in extras if isinstance(e, Option)), option)
+        default = _default(f)
+        text = None if default is MISSING else literal(default)
+        infos.append(FieldInfo(f.name, type_name(hint), text, option.doc, hint, option))
+    return tuple(infos)
+
+
+def spans(heads: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """Sorted heads as closed intervals."""
+    result: list[tuple[int, int]] = []
+    for head in sorted(set(heads)):
+        if result and result[-1][1] == head - 1:
+            result[-1] = (result[-1][0], head)
+        else:
+            result.append((head, head))
+    return tuple(result)
+
+
+def spans_text(heads: tuple[int, ...]) -> str:
+    """Heads as users write them: ``0-3, 8``."""
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans(heads))
+
+
+def outside(heads: tuple[int, ...], rank: Rank = H) -> Expr:
+    """The mask of all heads but ``heads``."""
+    terms = [
+        call("ne", rank, a) if a == b else (rank < a) | (rank > b) if a else rank > b
+        for a, b in spans(heads)
+    ]
+    return conjunction(tuple(terms))
 
 
 @dataclass(frozen=True)
@@ -44,9 +216,12 @@ class SparsePattern(Transform):
     """A transform that keeps some (q, kv) pairs: subclasses give `mask`, nothing else.
 
     Which blocks are empty, partial or full is derived from the expression (`cascade.cover`).
+    ``positional`` patterns compare the position of a query with that of a key, which has no meaning
+    between two sequences unless the user's rule says that it has.
     """
 
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
+    positional: ClassVar[bool] = True
 
     def mask(self, site: Site) -> Expr | Refusal:
         """The pairs to keep, over ``b, h, q, kv`` (True = keep)."""
@@ -58,6 +233,39 @@ class SparsePattern(Transform):
 
         mask = self.mask(site)
         return restrict(cascade, mask) if isinstance(mask, Expr) else mask
+
+    def apply_to_heads(
+        self, cascade: Cascade, site: Site, heads: tuple[int, ...]
+    ) -> Cascade | Refusal:
+        """Restrict the given heads; every other head keeps what it has."""
+        from attn_rewrite.cascade.attention import restrict
+
+        mask = self.mask(site)
+        if not isinstance(mask, Expr):
+            return mask
+        # Term by term, so that what holds for every head already (causality) is not made to look
+        # as if it depended on the head.
+        have, rest = set(cascade.guard_terms()), outside(heads)
+        terms = tuple(term | rest for term in conjuncts(mask) if term not in have)
+        return restrict(cascade, conjunction(terms)) if terms else cascade
+
+    def admits(self, site: Site, named_kinds: tuple[str, ...] = ()) -> Refusal | None:
+        """Refuse what is no softmax over positions, and positions that cannot be compared."""
+        if site.family != "softmax":
+            reason = f"{self.name} keeps pairs of positions, but this attention is {site.family}"
+            return self.refuse(site, f"{self.name}-{site.family}", reason)
+        if not self.positional:
+            return None
+        if site.kind == "pooling":
+            reason = f"{self.name} needs positions, but pooling has one learned query"
+            return self.refuse(site, f"{self.name}-pooling", reason)
+        if site.kind in ("cross", "joint") and site.kind not in named_kinds:
+            reason = (
+                f"{self.name} compares positions, but this is {site.kind} attention between two "
+                f'sequences; write kind = "{site.kind}" in the rule to say that they are aligned'
+            )
+            return self.refuse(site, f"{self.name}-{site.kind}", reason)
+        return None
 
 
 @dataclass(frozen=True)
@@ -72,7 +280,38 @@ class ScoreEdit(Transform):
 
     def apply(self, cascade: Cascade, site: Site) -> Cascade | Refusal:
         """Replace the score expression of the cascade."""
+        return self.apply_to_heads(cascade, site, ())
+
+    def apply_to_heads(
+        self, cascade: Cascade, site: Site, heads: tuple[int, ...]
+    ) -> Cascade | Refusal:
+        """Replace the score of the given heads (of all heads when there are none named)."""
         from attn_rewrite.cascade.attention import edit_score, score_of
 
-        score = self.score(score_of(cascade), site)
-        return edit_score(cascade, score) if isinstance(score, Expr) else score
+        old = score_of(cascade)
+        new = self.score(old, site)
+        if not isinstance(new, Expr):
+            return new
+        rest = outside(heads)
+        return edit_score(cascade, new if rest == TRUE else where(rest, old, new))
+
+    def admits(self, site: Site, named_kinds: tuple[str, ...] = ()) -> Refusal | None:
+        """Refuse what has no softmax score."""
+        if site.family == "softmax":
+            return None
+        reason = f"{self.name} edits softmax scores, but this attention is {site.family}"
+        return self.refuse(site, f"{self.name}-{site.family}", reason)
+
+
+def collect(package: str, entries: tuple[str, ...]) -> Mapping[str, type[Transform]]:
+    """The classes of ``"module:Class"`` entries below ``package``, by transform name."""
+    import importlib
+
+    table: dict[str, type[Transform]] = {}
+    for entry in entries:
+        module, _, attribute = entry.partition(":")
+        found = getattr(importlib.import_module(f"{package}.{module}"), attribute)
+        if found.name in table:
+            raise ValueError(f"{package}: two transforms are called {found.name!r}")
+        table[found.name] = found
+    return table

@@ -1,0 +1,322 @@
+"""What will be done to which Site: a Plan of Steps made from a policy, replayable as JSON."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from attn_rewrite.errors import PolicyError
+from attn_rewrite.passes.keep import Keep
+from attn_rewrite.passes.transform import Exactness, Transform, spans_text
+from attn_rewrite.policy import Policy, Rule, glob_matches, pipeline_text
+from attn_rewrite.policy_text import Transforms, parse_pipeline
+from attn_rewrite.site import Refusal
+
+if TYPE_CHECKING:
+    from attn_rewrite.cascade.ir import Cascade
+    from attn_rewrite.site import Findings, Site
+
+SCHEMA = 1
+_ORDER = (Exactness.EXACT, Exactness.REASSOCIATED, Exactness.APPROXIMATE)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Transforms for one Site, or for some of its query heads (``heads`` None: all).
+
+    ``named_kinds`` are the kinds that the user's rule names explicitly; ``tiles`` is the expected
+    (executed, total) number of score tiles of one batch entry where lengths are fixed, else None.
+    """
+
+    site: str
+    transforms: tuple[Transform, ...]
+    heads: tuple[int, ...] | None = None
+    named_kinds: tuple[str, ...] = ()
+    note: str = ""
+    tiles: tuple[int, int] | None = field(default=None, compare=False)
+
+    @property
+    def exactness(self) -> Exactness:
+        """The weakest promise among the transforms."""
+        return max((t.exactness for t in self.transforms), key=_ORDER.index)
+
+    @property
+    def keeps(self) -> bool:
+        """True when every transform is `keep`: the Site is left untouched."""
+        return all(isinstance(t, Keep) for t in self.transforms)
+
+    @property
+    def text(self) -> str:
+        """The pipeline as policies write it."""
+        return pipeline_text(self.transforms)
+
+    def __str__(self) -> str:
+        heads = f" heads {spans_text(self.heads)}" if self.heads is not None else ""
+        return f"{self.site}{heads}: {self.text}" + (f"  ({self.note})" if self.note else "")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "site": self.site,
+            "transforms": [str(t) for t in self.transforms],
+            "heads": None if self.heads is None else list(self.heads),
+            "named_kinds": list(self.named_kinds),
+            "exactness": self.exactness.value,
+            "note": self.note,
+            "tiles": None
+            if self.tiles is None
+            else {"executed": self.tiles[0], "total": self.tiles[1]},
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps in the order of the graph, and a Refusal for everything asked but not done."""
+
+    steps: tuple[Step, ...]
+    refusals: tuple[Refusal, ...] = ()
+    policy: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def of(self, site: str) -> tuple[Step, ...]:
+        """The steps of a Site, one per group of heads."""
+        return tuple(s for s in self.steps if s.site == site)
+
+    def __iter__(self) -> Iterator[Step]:
+        return iter(self.steps)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of what the plan does: equal plans rewrite equally, whatever their notes say."""
+        what = [[s.site, s.text, s.heads, s.named_kinds] for s in self.steps]
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, (*self.steps, *self.refusals)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; `from_json` reads them back."""
+        return {
+            "schema": SCHEMA,
+            "policy": self.policy,
+            "versions": dict(self.versions),
+            "hash": self.hash,
+            "steps": [s.to_json() for s in self.steps],
+            "refusals": [r.to_json() for r in self.refusals],
+        }
+
+    def dumps(self) -> str:
+        """The plan as a JSON document."""
+        return json.dumps(self.to_json(), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, data: object, transforms: Transforms | None = None) -> Plan:
+        """Read plain values or a JSON document; editing steps by hand is allowed.
+
+        Raises `PolicyError` that names the entry and what was expected there.
+        """
+        from attn_rewrite.plan_json import read_plan
+
+        return read_plan(data, transforms)
+
+    def without(self, sites: Iterable[str], refusal: Refusal | None = None) -> Plan:
+        """The plan with the steps of ``sites`` replaced by ``exact`` (they went over a budget)."""
+        gone = set(sites)
+        steps = []
+        for step in self.steps:
+            if step.site not in gone:
+                steps.append(step)
+            elif step.site not in {s.site for s in steps}:
+                steps.append(
+                    replace(step, transforms=parse_pipeline("exact"), heads=None, tiles=None)
+                )
+        extra = () if refusal is None else (refusal,)
+        return replace(self, steps=tuple(steps), refusals=self.refusals + extra)
+
+
+def make_plan(
+    findings: Findings, policy: Policy, versions: Mapping[str, str] | None = None
+) -> Plan:
+    """Decide for every Site and head; the first rule that matches wins.
+
+    A Site that no rule matches, or on which a transform is refused, gets a `keep` step; the refusal
+    is in ``plan.refusals``.  A layer glob that matches no Site, and a head that no Site of the rule
+    has, are `PolicyError`.
+    """
+    _check_globs(findings, policy)
+    _check_heads(findings, policy)
+    steps: list[Step] = []
+    refusals: list[Refusal] = []
+    used: set[int] = set()
+    for site in findings.sites:
+        groups, refusal = _assign(site, policy)
+        used.update(index for index, _ in groups if index is not None)
+        planned, more = _plan_site(site, policy, groups) if refusal is None else ((), (refusal,))
+        refusals += more
+        steps += planned or (_kept(site, more),)
+    refusals += _unused(policy, used) if findings.sites else []
+    return Plan(tuple(steps), tuple(refusals), str(policy), dict(versions or {}))
+
+
+Groups = list[tuple[int | None, tuple[int, ...] | None]]
+
+
+def _kept(site: Site, refusals: Iterable[Refusal]) -> Step:
+    return Step(site.name, (Keep(),), note=", ".join(dict.fromkeys(r.code for r in refusals)))
+
+
+def _assign(site: Site, policy: Policy) -> tuple[Groups, Refusal | None]:
+    """Rule index and heads of each group (None: no rule; None: all heads)."""
+    left = set(range(site.hq))
+    groups: Groups = []
+    for index, rule in enumerate(policy.rules):
+        if not left:
+            break
+        heads = left if rule.where.heads is None else left.intersection(rule.where.heads)
+        if not heads or not rule.where.matches(site):
+            continue
+        holds = _length_holds(rule, site)
+        if holds is None:
+            return [], _length_refusal(rule, site, index)
+        if holds:
+            groups.append((index, tuple(sorted(heads))))
+            left = left - heads
+    if left:
+        groups.append((None, tuple(sorted(left))))
+    if len(groups) == 1:
+        groups = [(groups[0][0], None)]
+    return groups, None
+
+
+def _length_holds(rule: Rule, site: Site) -> bool | None:
+    if rule.where.length is None:
+        return True
+    return rule.where.length.holds(*length_bounds(site.kv_len))
+
+
+def length_bounds(size: Any) -> tuple[int, int | None]:
+    """Smallest and largest value of a size: itself, or what is known of a dynamic one."""
+    if isinstance(size, int):
+        return size, size
+    node = getattr(size, "node", None)
+    shapes = getattr(node, "shape_env", None)
+    if node is None or shapes is None:
+        return 0, None
+    known = shapes.bound_sympy(node.expr)
+    # An open upper end is an infinity object of sympy or of torch, or the largest machine integer.
+    high = int(known.upper) if known.upper.is_Integer and int(known.upper) < 2**62 else None
+    return (int(known.lower) if known.lower.is_Integer else 0), high
+
+
+def _length_refusal(rule: Rule, site: Site, index: int) -> Refusal:
+    low, high = length_bounds(site.kv_len)
+    reason = (
+        f"rule {index + 1} is for lengths {rule.where.length}, but this length is dynamic "
+        f"({low} to {'any' if high is None else high}); capture with a range that lies inside"
+    )
+    return Refusal("length-dynamic", reason, str(site.anchor or ""), site.source, site.name)
+
+
+def _plan_site(
+    site: Site, policy: Policy, groups: Groups
+) -> tuple[tuple[Step, ...], tuple[Refusal, ...]]:
+    """The steps of a Site, or why it is kept."""
+    steps = tuple(_step(site, policy, index, heads) for index, heads in groups)
+    if all(step.keeps for step in steps):
+        return (replace(steps[0], heads=None),), ()
+    if site.refusals:
+        return (), tuple(replace(r, site=r.site or site.name) for r in site.refusals)
+    result = rewritten(site, *steps)
+    if isinstance(result, Refusal):
+        return (), (result,)
+    if len(steps) > 1:
+        together = "the other heads are rewritten, so these are computed exactly beside them"
+        steps = tuple(replace(s, note=together) if s.keeps else s for s in steps)
+    return steps, ()
+
+
+def _step(site: Site, policy: Policy, index: int | None, heads: tuple[int, ...] | None) -> Step:
+    if index is None:
+        return Step(site.name, (Keep(),), heads, note="no rule matches")
+    rule = policy.rules[index]
+    return Step(site.name, rule.apply, heads, rule.where.kind)
+
+
+def rewritten(site: Site, *steps: Step) -> Cascade | Refusal:
+    """The cascade of ``site`` after the transforms of its steps, in order.
+
+    The same object as ``site.cascade`` when nothing changes; the first Refusal of a transform
+    otherwise.  `ValueError` for a step of another Site.
+    """
+    cascade = site.cascade
+    for step in steps:
+        if step.site != site.name:
+            raise ValueError(f"a step for {step.site} was applied to {site.name}")
+        for transform in step.transforms:
+            refusal = transform.admits(site, step.named_kinds)
+            if refusal is not None:
+                return refusal
+            if step.heads is None or len(step.heads) == site.hq:
+                result = transform.apply(cascade, site)
+            else:
+                result = transform.apply_to_heads(cascade, site, step.heads)
+            if isinstance(result, Refusal):
+                return result
+            cascade = result
+    return cascade
+
+
+def _check_globs(findings: Findings, policy: Policy) -> None:
+    """A layer glob that names nothing is a mistake, not a rule without effect."""
+    for index, rule in enumerate(policy.rules):
+        for glob in rule.where.layer:
+            if any(glob_matches(glob, site) for site in findings.sites):
+                continue
+            names = list(dict.fromkeys(n for s in findings.sites for n in (s.name, s.module)))
+            near = difflib.get_close_matches(glob, names, n=5, cutoff=0.3) or names[:5]
+            hint = f"nearest: {', '.join(near)}" if near else "the model has no attention Site"
+            raise PolicyError(f"rule {index + 1}: layer {glob!r} matches no Site; {hint}")
+
+
+def _check_heads(findings: Findings, policy: Policy) -> None:
+    for index, rule in enumerate(policy.rules):
+        sites = [s for s in findings.sites if rule.where.matches(s)]
+        if rule.where.heads is None or not sites:
+            continue
+        most = max(s.hq for s in sites)
+        wrong = tuple(h for h in rule.where.heads if h >= most)
+        if wrong:
+            raise PolicyError(
+                f"rule {index + 1}: there is no head {spans_text(wrong)}; "
+                f"the Sites it matches have heads 0-{most - 1}"
+            )
+
+
+def _unused(policy: Policy, used: set[int]) -> list[Refusal]:
+    return [
+        Refusal("rule-unused", f"rule {i + 1} ({rule.text}) matches no Site and head that is left")
+        for i, rule in enumerate(policy.rules)
+        if i not in used
+    ]
+
+
+def check_sites(plan: Plan, findings: Findings) -> None:
+    """Raise `PolicyError` unless a plan that was read fits the Sites of this model."""
+    known = {s.name: s for s in findings.sites}
+    for index, step in enumerate(plan.steps):
+        site = known.get(step.site)
+        if site is None:
+            near = difflib.get_close_matches(step.site, known, n=3, cutoff=0.3) or list(known)[:3]
+            raise PolicyError(
+                f"plan, steps[{index}]: the model has no Site {step.site!r}; "
+                f"nearest: {', '.join(near) or 'none'}"
+            )
+        if step.heads is not None and max(step.heads) >= site.hq:
+            raise PolicyError(
+                f"plan, steps[{index}]: {step.site} has heads 0-{site.hq - 1}, "
+                f"not {spans_text(step.heads)}"
+            )
