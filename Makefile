@@ -13,7 +13,7 @@ TORCH_INDEX ?=
 TRITON ?= triton==3.9.0
 
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq
 LINKS := build/typing/attn_rewrite
 # Tests and examples share the cores between processes, not threads.
 RUN := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false

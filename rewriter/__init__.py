@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from attn_rewrite import cascade as cascade
-    from attn_rewrite.backends.onnx import export_onnx as export_onnx
-    from attn_rewrite.driver import OptimizedModule as OptimizedModule
+    from attn_rewrite.backends.onnx.export import export_onnx as export_onnx
+    from attn_rewrite.budget import Budget as Budget
     from attn_rewrite.driver import find_attention as find_attention
     from attn_rewrite.driver import optimize as optimize
     from attn_rewrite.errors import AttnRewriteError as AttnRewriteError
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from attn_rewrite.errors import PolicyError as PolicyError
     from attn_rewrite.errors import ToolError as ToolError
     from attn_rewrite.errors import VerifyError as VerifyError
+    from attn_rewrite.optimized import OptimizedModule as OptimizedModule
     from attn_rewrite.plan import Plan as Plan
-    from attn_rewrite.policy import Budget as Budget
     from attn_rewrite.policy import Policy as Policy
     from attn_rewrite.policy import Rule as Rule
     from attn_rewrite.policy import Where as Where
@@ -42,12 +42,12 @@ if TYPE_CHECKING:
 # the submodule would put the module in the function's place.
 _HOME = {
     "AttnRewriteError": "errors",
-    "Budget": "policy",
+    "Budget": "budget",
     "CaptureError": "errors",
     "CheckpointError": "errors",
     "Findings": "site",
     "LowerError": "errors",
-    "OptimizedModule": "driver",
+    "OptimizedModule": "optimized",
     "Plan": "plan",
     "Policy": "policy",
     "PolicyError": "errors",
@@ -57,7 +57,7 @@ _HOME = {
     "ToolError": "errors",
     "VerifyError": "errors",
     "Where": "policy",
-    "export_onnx": "backends.onnx",
+    "export_onnx": "backends.onnx.export",
     "find_attention": "driver",
     "load": "saved",
     "optimize": "driver",

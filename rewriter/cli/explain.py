@@ -1,0 +1,232 @@
+"""``attn-rewrite explain``: one Site before and after a policy, and which rules fit it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from attn_rewrite.cli.cascade import analysis_document
+from attn_rewrite.cli.inspect import site_document
+from attn_rewrite.cli.options import Model, ModelOptions
+from attn_rewrite.cli.terminal import Terminal
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from attn_rewrite.cascade import Cascade
+    from attn_rewrite.policy import Policy
+    from attn_rewrite.site import Findings, Refusal, Site
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked about the Site."""
+
+    site: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="A Site that inspect lists.", show_default=False),
+    ] = None
+    policy: Annotated[
+        str,
+        typer.Option(metavar="P", help="A pipeline such as 'window(size=64)', or a .toml file."),
+    ] = "exact"
+    why_not: Annotated[
+        str | None, typer.Option(metavar="RULE", help="Only this transform: why it does not apply.")
+    ] = None
+
+
+def explain(model: Model, question: Question, options: ModelOptions, terminal: Terminal) -> int:
+    """Show a Site's cascade before and after a policy, its cost, and refusals per rule."""
+    from attn_rewrite.cli.policy import read_policy
+
+    policy = read_policy(question.policy)
+    asked = None if question.why_not is None else read_policy(question.why_not)
+    loaded = options.load(model, terminal)
+    with terminal.stage("capturing the graph and finding attention"):
+        from attn_rewrite.driver import find_attention
+
+        findings = find_attention(
+            loaded.model, loaded.args, loaded.kwargs, dynamic_shapes=loaded.dynamic_shapes
+        )
+    site = _chosen(findings, question.site)
+    if asked is not None:
+        verdict = {"site": site.name, "verdicts": _verdicts(site, asked)}
+        terminal.show(verdict, lambda console: _view_verdicts(console, verdict["verdicts"]))
+        return 0
+    document = _document(findings, site, policy, options)
+    terminal.show(document, lambda console: _view(console, document))
+    return 0
+
+
+def _chosen(findings: Findings, name: str | None) -> Site:
+    from attn_rewrite.budget import suggest
+    from attn_rewrite.errors import PolicyError
+
+    known = {site.name: site for site in findings.sites}
+    if name is None and len(known) == 1:
+        return next(iter(known.values()))
+    if name is None:
+        raise PolicyError(
+            f"the model has {len(known)} sites; name one with --site{suggest('', known)}"
+        )
+    if name not in known:
+        raise PolicyError(f"the model has no site {name!r}{suggest(name, known)}")
+    return known[name]
+
+
+def _document(
+    findings: Findings, site: Site, policy: Policy, options: ModelOptions
+) -> dict[str, Any]:
+    from attn_rewrite.plan import make_plan, rewritten
+    from attn_rewrite.site import Refusal
+
+    plan = make_plan(findings, policy)
+    steps = plan.of(site.name)
+    after = rewritten(site, *steps)
+    refusals = [r for r in plan.refusals if r.site == site.name]
+    if isinstance(after, Refusal):
+        after = site.cascade
+    extents = _extents(site, options.length)
+    return {
+        "site": site_document(site),
+        "policy": str(policy),
+        "steps": [str(step) for step in steps],
+        "extents": extents,
+        "before": _cascade(site.cascade, extents, options),
+        "after": _cascade(after, extents, options),
+        "changed": after != site.cascade,
+        "refusals": [refusal.to_json() for refusal in refusals],
+        "rules": _verdicts(site, None),
+    }
+
+
+def _extents(site: Site, length: int | None) -> dict[str, int]:
+    """The size of each rank of the Site's cascade: what is dynamic is taken at ``--length``."""
+    sizes = {"b": 1, "h": site.hq, "d": site.d_qk, "f": site.d_v}
+    for rank, size in (("q", site.q_len), ("kv", site.kv_len)):
+        sizes[rank] = size if isinstance(size, int) else length or _hint(size)
+    known = {r.name for r in site.cascade.ranks}
+    return {rank: size for rank, size in sizes.items() if rank in known}
+
+
+def _hint(size: Any) -> int:
+    return int(size.node.hint)
+
+
+def _cascade(cascade: Cascade, extents: dict[str, int], options: ModelOptions) -> dict[str, Any]:
+    from attn_rewrite.cascade import pass_analysis
+
+    analysis = pass_analysis(cascade, "kv")
+    return {
+        "cascade": str(cascade),
+        "passes": analysis_document(analysis),
+        "cost": _cost(cascade, extents, options),
+    }
+
+
+def _cost(cascade: Cascade, extents: dict[str, int], options: ModelOptions) -> dict[str, Any]:
+    from attn_rewrite.cascade.cost import site_cost
+    from attn_rewrite.target import for_device
+
+    dtype = "float32" if options.dtype is None else options.dtype.value
+    target = for_device(options.device or "cpu")
+    return site_cost(cascade, extents, target, dtype=dtype).to_json()
+
+
+def _verdicts(site: Site, policy: Policy | None) -> list[dict[str, Any]]:
+    """Whether each transform applies: those of ``policy``, or all there are."""
+    transforms = [t for rule in policy.rules for t in rule.apply] if policy else _defaults()
+    return [_verdict(site, transform) for transform in transforms]
+
+
+def _defaults() -> list[Any]:
+    from attn_rewrite.passes import TRANSFORMS
+    from attn_rewrite.passes.transform import field_infos
+
+    # Where an option is required, ask with the smallest value that is allowed.
+    made = []
+    for kind in TRANSFORMS.values():
+        required = {f.name: f.option.minimum for f in field_infos(kind) if f.default is None}
+        if all(value is not None for value in required.values()):
+            made.append(kind(**{name: int(value or 0) for name, value in required.items()}))
+    return made
+
+
+def _verdict(site: Site, transform: Any) -> dict[str, Any]:
+    refusal = _refusal(site, transform)
+    return {
+        "rule": transform.name,
+        "as": str(transform),
+        "applies": refusal is None,
+        "refusal": None if refusal is None else refusal.to_json(),
+    }
+
+
+def _refusal(site: Site, transform: Any) -> Refusal | None:
+    """The first condition that failed."""
+    from attn_rewrite.site import Refusal
+
+    if site.refusals:
+        return site.refusals[0]
+    refused = transform.admits(site)
+    if refused is not None:
+        return refused  # type: ignore[no-any-return]
+    result = transform.apply(site.cascade, site)
+    return result if isinstance(result, Refusal) else None
+
+
+def _view(console: Console, document: dict[str, Any]) -> None:
+    site = document["site"]
+    facts = ("kind", "family", "causal", "hq", "hkv", "q_len", "kv_len", "d_qk", "d_v", "layout")
+    console.print(site["name"], style="bold", markup=False)
+    console.print(", ".join(f"{name}={site[name]}" for name in facts), markup=False)
+    if site["source"]:
+        console.print(f"from {site['source']}", markup=False)
+    _view_cascade(console, "before", document["before"])
+    for step in document["steps"]:
+        console.print(f"\nstep  {step}", markup=False)
+    if document["changed"]:
+        _view_cascade(console, "after", document["after"])
+    else:
+        console.print(f"\nunder {document['policy']} the cascade stays as it is", markup=False)
+    for refusal in document["refusals"]:
+        console.print(f"refused: [{refusal['code']}] {refusal['reason']}", markup=False)
+    _view_costs(console, document)
+    _view_verdicts(console, document["rules"])
+
+
+def _view_cascade(console: Console, title: str, part: dict[str, Any]) -> None:
+    passes = part["passes"]
+    live = ", ".join(passes["live"]) or "nothing"
+    console.print(f"\n{title}:", style="bold")
+    console.print(part["cascade"], markup=False)
+    console.print(f"{passes['passes']} passes over {passes['rank']}; live: {live}", markup=False)
+
+
+def _view_costs(console: Console, document: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    before, after = document["before"]["cost"], document["after"]["cost"]
+    sizes = ", ".join(f"{rank}={size}" for rank, size in document["extents"].items())
+    table = Table("", "before", "after", title=f"cost on {before['target']} at {sizes}")
+    for name in ("passes", "flops", "dram_bytes", "live_bytes", "kept", "bound", "time_s"):
+        table.add_row(
+            name,
+            *(f"{v:.4g}" if isinstance(v, float) else str(v) for v in (before[name], after[name])),
+        )
+    console.print(table)
+    console.print("the cost after leaves out what a guard skips; optimize counts executed tiles")
+
+
+def _view_verdicts(console: Console, verdicts: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("rule", "applies", "why not")
+    for verdict in verdicts:
+        refusal = verdict["refusal"]
+        why = "" if refusal is None else f"[{refusal['code']}] {refusal['reason']}"
+        table.add_row(*map(Text, (verdict["as"], "yes" if verdict["applies"] else "no", why)))
+    console.print(table)

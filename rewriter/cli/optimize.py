@@ -1,0 +1,191 @@
+"""``attn-rewrite optimize``: rewrite a model by a policy and write a folder others can run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from attn_rewrite.cli.options import Model, ModelOptions
+from attn_rewrite.cli.policy import BudgetText, PolicyText, read_budget, read_plan, read_policy
+from attn_rewrite.cli.terminal import Terminal
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from attn_rewrite.backends.onnx.artifact import OnnxArtifact
+    from attn_rewrite.checkpoint import LoadedModel
+    from attn_rewrite.optimized import OptimizedModule
+    from attn_rewrite.plan import Plan
+    from attn_rewrite.policy import Budget, Policy
+
+EXPORTS = ("pt2", "onnx", "onnx:portable", "onnx:onnxruntime")
+
+
+@dataclass(frozen=True)
+class Rewriting:
+    """What is done to the model, and where the result goes."""
+
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.")]
+    policy: PolicyText = None
+    plan: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Replay a plan.json instead of a policy.")
+    ] = None
+    budget: BudgetText = None
+    export: Annotated[
+        list[str],
+        typer.Option(metavar="FORMAT", help="pt2, onnx or onnx:portable; may be repeated."),
+    ] = field(default_factory=list)
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier result in DIR.")] = (
+        False
+    )
+
+
+@dataclass(frozen=True)
+class _Request:
+    """The options, read and checked before the model is loaded."""
+
+    policy: Policy
+    plan: Plan | None
+    budget: Budget | None
+    onnx: dict[str, str]  # file name -> target
+
+
+def optimize(model: Model, rewriting: Rewriting, options: ModelOptions, terminal: Terminal) -> int:
+    """Find the attention of MODEL, rewrite it by a policy, verify the numbers, write DIR."""
+    from attn_rewrite.folder import output_folder
+    from attn_rewrite.saved import seal, write_result
+
+    request = _read(rewriting)
+    # The folder is claimed first: a mistake in it should not cost the time of a rewrite.
+    with output_folder(rewriting.output, force=rewriting.force) as part:
+        loaded = options.load(model, terminal)
+        optimized = rewrite(
+            loaded, request.policy, terminal, plan=request.plan, budget=request.budget
+        )
+        with terminal.stage("writing model.pt2"):
+            write_result(optimized, part, source=loaded)
+        artifacts = _export(optimized, part, request.onnx, terminal)
+        seal(part, source=loaded)
+    document = {
+        "output": str(rewriting.output),
+        "files": sorted(str(p.relative_to(rewriting.output)) for p in _files(rewriting.output)),
+        "exports": artifacts,
+        "notes": list(loaded.notes),
+        **optimized.report.to_json(),
+    }
+    terminal.show(document, lambda console: _view(console, optimized, rewriting.output, artifacts))
+    return exit_code(optimized, terminal)
+
+
+def rewrite(
+    loaded: LoadedModel,
+    policy: Policy,
+    terminal: Terminal,
+    *,
+    plan: Plan | None = None,
+    budget: Budget | None = None,
+) -> OptimizedModule:
+    """`attn_rewrite.optimize` on a loaded model, said on standard error."""
+    with terminal.stage("capturing, rewriting and verifying"):
+        from attn_rewrite import driver
+
+        return driver.optimize(
+            loaded.model,
+            policy,
+            loaded.args,
+            loaded.kwargs,
+            dynamic_shapes=loaded.dynamic_shapes,
+            budget=budget,
+            plan=plan,
+        )
+
+
+def exit_code(optimized: OptimizedModule, terminal: Terminal) -> int:
+    """0, or 1 with a sentence that says why nothing was rewritten."""
+    from attn_rewrite.cli.app import DONE, NOTHING_DONE
+
+    if not optimized.sites:
+        terminal.warn(
+            "the model has no attention that is recognised; report.json lists near misses"
+        )
+        return NOTHING_DONE
+    if all(step.keeps for step in optimized.plan):
+        terminal.warn("nothing was rewritten: every site was kept; report.json says why")
+        return NOTHING_DONE
+    return DONE
+
+
+def _read(rewriting: Rewriting) -> _Request:
+    from attn_rewrite.errors import PolicyError
+
+    if rewriting.policy is not None and rewriting.plan is not None:
+        raise PolicyError("--policy and --plan were both given; a plan already says what to do")
+    return _Request(
+        policy=read_policy(rewriting.policy),
+        plan=read_plan(rewriting.plan),
+        budget=read_budget(rewriting.budget),
+        onnx=_onnx_files(rewriting.export),
+    )
+
+
+def _onnx_files(exports: list[str]) -> dict[str, str]:
+    """File name and target of every ONNX export; model.pt2 is always written."""
+    from attn_rewrite.budget import suggest
+    from attn_rewrite.errors import PolicyError
+
+    targets: list[str] = []
+    for text in exports:
+        if text not in EXPORTS:
+            raise PolicyError(f"--export {text!r} is not known{suggest(text, EXPORTS)}")
+        kind, _, target = text.partition(":")
+        if kind == "onnx" and (target or "portable") not in targets:
+            targets.append(target or "portable")
+    names = ["model.onnx", *(f"model.{target}.onnx" for target in targets[1:])]
+    return dict(zip(names, targets, strict=False))
+
+
+def _export(
+    optimized: OptimizedModule, folder: Path, onnx: dict[str, str], terminal: Terminal
+) -> list[dict[str, Any]]:
+    artifacts = []
+    for name, target in onnx.items():
+        from attn_rewrite import export_onnx
+
+        with terminal.stage(f"exporting {name} and comparing it in ONNX Runtime"):
+            artifact = export_onnx(optimized, folder / name, target=target)
+        artifacts.append(_artifact(artifact, name))
+    return artifacts
+
+
+def _artifact(artifact: OnnxArtifact, name: str) -> dict[str, Any]:
+    return {
+        "file": name,
+        "target": artifact.target,
+        "opset": artifact.opset,
+        "bytes": artifact.bytes,
+        "errors": dict(artifact.errors),
+        "sites": [site.to_json() for site in artifact.sites],
+    }
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def _view(
+    console: Console, optimized: OptimizedModule, output: Path, artifacts: list[dict[str, Any]]
+) -> None:
+    from attn_rewrite.report import render
+
+    render(optimized.report, console)
+    for artifact in artifacts:
+        worst = max(artifact["errors"].values(), default=0.0)
+        console.print(
+            f"{artifact['file']}: opset {artifact['opset']}, {artifact['bytes'] / 1e6:.1f} MB, "
+            f"largest error against the program {worst:.2g}",
+            markup=False,
+        )
+    console.print(f"written to {output}", markup=False)

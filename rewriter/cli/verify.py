@@ -1,0 +1,144 @@
+"""``attn-rewrite verify``: a saved result, checked again against the model it was made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from attn_rewrite.cli.options import ModelOptions
+from attn_rewrite.cli.terminal import Terminal
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from attn_rewrite.backends.onnx.artifact import Arrays
+    from attn_rewrite.checkpoint import LoadedModel
+    from attn_rewrite.optimized import OptimizedModule
+
+Directory = Annotated[
+    Path, typer.Argument(metavar="DIR", help="A folder that optimize wrote.", show_default=False)
+]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the original is."""
+
+    original: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH", help="The original model, where it has moved.", show_default=False
+        ),
+    ] = None
+
+
+def verify(directory: Directory, origin: Origin, options: ModelOptions, terminal: Terminal) -> int:
+    """Check DIR: its files, the original it names, every rewrite, and the outputs of each export."""
+    from attn_rewrite.cli.optimize import rewrite
+    from attn_rewrite.cli.policy import read_policy
+    from attn_rewrite.saved import load
+
+    with terminal.stage(f"checking the files of {directory}"):
+        saved = load(directory)
+    loaded = load_original(directory, origin.original, options, terminal)
+    # The plan replayed on the original checks every Site against the float64 oracle once more.
+    replayed = rewrite(loaded, read_policy(None), terminal, plan=saved.plan)
+    with terminal.stage("comparing outputs with the rewritten original in float64"):
+        errors, bounds = _compare(directory, saved, replayed, loaded)
+    document = {
+        "directory": str(directory),
+        "original": loaded.path,
+        "plan": saved.plan.hash,
+        "errors": errors,
+        "bounds": bounds,
+        "notes": list(loaded.notes),
+        **replayed.report.to_json(),
+    }
+    terminal.show(document, lambda console: _view(console, document, replayed))
+    return 0
+
+
+def load_original(
+    directory: Path, original: str | None, options: ModelOptions, terminal: Terminal
+) -> LoadedModel:
+    """The model a result was made from; `CheckpointError` when it is unknown or has changed."""
+    from attn_rewrite.errors import CheckpointError
+    from attn_rewrite.saved import check_result
+
+    source = check_result(directory).get("source")
+    if original is None and source is None:
+        raise CheckpointError(
+            f"{directory} does not say which model it was made from; name it with --original"
+        )
+    loaded = options.load(original or source["path"], terminal)
+    if source is not None and loaded.hashes != source["hashes"]:
+        changed = sorted(
+            name
+            for name in loaded.hashes.keys() | source["hashes"].keys()
+            if loaded.hashes.get(name) != source["hashes"].get(name)
+        )
+        raise CheckpointError(
+            f"{loaded.path} is not the model {directory} was made from: {', '.join(changed)} "
+            "differs from the hash that was kept; name the original with --original"
+        )
+    return loaded
+
+
+def _compare(
+    directory: Path, saved: OptimizedModule, replayed: OptimizedModule, loaded: LoadedModel
+) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """Largest error per file and output, and the bound of each output; `VerifyError` over it."""
+    from attn_rewrite.backends.onnx.artifact import compare
+    from attn_rewrite.backends.onnx.oracle import example_inputs, expected
+
+    inputs = example_inputs(replayed.program)[0]
+    reference = expected(replayed.program, inputs)
+    found = {"model.pt2": _outputs(saved, loaded)}
+    for path in sorted(directory.glob("*.onnx")):
+        found[path.name] = _onnx_outputs(path, inputs)
+    errors = {
+        name: compare(name, arrays, reference.outputs, reference.bounds)
+        for name, arrays in found.items()
+    }
+    return errors, dict(reference.bounds)
+
+
+def _outputs(model: OptimizedModule, loaded: LoadedModel) -> Arrays:
+    """The tensors a saved model returns, by output name."""
+    import torch
+    from torch.utils import _pytree as pytree
+
+    from attn_rewrite.backends.onnx.names import output_names
+    from attn_rewrite.backends.onnx.oracle import as_arrays
+
+    with torch.inference_mode():
+        result = model(*loaded.args, **loaded.kwargs)
+    tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+    return as_arrays(dict(zip(output_names(model.program), tensors, strict=True)))
+
+
+def _onnx_outputs(path: Path, inputs: dict[str, Any]) -> Arrays:
+    from attn_rewrite.backends.onnx.oracle import as_arrays
+    from attn_rewrite.backends.onnx.runtime import open_session, run_session
+
+    session = open_session(path)
+    wanted = {value.name for value in session.get_inputs()}
+    given = as_arrays({name: value for name, value in inputs.items() if name in wanted})
+    return run_session(session, given)
+
+
+def _view(console: Console, document: dict[str, Any], replayed: OptimizedModule) -> None:
+    from rich.table import Table
+
+    from attn_rewrite.report import render
+
+    render(replayed.report, console)
+    table = Table("file", "output", "largest error", "allowed", title="outputs against float64")
+    for name, errors in document["errors"].items():
+        for output, error in errors.items():
+            table.add_row(name, output, f"{error:.3g}", f"{document['bounds'][output]:.3g}")
+    console.print(table)
+    console.print(f"{document['directory']} is what its plan makes of the original", markup=False)
