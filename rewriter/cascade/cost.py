@@ -187,10 +187,15 @@ def _is_view(einsum: Einsum) -> bool:
 
 def _is_input(cascade: Cascade, tensor: str) -> bool:
     """Is it an input, or a view of one?  Reading it again is reading the input again."""
-    einsum = cascade.producer(tensor)
-    if einsum is None:
-        return True
-    return _is_view(einsum) and _is_input(cascade, einsum.reads()[0].tensor)
+    seen = {tensor}
+    while (einsum := cascade.producer(tensor)) is not None:
+        if not _is_view(einsum):
+            return False
+        tensor = einsum.reads()[0].tensor
+        if tensor in seen:  # state that is handed from step to step
+            return False
+        seen.add(tensor)
+    return True
 
 
 @dataclass(frozen=True)
