@@ -374,7 +374,7 @@ def lse_merge(g: torch.Generator) -> Case:
 
 
 def bound(inputs: Tensors, expected: Tensor) -> float:
-    """First-order rounding of a float64 attention: the score's error goes through exp, then sums."""
+    """First-order rounding in float64: the error of a score goes through exp, then sums."""
     q, k = (
         max([4.0, *(v.abs().max().item() for n, v in inputs.items() if n in names)])
         for names in (("Q", "Q1", "Q2"), ("K", "K1", "K2"))

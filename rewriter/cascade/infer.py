@@ -200,36 +200,38 @@ def _whole(split: tuple[str, str]) -> str:
 
 
 def _inputs(
-    draft: Draft, einsums: Sequence[Einsum], written: set[str], ranks: Sequence[RankDecl]
+    draft: Draft, einsums: Sequence[Einsum], written: set[str], ranks: list[RankDecl]
 ) -> Iterator[TensorDecl]:
+    """Undeclared inputs by their accesses; a rank that none of them names is added to ``ranks``."""
     known = {t.name for t in draft.inputs} | written
     accesses: dict[str, list[Read]] = {}
     for e in einsums:
         for read in reads(e):
             if read.tensor not in known:
                 accesses.setdefault(read.tensor, []).append(read)
-    wholes = {r.parts: r.name for r in ranks if r.parts}
     for name, found in accesses.items():
-        if len({len(r.index) for r in found}) > 1:
+        other = next((r for r in found if len(r.index) != len(found[0].index)), None)
+        if other is not None:
             raise CascadeError(
-                f"{name} is read as {found[0]} and as {found[-1]}; use one number of ranks"
+                f"{name} is read as {found[0]} and as {other}; use one number of ranks"
             )
-        yield TensorDecl(name, tuple(_input_rank(name, at, wholes) for at in _columns(found)))
+        columns = zip(*(r.index for r in found), strict=True)
+        yield TensorDecl(
+            name, tuple(_input_rank(f"{name}_{d}", c, ranks) for d, c in enumerate(columns))
+        )
 
 
-def _columns(found: Sequence[Read]) -> Iterator[list[Expr]]:
-    yield from (list(column) for column in zip(*(r.index for r in found), strict=True))
-
-
-def _input_rank(name: str, indices: list[Expr], wholes: dict[tuple[str, ...], str]) -> str:
+def _input_rank(fresh: str, indices: Sequence[Expr], ranks: list[RankDecl]) -> str:
+    """The rank of one dimension: the one it is indexed by, the one it splits, or a new one."""
     for index in indices:
         if isinstance(index, Rank):
             return index.name
+    wholes = {r.parts: r.name for r in ranks if r.parts}
     for index in indices:
         split = _split(index)
         if split in wholes:
             return wholes[split]
-    raise CascadeError(
-        f"the ranks of input {name} cannot be seen from its index {indices[0]}; declare them with "
-        f"a line 'input {name}[...]'"
-    )
+    while any(r.name == fresh for r in ranks):
+        fresh += "'"
+    ranks.append(RankDecl(fresh))
+    return fresh

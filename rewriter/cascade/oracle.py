@@ -147,8 +147,11 @@ class _Machine:
         """A split rank has no points beyond its extent: the last tile may be cut."""
         guards: list[Expr] = []
         for rank in self.cascade.ranks:
+            if len(rank.parts) != 2 or rank.name in frame.ranks:
+                continue
+            outer, inner = (self.extents.get(p, 0) for p in rank.parts)
             whole = self._coordinate(rank.name, frame)
-            if whole is not None and not isinstance(whole, Rank):
+            if whole is not None and outer * inner != self.extents[rank.name]:
                 guards.append(whole < Const(self.extents[rank.name]))
         return guards
 
@@ -160,12 +163,9 @@ class _Machine:
         if len(parts) != 2:
             return None
         outer, inner = (self._coordinate(p, frame) for p in parts)
-        if outer is None or inner is None or self._divides(rank, parts):
+        if outer is None or inner is None:
             return None
         return outer * Extent(parts[1]) + inner
-
-    def _divides(self, rank: str, parts: tuple[str, ...]) -> bool:
-        return self.extents[parts[0]] * self.extents[parts[1]] == self.extents[rank]
 
     # Writing
 
