@@ -475,3 +475,22 @@ def test_the_model_imports_neither_torch_nor_sympy():
 
 def test_times_are_finite_over_the_whole_evaluation(table):
     assert all(math.isfinite(r.latency_s) for rows in table.results.values() for r in rows)
+
+
+def test_a_checkpoint_is_modelled_with_its_own_heads(run, tmp_path):
+    import transformers  # here: this is the only test that needs it
+
+    config = transformers.BertConfig(
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=64,
+        vocab_size=50,
+        architectures=["BertModel"],
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path / "bert")
+    found = json.loads(run("--checkpoint", str(tmp_path / "bert"), "--length", "8192", "--json"))
+    alone = evaluate(Workload("same", 1, 4, 8192, 8192, 12, 12), "fusemax")
+    assert found["layers"] == 3
+    assert found["latency_s"] == pytest.approx(alone.latency_s, rel=EXACT)
+    assert found["linear_s"] is None
