@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import fx
 
-from attn_rewrite.graph import Builder, GraphBuilder, arrange, copy_graph, extents, restore
+from attn_rewrite.graph import Builder, GraphBuilder, arrange, aten, copy_graph, extents, op_name, restore
 from attn_rewrite.site import Site
 
 _PROVENANCE = ("nn_module_stack", "stack_trace", "torch_fn")
@@ -52,10 +52,29 @@ def splice(host: fx.GraphModule, replacements: Iterable[Replacement]) -> fx.Grap
         build.at(output, attn_rewrite_site=item.site.name, **provenance)
         output.replace_all_uses_with(compute(build, item, twins))
     for module in twins.modules.values():
-        module.graph.eliminate_dead_code()
+        sweep(module.graph)
         module.graph.lint()
         module.recompile()
     return root
+
+
+def sweep(graph: fx.Graph) -> None:
+    """Remove what is no longer used: metadata assertions on dead values, dropouts, and pure operators."""
+    for node in reversed(list(graph.nodes)):
+        if op_name(node) == "_assert_tensor_metadata":
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            if all(op_name(u) == "_assert_tensor_metadata" for u in source.users):
+                graph.erase_node(node)
+        elif not node.users and not _has_effect(node):
+            graph.erase_node(node)
+
+
+def _has_effect(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "output") or (node.is_impure() and op_name(node) not in _RANDOM)
+
+
+_RANDOM = frozenset({"dropout", "native_dropout", "alpha_dropout"})
 
 
 def compute(build: GraphBuilder, item: Replacement, twins: _Twins) -> Any:
@@ -67,8 +86,6 @@ def compute(build: GraphBuilder, item: Replacement, twins: _Twins) -> Any:
     result = item.kernel.emit(build, inputs)
     dtype = site.output.node.meta["val"].dtype
     if result.meta["val"].dtype != dtype:
-        from attn_rewrite.graph import aten
-
         result = build.call(aten.to.dtype, result, dtype)
     return restore(build, result, site.groups("AV"), site.output, sizes)
 

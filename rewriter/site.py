@@ -122,6 +122,12 @@ class Site:
             tuple(f for f in self.factors if f.role in roles.get(rank, (rank,))) for rank in ranks
         )
 
+    def extents(self) -> dict[str, int | SymInt]:
+        """Extents of the ranks that operands share."""
+        return {
+            "h": self.hq, "hkv": self.hkv, "q": self.q_len, "kv": self.kv_len, "d": self.d_qk, "f": self.d_v,
+        }  # fmt: skip
+
     def facts(self) -> dict[str, str | int | float | bool]:
         """Facts as plain values, for reports; dynamic sizes as their symbol."""
         plain = ("kind", "family", "causal", "hq", "hkv", "d_qk", "d_v", "scale", "dropout", "rope")

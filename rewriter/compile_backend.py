@@ -1,0 +1,185 @@
+"""The torch.compile front end: rewrite each graph Dynamo captures, then compile it.
+
+``torch.compile(model, backend="attn_rewrite", options={"policy": "window(size=256)"})``.  Options:
+``policy`` (text, path of a policy file, or `Policy`), ``compiler`` (``"inductor"``, the default, or
+``"eager"``), ``session`` (a `Session` that collects what happened).  Gradients survive: AOTAutograd and
+Inductor run after the rewrite.  Nothing is measured here, because the graphs hold no values: a policy
+with a budget is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from attn_rewrite.errors import PolicyError
+from attn_rewrite.optimized import OptimizedModule
+from attn_rewrite.policy import Policy
+from attn_rewrite.site import Refusal, Site
+
+COMPILERS = ("inductor", "eager")
+OPTIONS = ("policy", "compiler", "session")
+
+
+@dataclass(frozen=True, eq=False)
+class GraphRecord:
+    """One graph that was compiled: its sites, how each is computed, and the refusals."""
+
+    sites: tuple[Site, ...]
+    kernels: dict[str, str]  # site -> kernel; sites left as they are do not appear
+    refusals: tuple[Refusal, ...]
+
+
+@dataclass
+class Session:
+    """What happened in the graphs of one compiled model, in order; `clear` forgets it."""
+
+    graphs: list[GraphRecord] = field(default_factory=list)
+
+    def clear(self) -> None:
+        """Forget every graph."""
+        self.graphs.clear()
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites by name, as last seen."""
+        return tuple({s.name: s for g in self.graphs for s in g.sites}.values())
+
+    @property
+    def refusals(self) -> tuple[Refusal, ...]:
+        """Every refusal, each once."""
+        return tuple({(r.code, r.reason, r.site): r for g in self.graphs for r in g.refusals}.values())
+
+
+def attn_rewrite(
+    gm: fx.GraphModule, example_inputs: list[Any], *, options: Mapping[str, Any] | None = None, mode: Any = None
+) -> Callable[..., Any]:
+    """The backend registered with Dynamo (entry point ``torch_dynamo_backends``)."""
+    options = dict(options or {})
+    policy, compiler = read_options(options)
+    rewritten, record = rewrite_graph(gm, example_inputs, policy)
+    session = options.get("session")
+    if session is not None:
+        session.graphs.append(record)
+    if compiler == "eager":
+        return rewritten.forward
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(rewritten, example_inputs)  # type: ignore[no-any-return]
+
+
+def read_options(options: Mapping[str, Any]) -> tuple[Policy, str]:
+    """(policy, compiler) from the options of the backend; `PolicyError` for anything unknown."""
+    for name in options:
+        if name not in OPTIONS:
+            raise PolicyError(f"the attn_rewrite backend has no option {name!r}; it has {', '.join(OPTIONS)}")
+    compiler = options.get("compiler", "inductor")
+    if compiler not in COMPILERS:
+        raise PolicyError(f"compiler {compiler!r} is not known; expected {' or '.join(COMPILERS)}")
+    policy = options.get("policy", "exact")
+    if isinstance(policy, str):
+        policy = Policy.load(policy) if Path(policy).suffix == ".toml" else Policy.parse(policy)
+    if policy.budget is not None:
+        raise PolicyError(
+            "a budget needs measurements, and graphs captured just in time have no values: give "
+            "optimize() example inputs, or leave the budget out"
+        )
+    return policy, compiler
+
+
+def rewrite_graph(
+    gm: fx.GraphModule, example_inputs: list[Any], policy: Policy
+) -> tuple[fx.GraphModule, GraphRecord]:
+    """Retrace, find, plan, lower and splice one graph."""
+    from attn_rewrite.apply import splice
+    from attn_rewrite.driver import Stopwatch, decide, replacements
+    from attn_rewrite.passes.canonicalize import canonicalize
+    from attn_rewrite.passes.find import find
+    from attn_rewrite.retrace import retrace
+
+    traced = retrace(gm, example_inputs)
+    findings = find(canonicalize(traced))
+    if not findings.sites:
+        return traced, GraphRecord((), {}, findings.refusals)
+    plan, decisions = decide(findings, _for_graph(policy, findings.sites), None, Stopwatch())
+    done = {d.site.name: d.kernel.name for d in decisions if d.kernel is not None}
+    said = tuple(d.refusal for d in decisions if d.refusal is not None)
+    record = GraphRecord(findings.sites, done, (*findings.refusals, *plan.refusals, *said))
+    return splice(traced, replacements(decisions)), record
+
+
+def _for_graph(policy: Policy, sites: tuple[Site, ...]) -> Policy:
+    """The rules whose layers occur in this graph: another graph of the model may hold the rest."""
+    from attn_rewrite.policy import Rule, Where, glob_matches
+
+    rules = [
+        r for r in policy.rules
+        if not r.where.layer or any(glob_matches(g, s) for g in r.where.layer for s in sites)
+    ]  # fmt: skip
+    return Policy(rules or [Rule(Where(), "keep")])
+
+
+class JustInTimeModule(OptimizedModule):
+    """A model whose graphs are rewritten as they are captured, call by call.
+
+    It *is* the source module for parameters, buffers, mode and device; ``sites`` and ``session`` fill as
+    graphs are compiled.  ``generate`` and other methods of the source run the rewritten forward.
+    """
+
+    def __init__(self, source: nn.Module, policy: Policy, compiler: str) -> None:
+        from attn_rewrite.plan import Plan
+        from attn_rewrite.report import Report
+
+        nn.Module.__init__(self)
+        self._hold("_source", source)
+        self._hold("_policy", (policy, compiler))
+        self._hold("session", Session())
+        for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self._hold(table, getattr(source, table))
+        self._hold("_empty", (Plan((), (), str(policy)), Report))
+        options = {"policy": policy, "compiler": compiler, "session": self.session}
+        self._hold("_compiled", torch.compile(source.forward, backend=attn_rewrite, options=options))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the source's forward, rewritten and compiled."""
+        return self._compiled(*args, **kwargs)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:  # type: ignore[override]
+        """Every site of the graphs compiled so far."""
+        return self.session.sites  # type: ignore[no-any-return]
+
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        """The mode of the source."""
+        return bool(self._source.training)
+
+    @training.setter
+    def training(self, value: bool) -> None:
+        pass  # `nn.Module.__init__` sets it before there is a source
+
+    def train(self, mode: bool = True) -> JustInTimeModule:
+        """Set the mode of the source; the next call captures again if it matters."""
+        self._source.train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> JustInTimeModule:
+        self._source._apply(fn, recurse)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> JustInTimeModule:
+        import copy
+
+        policy, compiler = self._policy
+        return JustInTimeModule(copy.deepcopy(self._source, memo), policy, compiler)
+
+
+def compiled(model: nn.Module, policy: Policy, compiler: str = "inductor") -> JustInTimeModule:
+    """`optimize` without example inputs: the first call captures."""
+    read_options({"policy": policy})
+    return JustInTimeModule(model, policy, compiler)

@@ -1,0 +1,235 @@
+"""The driver: capture, canonicalise, find, plan, rewrite, lower, splice, verify.
+
+`optimize` reads like the line above; every step is a function of values, and the report holds what each
+of them said and took.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import fx, nn
+
+from attn_rewrite import knobs
+from attn_rewrite.apply import Replacement, splice
+from attn_rewrite.backends.torch.lower import Kernel, lower
+from attn_rewrite.cascade.ir import Cascade
+from attn_rewrite.capture import Captured, capture_model
+from attn_rewrite.errors import PolicyError
+from attn_rewrite.passes.canonicalize import canonicalize
+from attn_rewrite.passes.find import find
+from attn_rewrite.plan import Plan, check_sites, make_plan, rewritten
+from attn_rewrite.policy import Policy
+from attn_rewrite.site import Findings, Refusal, Site
+
+if TYPE_CHECKING:
+    from attn_rewrite.budget import Budget
+    from attn_rewrite.optimized import OptimizedModule
+
+BACKENDS = ("auto", "torch")
+
+
+@dataclass
+class Stopwatch:
+    """Seconds per stage, in the order the stages ran, and their dumps."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    dumper: knobs.Dumper = field(default_factory=lambda: knobs.Dumper(knobs.dump_directory()))
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What happens to one site: its rewritten cascade and kernel, or why it stays as it is."""
+
+    site: Site
+    cascade: Cascade | None = None
+    kernel: Kernel | None = None
+    refusal: Refusal | None = None
+
+    @property
+    def replacement(self) -> Replacement | None:
+        """The splice to make, if any."""
+        return None if self.kernel is None else Replacement(self.site, self.kernel)
+
+
+def find_attention(
+    model: nn.Module,
+    example_args: tuple[Any, ...] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+) -> Findings:
+    """Every attention of ``model``, and every softmax that is not one, with the reason.
+
+    The model is captured ahead of time with the example inputs.  Raises `CaptureError`.
+    """
+    captured = capture_model(model, tuple(example_args), example_kwargs, dynamic_shapes=dynamic_shapes)
+    return find(canonicalize(captured.graph))
+
+
+def optimize(
+    model: nn.Module,
+    policy: str | Policy = "exact",
+    example_args: tuple[Any, ...] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    backend: str = "auto",
+    budget: str | Budget | None = None,
+    calibration: Any = None,
+    verify: bool = True,
+    plan: Plan | None = None,
+) -> OptimizedModule:
+    """Rewrite the attention of ``model`` as ``policy`` says, verify it, and return a module like it.
+
+    ``policy`` is a pipeline as text or a `Policy`; ``plan`` replays an earlier one instead.  ``budget``
+    bounds the approximation error (``"cosine>=0.999"``).  With ``verify`` every site is measured on the
+    example inputs against a float64 oracle: over the implementation bound is `VerifyError`, over the
+    budget sends the site back to exact.  Without example inputs the first call captures, just in time.
+    """
+    policy = Policy.parse(policy) if isinstance(policy, str) else policy
+    _check_options(backend, calibration)
+    if budget is not None:
+        policy = Policy(policy.rules, budget)
+    if not example_args and not example_kwargs:
+        from attn_rewrite.compile_backend import compiled
+
+        return compiled(model, policy)
+    watch = Stopwatch()
+    with watch.stage("capture"):
+        captured = capture_model(model, tuple(example_args), example_kwargs, dynamic_shapes=dynamic_shapes)
+    rebuild = partial(_again, captured=captured, policy=policy, dynamic_shapes=dynamic_shapes, plan=plan)
+    return optimize_captured(captured, policy, watch, plan=plan, verify=verify, source=model, rebuild=rebuild)
+
+
+def _check_options(backend: str, calibration: Any) -> None:
+    if backend not in BACKENDS:
+        raise PolicyError(f"backend {backend!r} is not available; this version has: {', '.join(BACKENDS)}")
+    if calibration is not None:
+        raise PolicyError("no transform of this version is calibrated; leave calibration out")
+
+
+def decide(
+    findings: Findings, policy: Policy, plan: Plan | None, watch: Stopwatch
+) -> tuple[Plan, list[Decision]]:
+    """Plan, rewrite and lower every site."""
+    with watch.stage("plan"):
+        if plan is None:
+            plan = make_plan(findings, policy)
+        else:
+            check_sites(plan, findings)
+    with watch.stage("rewrite"):
+        decisions = [_decide(site, plan) for site in findings.sites]
+    watch.dumper.write("plan", plan.dumps(), suffix=".json")
+    return plan, decisions
+
+
+def _decide(site: Site, plan: Plan) -> Decision:
+    steps = plan.of(site.name)
+    if not steps or all(s.keeps for s in steps):
+        return Decision(site)
+    cascade = rewritten(site, *steps)
+    if isinstance(cascade, Refusal):
+        return Decision(site, refusal=cascade)
+    return lowered(site, cascade)
+
+
+def lowered(site: Site, cascade: Cascade) -> Decision:
+    """Lower a cascade for the place of ``site``."""
+    extents = {n: v if isinstance(v, int) else None for n, v in site.extents().items()}
+    kernel = lower(cascade, dropout=site.dropout, extents=extents)
+    if isinstance(kernel, Refusal):
+        return Decision(site, cascade, refusal=replace(kernel, site=site.name, source=site.source))
+    return Decision(site, cascade, kernel)
+
+
+def replacements(decisions: list[Decision]) -> list[Replacement]:
+    """The splices of all decisions that rewrite something."""
+    return [r for d in decisions if (r := d.replacement) is not None]
+
+
+def optimize_captured(
+    captured: Captured,
+    policy: Policy,
+    watch: Stopwatch,
+    *,
+    plan: Plan | None,
+    verify: bool,
+    source: nn.Module | None,
+    rebuild: Any,
+) -> OptimizedModule:
+    """`optimize` from the captured graph on."""
+    from attn_rewrite.accept import accept
+    from attn_rewrite.optimized import OptimizedModule
+    from attn_rewrite.reexport import export_again
+
+    dump = watch.dumper.write
+    dump("capture", lambda: graph_text(captured.graph), suffix=".fx")
+    with watch.stage("canonicalize"):
+        host = canonicalize(captured.graph)
+    dump("canonicalize", lambda: graph_text(host), suffix=".fx")
+    with watch.stage("find"):
+        findings = find(host)
+    for site in findings.sites:
+        dump(f"found-{site.name}", lambda s=site: str(s.cascade), suffix=".cascade")
+    plan, decisions = decide(findings, policy, plan, watch)
+    for item in decisions:
+        if item.cascade is not None and item.cascade is not item.site.cascade:
+            dump(f"rewritten-{item.site.name}", lambda d=item: str(d.cascade), suffix=".cascade")
+        if item.kernel is not None:
+            dump(f"kernel-{item.site.name}", lambda d=item: d.kernel.source, suffix=".py")
+    outcome = accept(captured, host, findings, plan, decisions, policy.budget, watch, verify=verify)
+    graph = outcome.graph
+    dump("spliced", lambda: graph_text(graph), suffix=".fx")
+    return OptimizedModule(
+        graph,
+        plan=outcome.plan,
+        report=outcome.report,
+        sites=findings.sites,
+        source=source,
+        rebuild=rebuild,
+        program=partial(export_again, original=captured.program),
+    )
+
+
+def graph_text(graph: fx.GraphModule) -> str:
+    """A graph and the graphs it calls, as text."""
+    from attn_rewrite.passes.find import graphs
+
+    return "\n\n".join(str(g.graph) for g in graphs(graph))
+
+
+def spliced(captured: Captured, decisions: list[Decision]) -> fx.GraphModule:
+    """The host graph with every lowered site in place."""
+    return splice(captured.graph, replacements(decisions))
+
+
+def _again(
+    source: nn.Module, *, captured: Captured, policy: Policy, dynamic_shapes: Any, plan: Plan | None
+) -> OptimizedModule:
+    """Capture and rewrite a source that moved: example inputs follow its device and dtype."""
+    from torch.utils import _pytree as pytree
+
+    probe = next(t for t in (*source.parameters(), *source.buffers()) if t.is_floating_point())
+
+    def follow(value: Any) -> Any:
+        if not hasattr(value, "is_floating_point"):
+            return value
+        return value.to(probe.device, probe.dtype) if value.is_floating_point() else value.to(probe.device)
+
+    args, kwargs = pytree.tree_map(follow, (captured.args, captured.kwargs))
+    return optimize(source, policy, args, kwargs, dynamic_shapes=dynamic_shapes, plan=plan)

@@ -1,0 +1,55 @@
+"""A rewritten host graph as an exported program again, dynamic in the dimensions it was captured with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.utils import _pytree as pytree
+
+from attn_rewrite.errors import CaptureError
+from attn_rewrite.graph import copy_graph, op_name
+
+
+def export_again(graph: fx.GraphModule, original: ExportedProgram) -> ExportedProgram:
+    """Export ``graph`` with the example inputs and the dynamic dimensions of ``original``.
+
+    Parameters are shared.  Raises `CaptureError` when the rewritten graph cannot be exported.
+    """
+    if original.example_inputs is None:
+        raise CaptureError("the captured program keeps no example inputs, so it cannot be exported again")
+    args, kwargs = original.example_inputs
+    bare, _ = copy_graph(graph)
+    for node in list(bare.graph.nodes):
+        if op_name(node) == "_guards_fn" or node.target == "_guards_fn":
+            bare.graph.erase_node(node)  # the export below makes its own guards
+    bare.recompile()
+    was_training = bare.training
+    try:
+        with torch.no_grad():
+            return torch.export.export(
+                bare.train(was_training), args, kwargs, dynamic_shapes=_dynamic(original, args, kwargs), strict=False
+            )
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CaptureError(f"the rewritten graph cannot be exported again: {first}") from error
+
+
+def _dynamic(original: ExportedProgram, args: Any, kwargs: Any) -> Any:
+    """Every dimension that is symbolic in ``original`` is dynamic again."""
+    leaves = pytree.tree_leaves((args, kwargs))
+    names = list(original.graph_signature.user_inputs)
+    values = {n.name: n.meta.get("val") for n in original.graph.nodes if n.op == "placeholder"}
+    shapes = ShapesCollection()
+    some = False
+    for leaf, name in zip(leaves, names, strict=True):
+        value = values.get(name) if isinstance(name, str) else None
+        if not isinstance(leaf, torch.Tensor) or not isinstance(value, torch.Tensor):
+            continue
+        free = {i: Dim.AUTO for i, size in enumerate(value.shape) if not isinstance(size, int)}
+        if free:
+            shapes[leaf] = free
+            some = True
+    return shapes if some else None
