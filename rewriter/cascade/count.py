@@ -165,6 +165,19 @@ class _View:
         ranks = frozenset[str]().union(*(ranks_of(i) for i in access.index))
         return self.rank in ranks or self.leaves <= ranks
 
+    def initial(self, read: Read) -> list[int]:
+        """Einsums that write the fixed coordinate that is read, before the rank is traversed."""
+        return [
+            n
+            for n, node in enumerate(self.nodes)
+            if node.einsum.out.tensor == read.tensor
+            and not self.carries(node.einsum.out)
+            and any(
+                not ranks_of(i) and i == j
+                for i, j in zip(node.einsum.out.index, read.index, strict=False)
+            )
+        ]
+
     def offset(self, access: Read) -> int | None:
         """The shift of a carrying access along the rank; None if it is irregular."""
         moving = [i for i in access.index if ranks_of(i) & self.levels]
@@ -174,7 +187,8 @@ class _View:
 
 def _iteration_ranks(einsum: Einsum) -> frozenset[str]:
     parts = (einsum.expr, einsum.guard, *einsum.out.index)
-    return frozenset[str]().union(*(ranks_of(p) for p in parts))
+    reduced = (rank for rank, _ in einsum.reduce)
+    return frozenset[str](reduced).union(*(ranks_of(p) for p in parts))
 
 
 _Key = tuple[str, "str | int"]
@@ -212,7 +226,10 @@ def _add_read(graph: nx.DiGraph, view: _View, n: int, read: Read) -> None:
         return
     waits = int(node.iterates)
     if read.tensor in view.carrying:
-        if read.tensor not in view.inputs:  # fixed at a coordinate: the state after the traversal
+        starts = view.initial(read)
+        for start in starts:  # the value before the first step
+            _edge(graph, ("einsum", start), me, waits)
+        if not starts and read.tensor not in view.inputs:  # the state after the traversal
             _edge(graph, ("stream", read.tensor), me, waits)
         return
     _edge(graph, ("done", read.tensor), me, waits, _advances_elsewhere(view, read))

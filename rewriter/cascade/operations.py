@@ -63,7 +63,7 @@ def _volume(ranks: frozenset[str]) -> sympy.Expr:
 def _einsum_cost(einsum: Einsum, declared: Mapping[str, TensorDecl]) -> EinsumCost:
     operations: dict[str, sympy.Expr] = dict.fromkeys(OPERATION_KINDS, sympy.Integer(0))
     written = frozenset[str]().union(*(ranks_of(i) for i in einsum.out.index))
-    space = ranks_of(einsum.expr) | written
+    space = ranks_of(einsum.expr) | written | {rank for rank, _ in einsum.reduce}
     reduced = space - written
     _count(einsum.expr, operations)
     if reduced:
