@@ -68,13 +68,14 @@ def _positional_names(signature: inspect.Signature, count: int) -> list[str]:
 def guess_axes(inputs: Iterable[InputTensor]) -> dict[str, dict[int, str]]:
     """Input name -> {dimension: "batch" | "sequence"}.
 
-    Rank 2 is [B, S] (a square mask [Sq, Skv]); rank 3 is [B, S, D] (a mask [B, Sq, Skv]); rank 4 is
-    [B, ...], with sequences at dimensions 2 and 3 of a mask [B, H | 1, Sq, Skv], at 2 of a cache
-    [B, H, S, D], and at 2 or 1 of q, k, v where a mask or another input shows the length.
+    Rank 2 is [B, S] (a square mask [Sq, Skv], position ids [S, 3]); rank 3 is [B, S, D] (a mask
+    [B, Sq, Skv]); rank 4 is [B, ...], with sequences at dimensions 2 and 3 of a mask
+    [B, H | 1, Sq, Skv], at 2 of a cache [B, H, S, D], and at 2 or 1 of q, k, v where a mask or
+    another input shows the length.
     """
     tensors = tuple(inputs)
     lengths = frozenset(size for item in tensors for size in _shown_lengths(item))
-    batches = frozenset(i.tensor.shape[0] for i in tensors if i.tensor.dim() > 1 and not _mask(i))
+    batches = _shown_batches(tensors)
     rules = {1: _vector_axes, 2: _matrix_axes, 3: _cube_axes, 4: _heads_axes}
     guess: dict[str, dict[int, str]] = {}
     for item in tensors:
@@ -86,6 +87,13 @@ def guess_axes(inputs: Iterable[InputTensor]) -> dict[str, dict[int, str]]:
 
 def _mask(item: InputTensor) -> bool:
     return item.tensor.dtype == torch.bool or _MASK.search(item.name.lower()) is not None
+
+
+def _shown_batches(tensors: tuple[InputTensor, ...]) -> frozenset[int]:
+    """The sizes shown to be batches, by hidden states, images and token ids where there are any."""
+    rows = [item for item in tensors if item.tensor.dim() > 1 and not _mask(item)]
+    sure = [i for i in rows if i.tensor.dim() > 2 or not i.tensor.is_floating_point()]
+    return frozenset(item.tensor.shape[0] for item in sure or rows)
 
 
 def _shown_lengths(item: InputTensor) -> tuple[int, ...]:
@@ -109,8 +117,9 @@ def _matrix_axes(
     item: InputTensor, lengths: frozenset[int], batches: frozenset[int]
 ) -> dict[int, str]:
     rows, columns = item.tensor.shape
-    square_mask = _mask(item) and batches and rows == columns and rows not in batches
-    return {0: SEQUENCE if square_mask else BATCH, 1: SEQUENCE}
+    square_mask = _mask(item) and rows == columns
+    shared = bool(batches) and rows not in batches and (square_mask or rows in lengths)
+    return {0: SEQUENCE if shared else BATCH, 1: SEQUENCE}
 
 
 def _cube_axes(
@@ -202,7 +211,7 @@ def _sentence(
         rest = [str(n) for d, n in enumerate(item.tensor.shape) if d not in moving | set(roles)]
         parts += [f"the other sizes are static ({'x'.join(rest)})"] if rest else []
     parts += [
-        _static_clause(item, dim, role, reasons)
+        _static_clause(item, dim, reasons)
         for dim, role in roles.items()
         if dim not in moving and role != "given"
     ]
@@ -214,13 +223,11 @@ def _dim_word(dim: DynamicDim) -> str:
     return word + (f" (up to {dim.upper})" if dim.upper is not None else "")
 
 
-def _static_clause(
-    item: InputTensor, dim: int, role: str, reasons: Mapping[tuple[str, int], str]
-) -> str:
+def _static_clause(item: InputTensor, dim: int, reasons: Mapping[tuple[str, int], str]) -> str:
     size = item.tensor.shape[dim]
     why = "the example has this size, which cannot be dynamic" if size <= 1 else ""
     why = reasons.get((item.name, dim)) or why or "the model's operators fix it"
-    return f"{role} (dimension {dim}) is static {size}, because {why}"
+    return f"dimension {dim} is static {size}, because {why}"
 
 
 def _specialisations(program: ExportedProgram) -> dict[tuple[str, int], str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from attn_rewrite.checkpoints.files import WeightFiles, find_weights, read_json
+from attn_rewrite.checkpoints.recipe import stop_caching
 from attn_rewrite.errors import CheckpointError
 
 _POOLER = ("pooler.", "pooling")  # a head that `architectures` makes and many encoders never train
@@ -84,6 +86,7 @@ def _load_transformers(folder: Path, config: dict[str, Any], options: LoadOption
         arguments["weights_only"] = True  # diffusers has no other way to read one
     with _silent(transformers.utils.logging):
         model, info = _from_pretrained(model_class, folder, weights, arguments)
+    stop_caching(model)  # a cache would be an output of every layer; one forward needs none
     return Loaded(model.eval(), weights, (*notes, *_weight_notes(folder, info)))
 
 
@@ -133,6 +136,9 @@ def _load_diffusers(folder: Path, config: dict[str, Any], options: LoadOptions) 
             f"{folder / 'config.json'} names the class {name!r}, which diffusers "
             f"{diffusers.__version__} does not have; correct it or install a diffusers that has it"
         )
+    if getattr(model_class, "_keep_in_fp32_modules", None):
+        with _library("accelerate", "diffusers"):
+            importlib.import_module("accelerate")  # diffusers mixes dtypes only with its help
     stem = "diffusion_pytorch_model"
     weights = find_weights(folder, stem, allow_pickle=options.allow_pickle)
     arguments: dict[str, Any] = {"torch_dtype": options.dtype or _first_dtype(weights)}
