@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> int:
     """Run a model on every input file; prints the peak memory in bytes, errors as one line."""
     model, folder = (Path(a) for a in arguments)
     try:
-        session = open_session(model)
+        session = open_session(model, prepack=False)
         for given in sorted(folder.glob("*.in")):
             outputs = run_session(session, load_file(given))
             save_file(outputs, given.with_suffix(".out"))

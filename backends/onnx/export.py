@@ -69,7 +69,6 @@ def export_onnx(
     from attn_rewrite.backends.onnx.sites import expand, site_names
 
     program = getattr(optimized, "program", optimized)
-    _refuse_mutation(program)
     with _quiet():
         model = _translate(program, number)
         sites = expand(model, number, site_names(program))
@@ -116,7 +115,10 @@ def _checked(target: str, opset: int | None) -> int:
 
 
 def _refuse_mutation(program: ExportedProgram) -> None:
-    """ONNX has no state: a program that writes to a buffer or an input would lose the write."""
+    """ONNX has no state: a program that writes to a buffer or an input would lose the write.
+
+    Only the functional form of a program (as torch's exporter makes it) lists its writes.
+    """
     signature = program.graph_signature
     written = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
     if written:
@@ -171,6 +173,8 @@ def _translate(program: ExportedProgram, opset: int) -> ir.Model:
             [Refusal("onnx-translation", str(cause))],
         ) from error
     assert exported is not None
+    assert exported.exported_program is not None
+    _refuse_mutation(exported.exported_program)
     return exported.model
 
 

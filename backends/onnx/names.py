@@ -33,16 +33,22 @@ def _leaf_paths(spec: pytree.TreeSpec) -> list[str]:
 def output_names(program: ExportedProgram) -> list[str]:
     """Names of the tensor outputs: the keys of the returned tree, ``output`` for a single tensor.
 
-    An index alone becomes ``output_0``.  Outputs that are no tensors have no name.
+    An index alone becomes ``output_0``; a name that an input or a weight has already gets the
+    suffix ``_output`` (a graph has one namespace).  Outputs that are no tensors have no name.
     """
     paths = _leaf_paths(program.call_spec.out_spec)
     specs = [s for s in program.graph_signature.output_specs if s.kind == OutputKind.USER_OUTPUT]
+    taken = {*input_values(program), *program.state_dict, *program.constants}
     names: list[str] = []
     for path, spec in zip(paths, specs, strict=True):
         if isinstance(spec.arg, ConstantArgument):
             continue
         plain = path.replace(".", "_")
-        names.append(f"output_{plain}" if plain[:1].isdigit() else plain or "output")
+        name = f"output_{plain}" if plain[:1].isdigit() else plain or "output"
+        while name in taken:
+            name += "_output"
+        taken.add(name)
+        names.append(name)
     return names
 
 
@@ -110,6 +116,9 @@ def _renamed(pattern: re.Pattern[str], names: dict[str, str], text: str) -> str:
 def rename_outputs(model: ir.Model, names: list[str]) -> None:
     """Give the outputs their names; a value that is returned twice, or is an input, is copied."""
     graph = model.graph
+    for value in _values(model):
+        if value.name in names:
+            value.name = f"{value.name}.value"
     seen: set[int] = {id(v) for v in (*graph.inputs, *graph.initializers.values())}
     for position, (value, name) in enumerate(zip(list(graph.outputs), names, strict=True)):
         if id(value) in seen:

@@ -36,7 +36,8 @@ class Expected:
 class _Evaluation(torch.fx.Interpreter):
     """Runs a program's graph; with ``wide`` all floating-point arithmetic happens in float64.
 
-    Weights are widened one operator at a time, so that no second copy of the model exists.
+    Weights are widened one operator at a time, so that no second copy of the model exists; every
+    other value is widened where it is made, so that writes in place reach it.
     """
 
     def __init__(self, program: ExportedProgram, wide: bool) -> None:
@@ -44,9 +45,10 @@ class _Evaluation(torch.fx.Interpreter):
         self.wide = wide
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if self.wide:
-            args, kwargs = pytree.tree_map(_widened, (args, kwargs))
-        return super().call_function(target, args, kwargs)
+        if not self.wide:
+            return super().call_function(target, args, kwargs)
+        args, kwargs = pytree.tree_map(_widened, (args, kwargs))
+        return pytree.tree_map(_widened, super().call_function(target, args, kwargs))
 
 
 def _widened(value: Any) -> Any:
@@ -57,7 +59,7 @@ def _widened(value: Any) -> Any:
     return value
 
 
-def _arguments(program: ExportedProgram, inputs: Mapping[str, Any]) -> Iterator[Any]:
+def _arguments(program: ExportedProgram, inputs: Mapping[str, Any], wide: bool) -> Iterator[Any]:
     """The graph's arguments in order: weights and constants, and the user's values by name."""
     signature, constants = program.graph_signature, program.constants
     for spec in signature.input_specs:
@@ -65,7 +67,8 @@ def _arguments(program: ExportedProgram, inputs: Mapping[str, Any]) -> Iterator[
             yield spec.arg.value
         elif spec.kind == InputKind.USER_INPUT:
             value = inputs[spec.arg.name]
-            yield torch.as_tensor(value) if isinstance(value, np.ndarray) else value
+            value = torch.as_tensor(value) if isinstance(value, np.ndarray) else value
+            yield _widened(value) if wide else value
         elif spec.target in program.state_dict:
             yield program.state_dict[spec.target]
         else:
@@ -74,7 +77,7 @@ def _arguments(program: ExportedProgram, inputs: Mapping[str, Any]) -> Iterator[
 
 def _run(program: ExportedProgram, inputs: Mapping[str, Any], wide: bool) -> Arrays:
     with torch.no_grad():
-        results = _Evaluation(program, wide).run(*_arguments(program, inputs))
+        results = _Evaluation(program, wide).run(*_arguments(program, inputs, wide))
     specs = program.graph_signature.output_specs
     kept = [
         result

@@ -63,12 +63,17 @@ def both_wheels() -> bool:
 
 
 def open_session(
-    path: Path, providers: Sequence[str] | None = None, *, threads: int = THREADS
+    path: Path,
+    providers: Sequence[str] | None = None,
+    *,
+    threads: int = THREADS,
+    prepack: bool = True,
 ) -> Any:
     """An ``InferenceSession`` on ``path``; `ToolError` where it cannot be loaded.
 
     The pool does not spin (other sessions and processes share the cores).  A provider that was
-    asked for and did not start is an error, never a silent fall back to the CPU.
+    asked for and did not start is an error, never a silent fall back to the CPU.  ``prepack`` False
+    leaves weights as they are in the file: slower to run, faster to load, no second copy.
     """
     ort = runtime()
     options = ort.SessionOptions()
@@ -76,7 +81,10 @@ def open_session(
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     wanted = list(providers) if providers is not None else ["CPUExecutionProvider"]
+    _require(ort, wanted, ort.get_available_providers())
     try:
         session = ort.InferenceSession(str(path), options, providers=wanted)
     except Exception as error:
@@ -84,15 +92,19 @@ def open_session(
             f"ONNX Runtime {ort.__version__} cannot load {path.name}: {_first_line(error)}",
             stage=STAGE,
         ) from error
-    absent = [p for p in wanted if p not in session.get_providers()]
+    _require(ort, wanted, session.get_providers())
+    return session
+
+
+def _require(ort: Any, wanted: Sequence[str], started: Sequence[str]) -> None:
+    absent = [p for p in wanted if p not in started]
     if absent:
         have = ", ".join(ort.get_available_providers())
         raise ToolError(
-            f"ONNX Runtime did not start {', '.join(absent)} (it has {have}); "
+            f"ONNX Runtime {ort.__version__} did not start {', '.join(absent)} (it has {have}); "
             "install its libraries or ask for another provider.",
             stage=STAGE,
         )
-    return session
 
 
 def run_session(session: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
