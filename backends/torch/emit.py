@@ -84,6 +84,10 @@ class Emitter:
         self.build, self.space = build, space
         self._memo: dict[Expr, Any] = dict(known or {})
 
+    def know(self, expr: Expr, value: Any) -> None:
+        """Take ``value`` for ``expr`` from now on."""
+        self._memo[expr] = value
+
     def emit(self, expr: Expr) -> Any:
         """The value of ``expr``."""
         if expr not in self._memo:
@@ -190,7 +194,11 @@ class Emitter:
         if have is not None and have.is_floating_point and dtype in (torch.float32, torch.float64):
             return value
         if not dtype.is_floating_point:
-            return self.build.call(aten.to.dtype, value, dtype)
+            # Saturates; the narrow type is a range here, not a place to compute in.
+            if dtype != torch.int64:
+                limits = torch.iinfo(dtype)
+                value = self.build.call(aten.clamp.default, value, limits.min, limits.max)
+            return cast(self.build, value, torch.int64)
         rounded = self.build.call(aten.to.dtype, value, dtype)
         return cast(self.build, rounded, self.space.dtype)
 

@@ -35,7 +35,7 @@ def softmax_form(text: str) -> SoftmaxAttention:
     form = as_softmax(parse(text))
     if form is None:
         raise LowerError(
-            "tiled_attention takes the text of a softmax attention cascade, and this is another one; "
+            "tiled_attention takes the text of a softmax attention cascade, not this one; "
             f"lower it with attn_rewrite.backends.torch.lower instead:\n{text}"
         )
     return form

@@ -1,0 +1,210 @@
+"""Softmax attention as plain ATen operators over the whole [b, h, q, kv] space.
+
+For cascades no kernel takes: any score, weight, sink and guard.  Dynamic lengths, no custom
+operator, so it runs wherever the host graph runs.  Sources of truth are the same as the kernels':
+statistics in float32 or wider, a query without a finite score gives 0 where the guard can empty it.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from attn_rewrite.backends.torch.emit import Emitter, cast, dtype_of, value_of
+from attn_rewrite.backends.torch.form import (
+    is_causal,
+    is_causal_with_offset,
+    linear_score,
+    mentions_product,
+)
+from attn_rewrite.cascade.attention import QK, SoftmaxAttention
+from attn_rewrite.cascade.expr import TRUE, Const, Expr, Rank, Read
+from attn_rewrite.graph import Builder, aten
+
+FRAME = ("b", "h", "q", "kv")
+
+
+@dataclass(frozen=True)
+class DenseSpace:
+    """All points of a product of ranks, one dimension per rank of ``frame``."""
+
+    build: Builder
+    device: torch.device
+    dtype: torch.dtype
+    frame: tuple[str, ...]
+    extents: Mapping[str, Any]
+    tensors: Mapping[str, Any]
+
+    def coordinate(self, rank: str) -> Any:
+        """``arange`` over the rank, placed in its dimension."""
+        if rank not in self.frame:
+            raise ValueError(f"rank {rank} is not iterated here; the ranks are {self.frame}")
+        line = self.build.call(
+            aten.arange.default, self.extents[rank], dtype=torch.int64, device=self.device
+        )
+        shape = [-1 if r == rank else 1 for r in self.frame]
+        return self.build.call(aten.reshape.default, line, shape)
+
+    def extent(self, rank: str) -> Any:
+        """The extent of a rank: an int, or a size of the graph."""
+        return self.extents[rank]
+
+    def read(self, read: Read, emitter: Emitter) -> Any:
+        """A rearranged view where the indices are different ranks, else an indexed read."""
+        tensor = self.tensors[read.tensor]
+        names = [i.name if isinstance(i, Rank) else "" for i in read.index]
+        if all(n in self.frame for n in names) and len(set(names)) == len(names):
+            return self.placed(tensor, names)
+        return self._indexed(tensor, read.index, emitter)
+
+    def placed(self, tensor: Any, names: Sequence[str]) -> Any:
+        """``tensor``, whose dimensions are the ranks ``names``, over the frame."""
+        order = sorted(range(len(names)), key=lambda d: self.frame.index(names[d]))
+        if order != list(range(len(names))):
+            tensor = self.build.call(aten.permute.default, tensor, order)
+        for at, rank in enumerate(self.frame):
+            if rank not in names:
+                tensor = self.build.call(aten.unsqueeze.default, tensor, at)
+        return tensor
+
+    def _indexed(self, tensor: Any, index: Sequence[Expr], emitter: Emitter) -> Any:
+        """Read at computed indices, clamped: points outside the guard may be outside the tensor."""
+        at = []
+        for dim, expr in enumerate(index):
+            last = self.build.call(operator.sub, size(self.build, tensor, dim), 1)
+            here = emitter.as_tensor(0 if last == 0 else emitter.emit(expr))
+            here = cast(self.build, here, torch.int64)
+            if last != 0 and not isinstance(expr, Const):
+                here = self.build.call(aten.clamp.default, here, 0, last)
+            at.append(here)
+        if not at:
+            return tensor
+        return self.build.call(aten.index.Tensor, tensor, at)
+
+
+def size(build: Builder, value: Any, dim: int) -> Any:
+    """The extent of a dimension: an int where it is fixed, else a size of the graph."""
+    found = value_of(value).shape[dim]
+    return found if isinstance(found, int) else build.call(aten.sym_size.int, value, dim)
+
+
+def attention_space(
+    build: Builder, form: SoftmaxAttention, inputs: Sequence[Any], dtype: torch.dtype
+) -> DenseSpace:
+    """The space of the scores, with the extents that the inputs [q, k, v, *reads] show."""
+    q, k, v, *reads = inputs
+    extents: dict[str, Any] = {}
+    for decl, tensor in zip(form.reads, reads, strict=True):
+        for dim, rank in enumerate(decl.ranks):
+            if value_of(tensor).shape[dim] != 1:
+                extents[rank] = size(build, tensor, dim)
+    for tensor, ranks in (
+        (v, ("", "hkv", "kv", "f")),
+        (k, ("", "hkv", "kv", "d")),
+        (q, ("b", "h", "q", "d")),
+    ):
+        extents |= {r: size(build, tensor, i) for i, r in enumerate(ranks) if r}
+    tensors = {
+        decl.name: cast(build, t, dtype) if _is_narrow(t, dtype) else t
+        for decl, t in zip(form.reads, reads, strict=True)
+    }
+    return DenseSpace(build, value_of(q).device, dtype, FRAME, extents, tensors)
+
+
+def _is_narrow(tensor: Any, dtype: torch.dtype) -> bool:
+    have = dtype_of(tensor)
+    return have is not None and have.is_floating_point and have != dtype
+
+
+def working_type(value: Any) -> torch.dtype:
+    """float64 for float64, else float32."""
+    return torch.float64 if dtype_of(value) == torch.float64 else torch.float32
+
+
+def emit_dense(
+    build: Builder, form: SoftmaxAttention, inputs: Sequence[Any], dropout: float = 0.0
+) -> Any:
+    """The attention output [b, h, q, f] in the type of q, from [q, k, v, *reads]."""
+    dtype = working_type(inputs[0])
+    space = attention_space(build, form, inputs, dtype)
+    q, k, v = (cast(build, t, dtype) for t in inputs[:3])
+    k, v = (repeat_heads(build, t, form.group) for t in (k, v))
+    product = build.call(aten.matmul.default, q, build.call(aten.transpose.int, k, 2, 3))
+    emitter = Emitter(build, space)
+    scores = _scores(build, form, product, emitter)
+    if form.guard != TRUE:
+        dropped = build.call(aten.logical_not.default, emitter.truth(form.guard))
+        scores = build.call(aten.masked_fill.Scalar, scores, dropped, -math.inf)
+    if form.sink is None:
+        p = _softmax(build, scores, may_be_empty=_may_empty_rows(form.guard))
+    else:
+        p = _softmax_with_sink(build, scores, emitter.tensor(form.sink, dtype))
+    if dropout:
+        p = build.call(aten.dropout.default, p, dropout, True)
+    if form.weight is not None:
+        p = build.call(aten.mul.Tensor, p, emitter.tensor(form.weight))
+    out = build.call(aten.matmul.default, p, v)
+    kind = dtype_of(inputs[0])
+    assert kind is not None
+    return cast(build, out, kind)
+
+
+def repeat_heads(build: Builder, tensor: Any, group: int) -> Any:
+    """[b, hkv, n, d] with every head repeated ``group`` times in a row."""
+    if group == 1:
+        return tensor
+    b, heads, n, d = (size(build, tensor, i) for i in range(4))
+    wide = build.call(aten.unsqueeze.default, tensor, 2)
+    wide = build.call(aten.expand.default, wide, [b, heads, group, n, d])
+    return build.call(aten.reshape.default, wide, [b, build.call(operator.mul, heads, group), n, d])
+
+
+def _scores(build: Builder, form: SoftmaxAttention, product: Any, emitter: Emitter) -> Any:
+    linear = linear_score(form.score)
+    if linear is None:
+        if not mentions_product(form.score):
+            zero = build.call(aten.mul.Scalar, product, 0.0)
+            return build.call(aten.add.Tensor, zero, emitter.tensor(form.score))
+        known: dict[Expr, Any] = {QK: product}
+        return Emitter(build, emitter.space, known).tensor(form.score, emitter.space.dtype)
+    scores = product
+    if linear.scale != 1.0:
+        scores = build.call(aten.mul.Scalar, scores, linear.scale)
+    if linear.bias is not None:
+        scores = build.call(aten.add.Tensor, scores, emitter.tensor(linear.bias))
+    return scores
+
+
+def _may_empty_rows(guard: Expr) -> bool:
+    """False where every query provably keeps a key."""
+    return guard != TRUE and not is_causal(guard) and not is_causal_with_offset(guard)
+
+
+def _softmax(build: Builder, scores: Any, *, may_be_empty: bool) -> Any:
+    if not may_be_empty:
+        return build.call(aten.softmax.int, scores, -1)
+    top = build.call(aten.amax.default, scores, [-1], True)
+    empty = build.call(aten.eq.Scalar, top, -math.inf)
+    # Filled before as well as after, so that no NaN arises and gradients stay finite.
+    scores = build.call(aten.masked_fill.Scalar, scores, empty, 0.0)
+    p = build.call(aten.softmax.int, scores, -1)
+    return build.call(aten.masked_fill.Scalar, p, empty, 0.0)
+
+
+def _softmax_with_sink(build: Builder, scores: Any, sink: Any) -> Any:
+    """One more term in the denominator, the exponential of the sink."""
+    top = build.call(aten.amax.default, scores, [-1], True)
+    top = build.call(aten.maximum.default, top, sink)
+    empty = build.call(aten.eq.Scalar, top, -math.inf)
+    top = build.call(aten.masked_fill.Scalar, top, empty, 0.0)
+    numerator = build.call(aten.exp.default, build.call(aten.sub.Tensor, scores, top))
+    total = build.call(aten.sum.dim_IntList, numerator, [-1], True)
+    extra = build.call(aten.exp.default, build.call(aten.sub.Tensor, sink, top))
+    total = build.call(aten.add.Tensor, total, extra)
+    total = build.call(aten.masked_fill.Scalar, total, empty, 1.0)
+    return build.call(aten.div.Tensor, numerator, total)

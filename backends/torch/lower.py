@@ -1,0 +1,314 @@
+"""Choose a kernel for a cascade: `lower(cascade, ...) -> Kernel | Refusal`.
+
+=========  =====================================================================================
+``sdpa``   ``scale * QK`` with a bias or mask PyTorch's fused kernels take
+``tiled``  a guard that leaves out whole blocks: the operator ``attn_rewrite::tiled_attention``
+``dense``  everything else, as plain ATen operators
+=========  =====================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx
+
+from attn_rewrite.backends.torch.dense import attention_space, emit_dense, working_type
+from attn_rewrite.backends.torch.einsums import emit_cascade, why_not_unrolled
+from attn_rewrite.backends.torch.emit import Emitter, cast, dtype_of
+from attn_rewrite.backends.torch.form import (
+    LinearScore,
+    bias_as_mask,
+    is_causal,
+    is_causal_with_offset,
+    linear_score,
+)
+from attn_rewrite.backends.torch.ops import tiled_attention
+from attn_rewrite.backends.torch.schedule import block_tables, make_schedule
+from attn_rewrite.cascade.attention import SoftmaxAttention, as_softmax
+from attn_rewrite.cascade.expr import TRUE, Expr, ranks_of, tensors_of
+from attn_rewrite.cascade.ir import Cascade
+from attn_rewrite.graph import Builder, GraphBuilder, aten
+from attn_rewrite.passes.transform import Exactness
+from attn_rewrite.site import Refusal
+
+Emit = Callable[[Builder, Sequence[Any]], Any]
+
+# A guard must leave out this share of the blocks before tiles are worth their overhead.
+WORTHWHILE = 0.1
+# The length a guard is tried at where the graph does not fix one.
+_TYPICAL_LENGTH = 4096
+_ANY_TYPE = "float16, bfloat16, float32, float64"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A lowered cascade.
+
+    ``name`` is ``sdpa | tiled | dense``; ``contract`` says what it takes (types, head dimensions,
+    dropout) and what a query without keys gives; ``why`` is one sentence on the choice.
+    """
+
+    name: str
+    cascade: Cascade
+    exactness: Exactness
+    why: str
+    contract: Mapping[str, str] = field(hash=False)
+    _emit: Emit = field(repr=False, compare=False)
+
+    def emit(self, build: Builder, inputs: Sequence[Any]) -> Any:
+        """The output from ``inputs`` = [q, k, v, *reads] in canonical layout.
+
+        For a cascade that is not a softmax attention the inputs are the cascade's, in order, and
+        the value is its first output.
+        """
+        return self._emit(build, inputs)
+
+    @property
+    def source(self) -> str:
+        """The kernel as text: its operators over inputs of a small example, and the cascade."""
+        cascade = "".join(f"# {line}\n" for line in str(self.cascade).splitlines())
+        return f"# {self.name}: {self.why}\n{cascade}{_as_code(self)}"
+
+
+def lower(
+    cascade: Cascade,
+    *,
+    dropout: float = 0.0,
+    block: int = 128,
+    extents: Mapping[str, int | None] | None = None,
+) -> Kernel | Refusal:
+    """Lower ``cascade`` to the kernel that suits it.
+
+    ``extents`` gives fixed extents of ranks (None: dynamic); ``block`` the tile side of the tiled
+    kernel; ``dropout`` the probability applied to the attention probabilities while training.
+    """
+    form, known = as_softmax(cascade), extents or {}
+    if form is None:
+        return _lower_einsums(cascade, dropout)
+    stray = _stray_rank(form)
+    if stray is not None:
+        return Refusal(
+            "rank-not-iterated", f"the score or mask of {cascade.name} depends on {stray}"
+        )
+    plan = _sdpa(form, known) or _tiled(cascade, form, known, block, dropout)
+    plan = plan or _masked_sdpa(form) or _Plan("dense", "no fused kernel takes its score", None)
+    emit = plan.emit or (lambda build, inputs: emit_dense(build, form, inputs, dropout))
+    if plan.name == "sdpa":
+        emit = partial(emit, dropout)
+    contract = {
+        "dtypes": _ANY_TYPE,
+        "head dims": "any",
+        "query without keys": "0",
+        "dropout": str(dropout),
+    }
+    return Kernel(plan.name, cascade, Exactness.REASSOCIATED, plan.why, contract, emit)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    name: str
+    why: str
+    emit: Any
+
+
+def _stray_rank(form: SoftmaxAttention) -> str | None:
+    """A rank that scores cannot depend on."""
+    parts = [e for e in (form.score, form.guard, form.weight, form.sink) if e is not None]
+    used = frozenset().union(*map(ranks_of, parts)) - {"b", "h", "q", "kv"}
+    return min(used) if used else None
+
+
+# SDPA
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """What ``scaled_dot_product_attention`` gets besides Q, K, V and the scale."""
+
+    causal: bool = False
+    keep: Expr | None = None
+    bias: Expr | None = None
+
+
+def _plain(form: SoftmaxAttention) -> LinearScore | None:
+    """The linear score of a form without weight and sink."""
+    if form.weight is not None or form.sink is not None:
+        return None
+    return linear_score(form.score)
+
+
+def _is_square(extents: Mapping[str, int | None]) -> bool:
+    return extents.get("q") is not None and extents.get("q") == extents.get("kv")
+
+
+def _sdpa(form: SoftmaxAttention, extents: Mapping[str, int | None]) -> _Plan | None:
+    """SDPA where its fused kernels see the whole mask: none, causal, or a bias without guard."""
+    linear = _plain(form)
+    if linear is None:
+        return None
+    causal = is_causal(form.guard, square=_is_square(extents))
+    if linear.bias is None and (causal or form.guard == TRUE):
+        why = "the guard is causal" if causal else "the score is a multiple of QK"
+        return _Plan("sdpa", why, partial(_emit_sdpa, form, linear.scale, _Mask(causal)))
+    if linear.bias is None or form.guard != TRUE:
+        return None
+    keep = bias_as_mask(linear.bias)
+    if keep is not None and is_causal(keep, square=_is_square(extents)):
+        return _Plan(
+            "sdpa", "the mask is causal", partial(_emit_sdpa, form, linear.scale, _Mask(True))
+        )
+    if tensors_of(linear.bias):
+        mask = _Mask(bias=linear.bias) if keep is None else _Mask(keep=keep)
+        why = "the score is a multiple of QK plus a mask"
+        return _Plan("sdpa", why, partial(_emit_sdpa, form, linear.scale, mask))
+    return None
+
+
+def _masked_sdpa(form: SoftmaxAttention) -> _Plan | None:
+    """SDPA with the guard as a mask, where tiles would skip nothing."""
+    linear = _plain(form)
+    if linear is None:
+        return None
+    keep = None if linear.bias is None else bias_as_mask(linear.bias)
+    if linear.bias is None or keep is not None:
+        both = form.guard if keep is None else keep if form.guard == TRUE else form.guard & keep
+        mask = _Mask(keep=both)
+    else:
+        mask = _Mask(keep=None if form.guard == TRUE else form.guard, bias=linear.bias)
+    why = "the guard leaves out no whole blocks worth skipping"
+    return _Plan("sdpa", why, partial(_emit_sdpa, form, linear.scale, mask))
+
+
+def _emit_sdpa(
+    form: SoftmaxAttention,
+    scale: float,
+    mask: _Mask,
+    dropout: float,
+    build: Builder,
+    inputs: Sequence[Any],
+) -> Any:
+    options: dict[str, Any] = {"scale": scale}
+    if form.group > 1:
+        options["enable_gqa"] = True
+    attn_mask = _attn_mask(build, form, mask, inputs)
+    return build.call(
+        aten.scaled_dot_product_attention.default,
+        *inputs[:3], attn_mask, dropout, mask.causal, **options,
+    )  # fmt: skip
+
+
+def _attn_mask(build: Builder, form: SoftmaxAttention, mask: _Mask, inputs: Sequence[Any]) -> Any:
+    """The mask as a tensor [b or 1, h or 1, q, kv]: bool, or a bias in the type of q."""
+    if mask.keep is None and mask.bias is None:
+        return None
+    space = attention_space(build, form, inputs, working_type(inputs[0]))
+    emitter = Emitter(build, space)
+    if mask.bias is None:
+        assert mask.keep is not None
+        value = emitter.truth(mask.keep)
+    else:
+        value = emitter.tensor(mask.bias, space.dtype)
+        if mask.keep is not None:
+            dropped = build.call(aten.logical_not.default, emitter.truth(mask.keep))
+            value = build.call(aten.masked_fill.Scalar, value, dropped, float("-inf"))
+        kind = dtype_of(inputs[0])
+        assert kind is not None
+        value = cast(build, value, kind)
+    parts = [e for e in (mask.keep, mask.bias) if e is not None]
+    ranks = frozenset().union(*map(ranks_of, parts))
+    shape = [space.extents[r] if r in ranks or r in ("q", "kv") else 1 for r in space.frame]
+    return build.call(aten.expand.default, value, shape)
+
+
+# Tiles
+
+
+def _tiled(
+    cascade: Cascade,
+    form: SoftmaxAttention,
+    extents: Mapping[str, int | None],
+    block: int,
+    dropout: float,
+) -> _Plan | None:
+    if form.guard == TRUE or dropout:
+        return None
+    if is_causal_with_offset(form.guard) and _plain(form) is not None:
+        return None  # queries at the end of a cache: mostly one, and SDPA is made for it
+    share = _skipped(form, extents, block)
+    if share < WORTHWHILE:
+        return None
+    text = str(cascade)
+
+    def emit(build: Builder, inputs: Sequence[Any]) -> Any:
+        q, k, v, *reads = inputs
+        op = torch.ops.attn_rewrite.tiled_attention.default
+        return build.call(op, q, k, v, reads, text, block)
+
+    return _Plan("tiled", f"the guard leaves out {share:.0%} of the blocks of {block}", emit)
+
+
+def _skipped(form: SoftmaxAttention, extents: Mapping[str, int | None], block: int) -> float:
+    """Share of blocks the guard leaves out; at a typical length where lengths are dynamic."""
+    if block_tables(form.guard):
+        return 1.0  # block lists are made to leave blocks out; they are known when the kernel runs
+    kv_len = extents.get("kv") or max(_TYPICAL_LENGTH, extents.get("q") or 0)
+    q_len = extents.get("q") or kv_len
+    heads = extents.get("h") or form.group
+    schedule = make_schedule(
+        form.guard, q_len=q_len, kv_len=kv_len, block=block, heads=heads, group=form.group
+    )
+    return 1.0 - schedule.counts().density
+
+
+# Cascades that are not softmax attention
+
+
+def _lower_einsums(cascade: Cascade, dropout: float) -> Kernel | Refusal:
+    reason = why_not_unrolled(cascade)
+    if reason is None and dropout:
+        reason = "dropout has no place in a cascade that is not a softmax attention"
+    if reason is not None:
+        return Refusal("not-lowered", reason)
+
+    def emit(build: Builder, inputs: Sequence[Any]) -> Any:
+        named = dict(zip((t.name for t in cascade.inputs), inputs, strict=True))
+        return emit_cascade(build, cascade, named)[cascade.outputs[0]]
+
+    contract = {"dtypes": _ANY_TYPE, "head dims": "any", "query without keys": "0", "dropout": "0"}
+    why = "it is not a softmax attention, so its Einsums run one by one"
+    return Kernel("dense", cascade, Exactness.REASSOCIATED, why, contract, emit)
+
+
+# Text
+
+_EXAMPLE = {"b": 1, "q": 256, "p": 256, "kv": 256, "m": 256, "d": 64, "e": 64, "f": 64}
+_TYPES = {"bool": torch.bool, "i64": torch.int64, "i32": torch.int32, "i8": torch.int8}
+
+
+def _as_code(kernel: Kernel) -> str:
+    """Python code of the operators, traced over fake inputs."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    form = as_softmax(kernel.cascade)
+    group = 1 if form is None else form.group
+    sizes = {"h": 2 * group, "hkv": 2} | _EXAMPLE
+    sizes |= {r.name: r.size for r in kernel.cascade.ranks if r.size is not None}
+    graph = fx.Graph()
+    inputs = []
+    with FakeTensorMode():
+        for decl in kernel.cascade.inputs:
+            node = graph.placeholder(decl.name)
+            shape = [sizes.get(r, 1) for r in decl.ranks]
+            node.meta["val"] = torch.empty(shape, dtype=_TYPES.get(decl.dtype, torch.float32))
+            inputs.append(node)
+        end = graph.output(None)
+        end.args = (kernel.emit(GraphBuilder(graph).at(end), inputs),)
+    return str(fx.GraphModule({}, graph).code).strip() + "\n"
+
+
+__all__ = ["Kernel", "lower", "tiled_attention"]
