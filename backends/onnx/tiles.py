@@ -258,20 +258,33 @@ class _Tiled:
     def _finish(
         self, r: Recorder, emitter: Elementwise, keep: ir.Value | None, v: ir.Value
     ) -> ir.Value:
-        """Softmax of the score, times the weight, times V; rows that keep nothing give 0."""
-        score, dtype = emitter.number(self.form.score), self.x.dtype
+        """Softmax of the score, times the weight, times V; rows that keep nothing give 0.
+
+        A row whose kept scores are all -inf keeps nothing either, as in torch's attention.
+        """
+        score, dtype = self._score(r, emitter), self.x.dtype
         some: ir.Value | None = None
-        if keep is not None and always_finite(self.form.score):
-            score, some = self._biased(r, score, keep)
+        empty: ir.Value | None = None
+        if not always_finite(self.form.score):
+            score = score if keep is None else r.masked(keep, score, dtype)
+            top = r.op("ReduceMax", score, r.integers([-1]), keepdims=1)
+            empty = r.op("IsInf", top, detect_positive=0)
         elif keep is not None:
-            score = r.masked(keep, score, dtype)
+            score, some = self._biased(r, score, keep)
         probabilities = self._softmax(r, emitter, score)
         if self.form.weight is not None:
             probabilities = r.op("Mul", probabilities, emitter.number(self.form.weight))
         out = self._unstacked(r, r.op("MatMul", self._stacked(r, probabilities), v))
         if some is not None:
             return r.op("Mul", out, some)
-        return out if keep is None else r.zero_where_empty(keep, out, dtype)
+        return out if empty is None else r.op("Where", empty, r.number(0.0, dtype), out)
+
+    def _score(self, r: Recorder, emitter: Elementwise) -> ir.Value:
+        """The score, spread over the tile where it does not contain the product."""
+        score = emitter.number(self.form.score)
+        if QK in walk(self.form.score):
+            return score
+        return r.op("Expand", score, r.op("Shape", emitter.emit(QK).value))
 
     def _biased(self, r: Recorder, score: ir.Value, keep: ir.Value) -> tuple[ir.Value, ir.Value]:
         """The score with -inf added where masked, and 1 or 0 per row: whether it keeps a key.
