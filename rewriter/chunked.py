@@ -1,0 +1,147 @@
+"""The oracle on Sites of any size: a cascade interpreted slice by slice of its outer ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from attn_rewrite.cascade.expr import Const, Expr, Extent, Rank, Read, ranks_of, rebuild
+from attn_rewrite.cascade.ir import Cascade, Einsum, Loop
+from attn_rewrite.cascade.oracle import interpret
+
+LIMIT_BYTES = 256 << 20
+# Tensors over (q, kv) that live at once while the three-pass cascade is interpreted.
+_LIVE = 4
+
+
+def oracle(cascade: Cascade, inputs: Mapping[str, Tensor], limit: int = LIMIT_BYTES) -> Tensor:
+    """AV[b, h, q, f] of ``cascade`` in float64, with at most about ``limit`` bytes of scores.
+
+    Batch, heads and queries are independent of each other, so they are taken in slices; a cascade
+    where one of them is reduced or stepped through is not cut there.
+    """
+    return _outer(cascade, dict(inputs), ("b", "h", "q"), limit)
+
+
+def _outer(
+    cascade: Cascade, inputs: dict[str, Tensor], ranks: tuple[str, ...], limit: int
+) -> Tensor:
+    need = _score_bytes(cascade, inputs)
+    if need > limit and ranks:
+        rank, rest = ranks[0], ranks[1:]
+        extent = _extent(cascade, inputs, rank)
+        if extent and extent > 1 and (slicer := _Slicer.of(cascade, rank, extent)):
+            step = max(1, extent * limit // need)
+            parts = []
+            for start in range(0, extent, step):
+                part, held = slicer.cut(inputs, start, min(start + step, extent))
+                parts.append(_outer(part, held, rest, limit))
+            return torch.cat(parts, dim=slicer.axis)
+        return _outer(cascade, inputs, rest, limit)
+    return interpret(cascade, inputs)["AV"].to(torch.float64)
+
+
+def _extent(cascade: Cascade, inputs: Mapping[str, Tensor], rank: str) -> int | None:
+    for declared in cascade.inputs:
+        if rank in declared.ranks:
+            return inputs[declared.name].shape[declared.ranks.index(rank)]
+    return None
+
+
+def _score_bytes(cascade: Cascade, inputs: Mapping[str, Tensor]) -> int:
+    need = 8 * _LIVE
+    for rank in ("b", "h", "q", "kv"):
+        need *= _extent(cascade, inputs, rank) or 1
+    return need
+
+
+@dataclass(frozen=True)
+class _Slicer:
+    """Cuts one rank of a cascade: coordinates are shifted, declared dimensions narrowed."""
+
+    cascade: Cascade
+    rank: str
+    extent: int
+    axis: int
+
+    @classmethod
+    def of(cls, cascade: Cascade, rank: str, extent: int) -> _Slicer | None:
+        """A slicer, or None where points of the rank depend on each other."""
+        here = Rank(rank)
+        output = cascade.producer("AV")
+        if output is None or here not in output.out.index:
+            return None
+        if any(r.name == rank and r.parts for r in cascade.ranks):
+            return None
+        if any(isinstance(s, Loop) and s.rank == rank for s in cascade.body):
+            return None
+        slicer = cls(cascade, rank, extent, output.out.index.index(here))
+        return slicer if all(slicer.independent(e) for e in cascade.einsums()) else None
+
+    def independent(self, einsum: Einsum) -> bool:
+        """No point of the rank reads or writes what belongs to another one."""
+        used = ranks_of(einsum.expr) | ranks_of(einsum.guard)
+        if self.rank in used and Rank(self.rank) not in einsum.out.index:
+            return False
+        declared = {t.name: t.ranks for t in self.cascade.inputs}
+        for read in (*_reads(einsum.expr), *_reads(einsum.guard), einsum.out):
+            names = declared.get(read.tensor)
+            for place, index in enumerate(read.index):
+                local = names is None or names[place] == self.rank
+                if local and self.rank in ranks_of(index) and index != Rank(self.rank):
+                    return False
+                if names is not None and names[place] == self.rank and index != Rank(self.rank):
+                    return False
+        return True
+
+    def cut(
+        self, inputs: Mapping[str, Tensor], start: int, stop: int
+    ) -> tuple[Cascade, dict[str, Tensor]]:
+        """The cascade and inputs of coordinates ``start`` to ``stop``."""
+        held = dict(inputs)
+        for declared in self.cascade.inputs:
+            if self.rank in declared.ranks:
+                axis = declared.ranks.index(self.rank)
+                held[declared.name] = inputs[declared.name].narrow(axis, start, stop - start)
+        body = tuple(
+            replace(s, init=self._all(s.init, start), body=self._all(s.body, start))
+            if isinstance(s, Loop)
+            else self._einsum(s, start)
+            for s in self.cascade.body
+        )
+        ranks = tuple(
+            replace(r, size=None) if r.name == self.rank else r for r in self.cascade.ranks
+        )
+        return replace(self.cascade, body=body, ranks=ranks), held
+
+    def _all(self, einsums: tuple[Einsum, ...], start: int) -> tuple[Einsum, ...]:
+        return tuple(self._einsum(e, start) for e in einsums)
+
+    def _einsum(self, e: Einsum, start: int) -> Einsum:
+        return replace(e, expr=self._shift(e.expr, start), guard=self._shift(e.guard, start))
+
+    def _shift(self, expr: Expr, start: int) -> Expr:
+        """Coordinates as they were before the cut, except where a cut dimension is indexed."""
+        if expr == Rank(self.rank):
+            return expr + start if start else expr
+        if expr == Extent(self.rank):
+            return Const(self.extent)
+        if not isinstance(expr, Read):
+            return rebuild(expr, tuple(self._shift(c, start) for c in expr.children))
+        declared = next((t.ranks for t in self.cascade.inputs if t.name == expr.tensor), None)
+        index = tuple(
+            i
+            if i == Rank(self.rank) and (declared is None or declared[place] == self.rank)
+            else self._shift(i, start)
+            for place, i in enumerate(expr.index)
+        )
+        return rebuild(expr, index)
+
+
+def _reads(expr: Expr) -> tuple[Read, ...]:
+    from attn_rewrite.cascade.expr import walk
+
+    return tuple(n for n in walk(expr) if isinstance(n, Read))

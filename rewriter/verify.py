@@ -1,0 +1,341 @@
+"""Verification: each Site on the user's own activations, against a float64 oracle.
+
+Two errors are never mixed.  The *implementation error* compares a kernel with the oracle of the
+same rewritten cascade; beyond what rounding explains it is our bug (`VerifyError`).  The
+*approximation error* compares the rewritten cascade with the original one; beyond the user's budget
+the Site goes back to exact.  Before either, raising is checked: the original nodes and the original
+cascade, both in float64, must agree.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from attn_rewrite.apply import Emits
+from attn_rewrite.budget import Bound
+from attn_rewrite.cascade.ir import Cascade
+from attn_rewrite.chunked import LIMIT_BYTES, oracle
+from attn_rewrite.errors import VerifyError
+from attn_rewrite.graph import EagerBuilder, arrange, extents
+from attn_rewrite.measuring import implementation_bound as implementation_bound
+from attn_rewrite.measuring import measure as measure
+from attn_rewrite.region import boundary, in_float64
+from attn_rewrite.report import ErrorMeasure
+from attn_rewrite.site import Operand, Refusal, Site
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A Site, the cascade it was rewritten to, and the kernel that was made of that.
+
+    ``exact`` is the kernel of the Site's own cascade; where given it is measured when the rewritten
+    one goes over the budget.
+    """
+
+    site: Site
+    cascade: Cascade
+    kernel: Emits
+    exact: Emits | None = None
+
+
+@dataclass(frozen=True)
+class SiteCheck:
+    """What was measured on one Site, and what follows.
+
+    ``verdict``: ``"accepted"``, ``"reverted"`` (over the budget: use the exact kernel, or the
+    original nodes) or ``"kept"`` (raising is not sound, see ``refusals``).  ``implementation`` is
+    that of the kernel to use; it is None where none can be measured (``note`` says why).
+    """
+
+    site: str
+    verdict: str
+    raising: ErrorMeasure | None = None
+    implementation: ErrorMeasure | None = None
+    implementation_bound: float | None = None
+    approximation: ErrorMeasure | None = None
+    refusals: tuple[Refusal, ...] = ()
+    note: str = ""
+    seconds: float = field(default=0.0, compare=False)
+
+    @property
+    def over_bound(self) -> bool:
+        """True when the implementation error is more than rounding explains."""
+        if self.implementation is None or self.implementation_bound is None:
+            return False
+        return not self.implementation.max_abs <= self.implementation_bound
+
+
+def check_sites(
+    host: fx.GraphModule,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    candidates: Iterable[Candidate],
+    *,
+    bound: Bound | None = None,
+    limit: int = LIMIT_BYTES,
+) -> tuple[SiteCheck, ...]:
+    """Run ``host`` (the graph the Sites were found in, not yet rewritten) and check each Site.
+
+    Values are freed after their last use, so memory is that of one run and one Site.  ``limit``
+    bounds the bytes of float64 scores at a time.  Raises `VerifyError` naming every Site whose
+    implementation error is over its bound, with the numbers.
+    """
+    by_output: dict[fx.Node, list[Candidate]] = {}
+    for candidate in candidates:
+        by_output.setdefault(candidate.site.output.node, []).append(candidate)
+    walk = _Observed(by_output, bound, limit)
+    with torch.no_grad():
+        _Walk(host, walk).run(*flat_inputs(host, args, kwargs), enable_io_processing=False)
+    missing = [c.site.name for c in walk.waiting()]
+    if missing:
+        raise VerifyError(f"the graph ran without computing {', '.join(missing)}: it was changed")
+    require_bounds(walk.checks)
+    return tuple(walk.checks)
+
+
+def require_bounds(checks: Iterable[SiteCheck]) -> None:
+    """Raise `VerifyError` if a kernel is further from its oracle than rounding explains."""
+    wrong = [
+        f"{c.site}: max error {c.implementation.max_abs:.3g}, bound {c.implementation_bound:.3g}"
+        for c in checks
+        if c.over_bound and c.implementation is not None
+    ]
+    if wrong:
+        raise VerifyError(
+            "a kernel differs from the float64 value of its cascade by more than rounding "
+            f"explains: {'; '.join(wrong)}; this is a bug in attn-rewrite"
+        )
+
+
+def flat_inputs(
+    host: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any] | None
+) -> list[Any]:
+    """Arguments in the order of the graph's placeholders."""
+    info = getattr(host.graph._codegen, "pytree_info", None)
+    kwargs = dict(kwargs or {})
+    spec = info.in_spec if info is not None else None
+    if spec is not None and kwargs and len(spec.children()) == 2:
+        order = spec.child(1).context
+        kwargs = {name: kwargs[name] for name in order if name in kwargs}
+    leaves = pytree.tree_leaves((tuple(args), kwargs))
+    wanted = sum(n.op == "placeholder" for n in host.graph.nodes)
+    if len(leaves) != wanted:
+        raise ValueError(f"the graph has {wanted} inputs, {len(leaves)} values were given")
+    return leaves
+
+
+class _Observed:
+    """Candidates by output node, and the checks made so far; shared by nested graphs."""
+
+    def __init__(
+        self, candidates: dict[fx.Node, list[Candidate]], bound: Bound | None, limit: int
+    ) -> None:
+        self.candidates, self.bound, self.limit = candidates, bound, limit
+        self.graphs = {node.graph for node in candidates}
+        self.checks: list[SiteCheck] = []
+        self.done: set[fx.Node] = set()
+
+    def waiting(self) -> list[Candidate]:
+        """Candidates that were not reached."""
+        return [c for n, cs in self.candidates.items() if n not in self.done for c in cs]
+
+    def computed(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> None:
+        """Check the Sites whose output is ``node``; a graph that runs twice is checked once."""
+        if node in self.done:
+            return
+        self.done.add(node)
+        for candidate in self.candidates[node]:
+            values = {n: env[n] for n in (*boundary(candidate.site), node)}
+            self.checks.append(check_site(candidate, values, bound=self.bound, limit=self.limit))
+
+
+class _Walk(fx.Interpreter):
+    """Runs a graph node by node and shows every Site's values to the observer."""
+
+    def __init__(self, module: fx.GraphModule, observed: _Observed) -> None:
+        super().__init__(module, garbage_collect_values=True)
+        self.observed = observed
+        here = {n.name: n for n in module.graph.nodes}
+        for node, candidates in observed.candidates.items():
+            if here.get(node.name) is node:
+                for candidate in candidates:
+                    self._hold(boundary(candidate.site), node)
+
+    def _hold(self, values: Iterable[fx.Node], until: fx.Node) -> None:
+        """Keep values until a Site's output has been seen, even if their last user ran before."""
+        order = {n: i for i, n in enumerate(until.graph.nodes)}
+        held = set(values)
+        for user, last_used in list(self.user_to_last_uses.items()):
+            early = [n for n in last_used if n in held and order[user] <= order[until]]
+            if early:
+                self.user_to_last_uses[user] = [n for n in last_used if n not in early]
+                self.user_to_last_uses.setdefault(until, []).extend(early)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node; at a Site's output, check the Site."""
+        value = super().run_node(n)
+        if n in self.observed.candidates:
+            self.observed.computed(n, {**self.env, n: value})
+        return value
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Graphs called by higher-order operators (autocast, no_grad) are walked like this one."""
+        return super().call_function(target, tuple(map(self._walked, args)), kwargs)
+
+    def _walked(self, value: Any) -> Any:
+        if not isinstance(value, fx.GraphModule) or not self._has_sites(value):
+            return value
+        inner = _Walk(value, self.observed)
+        return lambda *args: inner.run(*args)
+
+    def _has_sites(self, module: fx.GraphModule) -> bool:
+        inner = [m for m in module.modules() if isinstance(m, fx.GraphModule)]
+        return any(m.graph in self.observed.graphs for m in inner)
+
+
+def check_site(
+    candidate: Candidate,
+    values: Mapping[fx.Node, Any],
+    *,
+    bound: Bound | None = None,
+    limit: int = LIMIT_BYTES,
+) -> SiteCheck:
+    """Check one Site on the values of `region.boundary` and of its output node."""
+    start = time.perf_counter()
+    check = _check(candidate, values, bound, limit)
+    return replace(check, seconds=time.perf_counter() - start)
+
+
+def _check(
+    candidate: Candidate, values: Mapping[fx.Node, Any], bound: Bound | None, limit: int
+) -> SiteCheck:
+    site = candidate.site
+    inputs = canonical_inputs(site, values)
+    original = canonical_output(site, values, values[site.output.node])
+    reference = oracle(site.cascade, inputs, limit)
+    raising, refusal = check_raising(site, values, reference)
+    if refusal is not None:
+        return SiteCheck(site.name, "kept", raising, refusals=(refusal,))
+    # Rows where the original gives NaN say nothing about a rewrite.
+    reference = reference.masked_fill(original.isnan().any(dim=-1, keepdim=True), torch.nan)
+    check = SiteCheck(site.name, "accepted", raising)
+    kernel, target = candidate.kernel, reference
+    if candidate.cascade != site.cascade:
+        wanted = oracle(candidate.cascade, inputs, limit)
+        wanted = wanted.masked_fill(reference.isnan(), torch.nan)
+        check = replace(check, approximation=measure(wanted, reference))
+        if bound is None or bound.allows(check.approximation):  # type: ignore[arg-type]
+            target = wanted
+        elif candidate.exact is None:
+            return replace(check, verdict="reverted")
+        else:
+            kernel, check = candidate.exact, replace(check, verdict="reverted")
+    if site.dropout > 0:
+        note = (
+            f"dropout {site.dropout} is active: no two runs are equal, the kernel is not measured"
+        )
+        return replace(check, note=note)
+    result = run_kernel(kernel, inputs, original.dtype)
+    return replace(
+        check,
+        implementation=measure(result, target),
+        implementation_bound=implementation_bound(original, reference, target),
+    )
+
+
+def check_raising(
+    site: Site, values: Mapping[fx.Node, Any], reference: Tensor
+) -> tuple[ErrorMeasure | None, Refusal | None]:
+    """Compare the original nodes with the original cascade, both in float64.
+
+    They may differ by 4 eps x max|reference|, with eps that of float32, or of the model's dtype
+    where a bias was rounded to it before the Site saw it (the cascade may write it as an expression).
+    """
+    anchor = (str(site.anchor), site.source, site.name)
+    try:
+        wide = canonical_output(site, values, in_float64(site, values))
+    except RuntimeError as error:
+        first = (str(error).strip().splitlines() or ["no message"])[0]
+        reason = (
+            f"the original computation does not run in float64, so it cannot be checked: {first}"
+        )
+        return None, Refusal("raise-unchecked", reason, *anchor)
+    found = measure(reference, wide)
+    operands = {o.node for o in site.inputs.values()}
+    others = [values[n] for n in boundary(site) if n not in operands]
+    coarse = [torch.finfo(v.dtype).eps for v in others if _is_rounded(v)]
+    allowed = 4 * max([torch.finfo(torch.float32).eps, *coarse]) * found.max_reference
+    if found.max_abs <= allowed:
+        return found, None
+    reason = (
+        "the cascade this attention was raised to does not compute what its nodes do: in float64 "
+        f"they differ by {found.max_abs:.3g}, allowed is {allowed:.3g}; the Site is kept"
+    )
+    return found, Refusal("raise-mismatch", reason, *anchor)
+
+
+def _is_rounded(value: Any) -> bool:
+    """A float tensor with more in it than the zeros, ones and huge values of a mask."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return False
+    size = value.abs()
+    return bool(((size != 0) & (size != 1) & (size < 1e3)).any())
+
+
+def canonical_inputs(site: Site, values: Mapping[fx.Node, Any]) -> dict[str, Tensor]:
+    """The operands of a Site by cascade input name, in the cascade's layout."""
+    build = EagerBuilder()
+    held = {name: (o, values[o.node]) for name, o in site.inputs.items()}
+    sizes = extents(build, held)
+    return {n: arrange(build, o, v, site.groups(n), sizes) for n, (o, v) in held.items()}
+
+
+def canonical_output(site: Site, values: Mapping[fx.Node, Any], output: Tensor) -> Tensor:
+    """A value of the Site's output as AV[b, h, q, f]."""
+    build = EagerBuilder()
+    held: dict[str, tuple[Operand, Any]] = {n: (o, values[o.node]) for n, o in site.inputs.items()}
+    result = arrange(build, site.output, output, site.groups("AV"), extents(build, held))
+    assert isinstance(result, Tensor)
+    return result
+
+
+def run_kernel(kernel: Emits, inputs: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """AV of a kernel on canonical operands, in the dtype of the Site's output."""
+    result: Tensor = kernel.emit(EagerBuilder(), list(inputs.values()))
+    return result.to(dtype)
+
+
+def compare_outputs(original: Any, rewritten: Any) -> dict[str, ErrorMeasure]:
+    """The error of every floating tensor of a model's output, by its place in the output.
+
+    Raises `VerifyError` if the outputs have another structure or shape.
+    """
+    wanted, wanted_spec = pytree.tree_flatten_with_path(original)
+    found, found_spec = pytree.tree_flatten_with_path(rewritten)
+    if wanted_spec != found_spec:
+        raise VerifyError(f"the rewritten model returns {found_spec}, the original {wanted_spec}")
+    errors: dict[str, ErrorMeasure] = {}
+    for (path, reference), (_, result) in zip(wanted, found, strict=True):
+        if not isinstance(reference, Tensor) or not reference.is_floating_point():
+            continue
+        name = pytree.keystr(path).lstrip(".") or "output"
+        if not isinstance(result, Tensor) or result.shape != reference.shape:
+            shape = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
+            raise VerifyError(f"output {name} is {shape}, in the original {list(reference.shape)}")
+        errors[name] = measure(result, reference)
+    return errors
+
+
+def worst_site(errors: Mapping[str, ErrorMeasure], bound: Bound) -> str | None:
+    """The Site to send back to exact first when the whole model is over ``bound``; None if none."""
+    if not errors:
+        return None
+    sign = -1 if bound.metric == "cosine" else 1
+    return max(errors, key=lambda name: sign * float(getattr(errors[name], bound.metric)))
