@@ -83,7 +83,7 @@ def _sentence(error: Exception) -> str:
 
 
 def _torch(torch: Any) -> str:
-    class Twice(torch.nn.Module):  # type: ignore[misc, name-defined]
+    class Twice(torch.nn.Module):  # type: ignore[misc]
         def forward(self, x: Any) -> Any:
             return x + x
 

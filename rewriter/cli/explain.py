@@ -15,9 +15,14 @@ from attn_rewrite.cli.terminal import Terminal
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from attn_rewrite.backends.torch.schedule import TileCounts
     from attn_rewrite.cascade import Cascade
+    from attn_rewrite.passes.transform import Transform
     from attn_rewrite.policy import Policy
     from attn_rewrite.site import Findings, Refusal, Site
+
+# Side of the tiles that are counted: the one the torch backend works in.
+TILE = 128
 
 
 @dataclass(frozen=True)
@@ -63,17 +68,23 @@ def explain(model: Model, question: Question, options: ModelOptions, terminal: T
 def _chosen(findings: Findings, name: str | None) -> Site:
     from attn_rewrite.budget import suggest
     from attn_rewrite.errors import PolicyError
+    from attn_rewrite.policy import glob_matches
 
-    known = {site.name: site for site in findings.sites}
-    if name is None and len(known) == 1:
-        return next(iter(known.values()))
-    if name is None:
+    names = [site.name for site in findings.sites]
+    if name is None and len(names) != 1:
         raise PolicyError(
-            f"the model has {len(known)} sites; name one with --site{suggest('', known)}"
+            f"the model has {len(names)} sites; name one with --site{suggest('', names)}"
         )
-    if name not in known:
-        raise PolicyError(f"the model has no site {name!r}{suggest(name, known)}")
-    return known[name]
+    if name is None:
+        return findings.sites[0]
+    # A layer glob or a module path will do where it means one Site only.
+    meant = [s for s in findings.sites if s.name == name]
+    meant = meant or [s for s in findings.sites if glob_matches(name, s)]
+    if not meant:
+        raise PolicyError(f"the model has no site {name!r}{suggest(name, names)}")
+    if len(meant) > 1:
+        raise PolicyError(f"--site {name!r} means {len(meant)} sites{suggest(name, names)}")
+    return meant[0]
 
 
 def _document(
@@ -94,8 +105,8 @@ def _document(
         "policy": str(policy),
         "steps": [str(step) for step in steps],
         "extents": extents,
-        "before": _cascade(site.cascade, extents, options),
-        "after": _cascade(after, extents, options),
+        "before": _cascade(site, site.cascade, extents, options),
+        "after": _cascade(site, after, extents, options),
         "changed": after != site.cascade,
         "refusals": [refusal.to_json() for refusal in refusals],
         "rules": _verdicts(site, None),
@@ -103,59 +114,97 @@ def _document(
 
 
 def _extents(site: Site, length: int | None) -> dict[str, int]:
-    """The size of each rank of the Site's cascade: what is dynamic is taken at ``--length``."""
-    sizes = {"b": 1, "h": site.hq, "d": site.d_qk, "f": site.d_v}
-    for rank, size in (("q", site.q_len), ("kv", site.kv_len)):
-        sizes[rank] = size if isinstance(size, int) else length or _hint(size)
-    known = {r.name for r in site.cascade.ranks}
-    return {rank: size for rank, size in sizes.items() if rank in known}
-
-
-def _hint(size: Any) -> int:
-    return int(size.node.hint)
-
-
-def _cascade(cascade: Cascade, extents: dict[str, int], options: ModelOptions) -> dict[str, Any]:
-    from attn_rewrite.cascade import pass_analysis
-
-    analysis = pass_analysis(cascade, "kv")
+    """The size of each rank: what is dynamic is taken at ``--length``, else as captured."""
+    sizes = {"b": 1, **site.extents()}
+    known = {rank.name for rank in site.cascade.ranks}
     return {
-        "cascade": str(cascade),
-        "passes": analysis_document(analysis),
-        "cost": _cost(cascade, extents, options),
+        rank: size if isinstance(size, int) else length or int(size.node.hint)
+        for rank, size in sizes.items()
+        if rank in known
     }
 
 
-def _cost(cascade: Cascade, extents: dict[str, int], options: ModelOptions) -> dict[str, Any]:
+def _cascade(
+    site: Site, cascade: Cascade, extents: dict[str, int], options: ModelOptions
+) -> dict[str, Any]:
+    from attn_rewrite.cascade import pass_analysis
+
+    tiles = _tiles(site, cascade, extents)
+    return {
+        "cascade": str(cascade),
+        "passes": analysis_document(pass_analysis(cascade, "kv")),
+        "kernel": _kernel(site, cascade),
+        "tiles": {"executed": tiles.executed, "total": tiles.total, "block": TILE},
+        "cost": _cost(cascade, extents, options, tiles.density),
+    }
+
+
+def _tiles(site: Site, cascade: Cascade, extents: dict[str, int]) -> TileCounts:
+    """Tiles that the guards leave, over all heads of one batch entry."""
+    from attn_rewrite.backends.torch.schedule import make_schedule
+    from attn_rewrite.cascade.expr import conjunction
+
+    return make_schedule(
+        conjunction(cascade.guard_terms()),
+        q_len=extents["q"],
+        kv_len=extents["kv"],
+        block=TILE,
+        heads=site.hq,
+        group=site.hq // site.hkv,
+    ).counts()
+
+
+def _kernel(site: Site, cascade: Cascade) -> dict[str, str]:
+    """What the cascade is lowered to on the torch backend, and why."""
+    from attn_rewrite.backends.torch.lower import lower
+    from attn_rewrite.site import Refusal
+
+    fixed = {n: v if isinstance(v, int) else None for n, v in site.extents().items()}
+    kernel = lower(cascade, dropout=site.dropout, extents=fixed, block=TILE)
+    if isinstance(kernel, Refusal):
+        return {"name": "none", "why": f"[{kernel.code}] {kernel.reason}"}
+    return {"name": kernel.name, "why": kernel.why}
+
+
+def _cost(
+    cascade: Cascade, extents: dict[str, int], options: ModelOptions, fraction: float
+) -> dict[str, Any]:
     from attn_rewrite.cascade.cost import site_cost
     from attn_rewrite.target import for_device
 
     dtype = "float32" if options.dtype is None else options.dtype.value
     target = for_device(options.device or "cpu")
-    return site_cost(cascade, extents, target, dtype=dtype).to_json()
+    return site_cost(cascade, extents, target, dtype=dtype, tile_fraction=fraction).to_json()
 
 
 def _verdicts(site: Site, policy: Policy | None) -> list[dict[str, Any]]:
     """Whether each transform applies: those of ``policy``, or all there are."""
-    transforms = [t for rule in policy.rules for t in rule.apply] if policy else _defaults()
-    return [_verdict(site, transform) for transform in transforms]
+    if policy is None:
+        return [_verdict(site, transform, ()) for transform in _samples()]
+    return [_verdict(site, t, rule.where.kind) for rule in policy.rules for t in rule.apply]
 
 
-def _defaults() -> list[Any]:
+def _samples() -> list[Transform]:
+    """One of each transform, with as few options given as it accepts."""
     from attn_rewrite.passes import TRANSFORMS
+
+    return [made for kind in TRANSFORMS.values() if (made := _sample(kind)) is not None]
+
+
+def _sample(kind: type[Transform]) -> Transform | None:
     from attn_rewrite.passes.transform import field_infos
 
-    # Where an option is required, ask with the smallest value that is allowed.
-    made = []
-    for kind in TRANSFORMS.values():
-        required = {f.name: f.option.minimum for f in field_infos(kind) if f.default is None}
-        if all(value is not None for value in required.values()):
-            made.append(kind(**{name: int(value or 0) for name, value in required.items()}))
-    return made
+    smallest = {f.name: f.option.minimum for f in field_infos(kind) if f.option.minimum is not None}
+    for options in ({}, *({name: value} for name, value in smallest.items()), smallest):
+        try:
+            return kind(**options)
+        except (TypeError, ValueError):  # an option is missing: try with more of them
+            continue
+    return None
 
 
-def _verdict(site: Site, transform: Any) -> dict[str, Any]:
-    refusal = _refusal(site, transform)
+def _verdict(site: Site, transform: Transform, kinds: tuple[str, ...]) -> dict[str, Any]:
+    refusal = _refusal(site, transform, kinds)
     return {
         "rule": transform.name,
         "as": str(transform),
@@ -164,15 +213,15 @@ def _verdict(site: Site, transform: Any) -> dict[str, Any]:
     }
 
 
-def _refusal(site: Site, transform: Any) -> Refusal | None:
+def _refusal(site: Site, transform: Transform, kinds: tuple[str, ...]) -> Refusal | None:
     """The first condition that failed."""
     from attn_rewrite.site import Refusal
 
     if site.refusals:
         return site.refusals[0]
-    refused = transform.admits(site)
+    refused = transform.admits(site, kinds)
     if refused is not None:
-        return refused  # type: ignore[no-any-return]
+        return refused
     result = transform.apply(site.cascade, site)
     return result if isinstance(result, Refusal) else None
 
@@ -203,21 +252,22 @@ def _view_cascade(console: Console, title: str, part: dict[str, Any]) -> None:
     console.print(f"\n{title}:", style="bold")
     console.print(part["cascade"], markup=False)
     console.print(f"{passes['passes']} passes over {passes['rank']}; live: {live}", markup=False)
+    console.print(f"kernel {part['kernel']['name']}: {part['kernel']['why']}", markup=False)
 
 
 def _view_costs(console: Console, document: dict[str, Any]) -> None:
     from rich.table import Table
 
-    before, after = document["before"]["cost"], document["after"]["cost"]
+    parts = (document["before"], document["after"])
     sizes = ", ".join(f"{rank}={size}" for rank, size in document["extents"].items())
-    table = Table("", "before", "after", title=f"cost on {before['target']} at {sizes}")
-    for name in ("passes", "flops", "dram_bytes", "live_bytes", "kept", "bound", "time_s"):
-        table.add_row(
-            name,
-            *(f"{v:.4g}" if isinstance(v, float) else str(v) for v in (before[name], after[name])),
-        )
+    console.print(f"\nlower bounds on {parts[0]['cost']['target']} at {sizes}", markup=False)
+    table = Table("", "before", "after")
+    tiles = [f"{p['tiles']['executed']} of {p['tiles']['total']}" for p in parts]
+    table.add_row(f"tiles of {TILE} x {TILE}", *tiles)
+    for name in ("flops", "dram_bytes", "live_bytes", "kept", "bound", "time_s"):
+        values = [part["cost"][name] for part in parts]
+        table.add_row(name, *(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values))
     console.print(table)
-    console.print("the cost after leaves out what a guard skips; optimize counts executed tiles")
 
 
 def _view_verdicts(console: Console, verdicts: list[dict[str, Any]]) -> None:

@@ -36,7 +36,7 @@ class Origin:
 
 
 def verify(directory: Directory, origin: Origin, options: ModelOptions, terminal: Terminal) -> int:
-    """Check DIR: its files, the original it names, every rewrite, and the outputs of each export."""
+    """Check DIR: its files, the original it names, every rewrite and every export."""
     from attn_rewrite.cli.optimize import rewrite
     from attn_rewrite.cli.policy import read_policy
     from attn_rewrite.saved import load
