@@ -10,10 +10,13 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.node import map_arg
 
 from attn_rewrite.site import Factor, Operand
@@ -85,8 +88,15 @@ class GraphBuilder:
         """The fake value of a new node from those of its arguments."""
         args, kwargs = map_arg((node.args, node.kwargs), value_of)
         assert callable(node.target)
-        with torch.no_grad():
+        # Without the mode an operator that takes no tensor (arange) would fix a symbolic size.
+        with torch.no_grad(), self.fake_mode or nullcontext():
             return node.target(*args, **kwargs)
+
+    @cached_property
+    def fake_mode(self) -> FakeTensorMode | None:
+        """The mode the graph was captured in."""
+        values = (n.meta.get("val") for n in self.graph.nodes)
+        return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
 
 
 _SCALAR_OPS = {operator.mul, operator.floordiv, operator.add, operator.sub}
@@ -304,8 +314,28 @@ def copy_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx
         new.meta["origin"] = old
     graph._codegen = module.graph._codegen
     copy = fx.GraphModule(module, graph, class_name=type(module).__name__)
+    _share_state(module, copy)
     copy.meta = dict(module.meta)
     return copy, nodes
+
+
+def _share_state(source: torch.nn.Module, target: torch.nn.Module) -> None:
+    """Give ``target`` every parameter and buffer of ``source``, used by the graph or not."""
+    for path, module in source.named_modules():
+        if isinstance(module, fx.GraphModule) and path:
+            continue
+        here = target
+        for part in path.split(".") if path else ():
+            if part not in here._modules:
+                here.add_module(part, torch.nn.Module())
+            child = here._modules[part]
+            assert child is not None
+            here = child
+        if here is not module:
+            here._parameters.update(module._parameters)
+            here._buffers.update(module._buffers)
+            here._non_persistent_buffers_set.update(module._non_persistent_buffers_set)
+            here.training = module.training
 
 
 def origin(node: fx.Node) -> fx.Node | None:
