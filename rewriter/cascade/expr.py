@@ -22,7 +22,7 @@ Scalar = int | float | bool
 
 @dataclass(frozen=True)
 class Operator:
-    """An elementwise operator: name, arity, and infix symbol with Python's binding order, if any."""
+    """An elementwise operator: name, arity, and infix symbol with its binding, if any."""
 
     name: str
     arity: int
@@ -43,9 +43,10 @@ def _table() -> dict[str, Operator]:
     for name in ("max", "min"):
         table[name] = Operator(name, 2)
     for name in (
-        "neg exp exp2 log log1p sqrt rsqrt tanh sigmoid relu abs floor ceil round sign erf sin cos "
-        "gelu silu softplus reciprocal"
-    ).split():
+        "neg", "exp", "exp2", "log", "log1p", "sqrt", "rsqrt", "tanh", "sigmoid", "relu", "abs",
+        "floor", "ceil", "round", "sign", "erf", "sin", "cos", "gelu", "silu", "softplus",
+        "reciprocal",
+    ):  # fmt: skip
         table[name] = Operator(name, 1)
     table["not"] = Operator("not", 1, boolean=True)
     table["isneginf"] = Operator("isneginf", 1, boolean=True)
@@ -340,7 +341,7 @@ def _text(expr: Expr, outer: int) -> str:
             operator = OPERATORS[op]
             if operator.infix is None:
                 return f"{op}({', '.join(_text(a, 0) for a in args)})"
-            # Comparisons do not chain: `(a < b) < c` keeps its parentheses; powers bind to the right.
+            # `(a < b) < c` keeps its parentheses (comparisons do not chain); powers bind right.
             left = _text(args[0], operator.binding + (operator.binding == 1 or op == "pow"))
             right = _text(args[1], operator.binding + (op != "pow"))
             text = f"{left} {operator.infix} {right}"

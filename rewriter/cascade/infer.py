@@ -83,11 +83,16 @@ def reads(einsum: Einsum) -> Iterator[Read]:
         yield from (n for n in walk(part) if isinstance(n, Read))
 
 
+def einsums_of(statement: Statement) -> tuple[Einsum, ...]:
+    """The Einsums of a statement: itself, or those of a loop."""
+    if isinstance(statement, Loop):
+        return (*statement.init, *statement.body)
+    return (statement,)
+
+
 def _einsums(body: Iterable[Statement]) -> Iterator[Einsum]:
     for statement in body:
-        yield from (
-            (*statement.init, *statement.body) if isinstance(statement, Loop) else (statement,)
-        )
+        yield from einsums_of(statement)
 
 
 class _Names:

@@ -1,9 +1,9 @@
 """Cascades of Einsums: the value every attention is raised to, rewritten as and lowered from.
 
-A cascade is a sequence of Einsums over named ranks.  An Einsum maps an expression over its iteration
-space (the product of all ranks that occur, restricted by its guard) and reduces the ranks that the
-output does not carry.  Points outside the guard are not touched: the output keeps its *default*
-there, which is the identity of the reduction that reads it (0 for +, -inf for max).
+A cascade is a sequence of Einsums over named ranks.  An Einsum maps an expression over its
+iteration space (the product of all ranks that occur, restricted by its guard) and reduces the ranks
+that the output does not carry.  Points outside the guard are not touched: the output keeps its
+*default* there, which is the identity of the reduction that reads it (0 for +, -inf for max).
 
 Source: extended Einsums as used by FuseMax (Nayak et al., MICRO 2024), section II.
 """
@@ -35,9 +35,9 @@ class RankDecl:
 class TensorDecl:
     """A tensor: its ranks in order, the value of points nobody wrote, and its type.
 
-    ``dtype`` is ``"float"`` (the model's), or a fixed type (``"f32"``, ``"i8"``, ``"bool"``, ``"i64"``);
-    ``scale`` names the tensor holding quantisation scales, if any.  ``sign`` is ``"positive"``,
-    ``"nonnegative"`` or ``"any"`` and is used by proofs.
+    ``dtype`` is ``"float"`` (the model's), or a fixed type (``"f32"``, ``"i8"``, ``"bool"``,
+    ``"i64"``); ``scale`` names the tensor holding quantisation scales, if any.  ``sign`` is
+    ``"positive"``, ``"nonnegative"`` or ``"any"`` and is used by proofs.
     """
 
     name: str
@@ -52,9 +52,9 @@ class TensorDecl:
 class Einsum:
     """``out = expr`` over the points of the guard, ranks missing from ``out`` folded by ``reduce``.
 
-    ``out`` is an access with index expressions (plain ranks, affine such as ``m1 + 1``, or fixed such
-    as ``#m1``).  ``reduce`` maps each reduced rank to ``add | max | min | mul | or | and``; ranks left
-    out of it are summed.  ``init`` Einsums run once before an iterative rank starts.
+    ``out`` is an access with index expressions (plain ranks, affine such as ``m1 + 1``, or fixed
+    such as ``#m1``).  ``reduce`` maps each reduced rank to ``add | max | min | mul | or | and``;
+    ranks left out of it are summed, and before the others.
     """
 
     out: Read
@@ -125,7 +125,9 @@ class Cascade:
         alias = ALIASES.get(name)
         if alias in known:
             return alias
-        raise ValueError(f"cascade {self.name} has no rank {name!r}; it has {', '.join(sorted(known))}")
+        raise ValueError(
+            f"cascade {self.name} has no rank {name!r}; it has {', '.join(sorted(known))}"
+        )
 
     def with_body(self, *body: Statement) -> Cascade:
         """The same cascade with other statements; the same object if they are equal."""
