@@ -501,3 +501,13 @@ def test_importing_the_export_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_window_benchmark_runs(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "examples" / "benchmarks" / "onnx_window.py"
+    sizes = ["--lengths", "96", "--windows", "16", "--block", "32", "--repetitions", "1"]
+    command = [sys.executable, str(script), *sizes, "-o", str(tmp_path / "r.json")]
+    subprocess.run(command, check=True, capture_output=True)
+    (row,) = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert row["runs"]["tiles"]["max_abs_error"] < 1e-5
+    assert row["runs"]["gqa-window"]["max_abs_error"] < 1e-5
