@@ -1,7 +1,7 @@
 """Rewrites of cascades: deferral, partitioning and the derivation of one-pass forms.
 
-Public names are lazy (the proofs need sympy, counting needs networkx).  No submodule has the name of a
-public function.
+Public names are lazy (the proofs need sympy, counting needs networkx).  No submodule has the name
+of a public function.
 """
 
 from __future__ import annotations

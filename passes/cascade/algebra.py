@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
 
 import sympy
 
 from attn_rewrite.cascade.expr import OPERATORS, Call, Const, Expr, call
 
-Term = sympy.Expr
+Term: TypeAlias = Any  # a sympy expression; sympy has no types
 LN2 = sympy.Symbol("ln2", positive=True)  # a symbol: exp2 and exp then follow one set of laws
 
 _TRANSPARENT: Mapping[str, Callable[..., Term]] = {
@@ -89,7 +90,7 @@ def to_sympy(expr: Expr, atoms: Mapping[Expr, sympy.Symbol]) -> Term:
 
 
 def from_sympy(term: Term, leaves: Mapping[sympy.Symbol, Expr]) -> Expr:
-    """The expression of a term over the symbols of ``leaves``; inverse of `to_sympy` up to order."""
+    """The expression of a term over the symbols of ``leaves``: `to_sympy` undone."""
     if term in leaves:
         return leaves[term]
     if isinstance(term, sympy.Symbol) and term.name.startswith("literal_"):

@@ -1,8 +1,9 @@
 """Deferral: factors that do not change along the rank leave the reduction and act once at its end.
 
-Theorem D of the derivation: if the body is ``sum_k G_k(x) H_k(s)``, accumulate ``T_k = sum G_k`` and
-finish with ``sum_k T_k H_k(s)``.  One term is the division deferral of FuseMax (Nayak et al., MICRO
-2024, section IV-D).  A *range guard* stays: deferring ``exp(-GM)`` would accumulate ``exp(QK)``.
+Theorem D of the derivation: if the body is ``sum_k G_k(x) H_k(s)``, accumulate ``T_k = sum G_k``
+and finish with ``sum_k T_k H_k(s)``.  One term is the division deferral of FuseMax (Nayak et al.,
+MICRO 2024, section IV-D).  A *range guard* stays: deferring ``exp(-GM)`` would accumulate
+``exp(QK)``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from attn_rewrite.cascade.expr import (
     conjunction,
     conjuncts,
     ranks_of,
+    substitute,
     walk,
 )
 from attn_rewrite.cascade.ir import Cascade, Einsum, TensorDecl
@@ -105,10 +107,10 @@ def replaced(flow: Flow, e: Einsum, change: Deferred) -> Flow:
 
 
 def hoisted(flow: Flow, e: Einsum) -> Deferred | None:
-    """Split ``e`` into a reduction of the moving parts and an Einsum that applies the constant ones.
+    """Split ``e``: a reduction of its moving parts, then an Einsum that applies the constant ones.
 
-    Ranks that the constant parts carry and ``e`` sums are summed afterwards; so are ranks that a state
-    inside a range guard carries, because its correction differs along them.
+    Ranks that the constant parts carry and ``e`` sums are summed afterwards; so are ranks that a
+    state inside a range guard carries, because its correction differs along them.
     """
     op = flow.operation(e)
     if op not in _FAMILY or (flow.default(e.out.tensor) != IDENTITY[op] and e.guard != TRUE):
@@ -242,7 +244,7 @@ def _two_steps(
 
 
 def accumulator(flow: Flow, e: Einsum, rest: Expr, kept: frozenset[str] = frozenset()) -> Einsum:
-    """The reduction of ``rest`` in the place of ``e``, with the ranks of ``kept`` in its output too."""
+    """The reduction of ``rest`` in the place of ``e``; its output carries ``kept`` as well."""
     op = flow.operation(e)
     extra = tuple(Rank(r) for r in sorted(kept))
     names = [n.tensor for n in walk(rest) if isinstance(n, Read)]
@@ -344,21 +346,15 @@ def monotone_deferral(flow: Flow, e: Einsum, whole: Einsum, direction: str) -> D
         return None
     inner = op if direction == "up" else {"max": "min", "min": "max"}[op]
     (item,) = body.items
-    reduce = tuple((r, inner) for r, _ in e.reduce)
-    partial = replace(accumulator(flow, whole, item), reduce=reduce)
-    kept = flow.others_reduced(e) - ranks_of(item)
-    if kept:
+    folded = {r: dict(whole.reduce).get(r, "add") for r in flow.others_reduced(whole)}
+    if folded.keys() - ranks_of(item) or set(folded.values()) - {op}:
         return None
-    last = Einsum(e.out, _replaced(whole.expr, item, partial.out))
-    states = tuple(dict.fromkeys(s.tensor for s in body.state))
+    reduce = tuple((r, inner) for r, _ in whole.reduce)
+    partial = replace(accumulator(flow, whole, item), reduce=reduce)
+    last = Einsum(e.out, substitute(whole.expr, {item: partial.out}))
+    states = tuple(dict.fromkeys(s.tensor for s in flow.states(whole.expr)))
     proof = Proof(
         "D (monotone)", e.out.tensor, flow.rank, states, item, whole.expr,
-        side_conditions=(f"the body rises with {item}" if direction == "up" else f"the body falls with {item}",),
+        side_conditions=(f"the body {'rises' if direction == 'up' else 'falls'} with {item}",),
     )  # fmt: skip
     return Deferred((partial, last), declared(partial, inner), proof)
-
-
-def _replaced(expr: Expr, old: Expr, new: Expr) -> Expr:
-    from attn_rewrite.cascade.expr import substitute
-
-    return substitute(expr, {old: new})

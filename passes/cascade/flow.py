@@ -134,8 +134,8 @@ def iteration_ranks(e: Einsum) -> frozenset[str]:
 def flow_of(cascade: Cascade, rank: str) -> Flow | FusionRefusal:
     """The flow of ``cascade`` along ``rank``, or why the rules do not apply to its form.
 
-    A rank that is split already is traversed along its outer part.  Solver loops of known extent are
-    written out, so that a refusal is about the arithmetic and not about the loop.
+    A rank that is split already is traversed along its outer part.  Solver loops of known extent
+    are written out, so that a refusal is about the arithmetic and not about the loop.
     """
     name = cascade.rank(rank)
     parts = next((r.parts for r in cascade.ranks if r.name == name), ())
@@ -200,7 +200,7 @@ def _irregular(flow: Flow) -> FusionRefusal | None:
 
 
 def absorbs(expr: Expr, read: Read, op: str) -> bool:
-    """Does the default of ``read`` (0 for sums, -inf for maxima) make ``expr`` the identity of ``op``?
+    """Does the default of ``read`` (0 for sums) make ``expr`` the identity of ``op``?
 
     Then a point filtered out of the producer contributes nothing, and its guard may move into
     the reduction.
@@ -294,7 +294,7 @@ def _inside(statement: Einsum | Loop) -> tuple[Einsum, ...]:
 
 
 def split_rank(ranks: tuple[RankDecl, ...], rank: str, tile: int | None) -> tuple[RankDecl, ...]:
-    """Declarations with ``rank`` split into (outer, inner); ``tile`` is the extent of the inner part."""
+    """Declarations with ``rank`` split into (outer, inner) of extents (any, ``tile``)."""
     outer, inner = sub_ranks(ranks, rank)
     split = tuple(replace(r, parts=(outer, inner)) if r.name == rank else r for r in ranks)
     return (*split, RankDecl(outer), RankDecl(inner, size=tile))

@@ -1,7 +1,7 @@
 """Construct the repair function by inverting the body (Neptune, Theorem C of the derivation).
 
-If ``y = g(a, x)`` can be solved for x, ``h(t) = g(b, solution(a, t))`` re-bases single terms; it repairs
-an accumulated value if it is proved to distribute over the reduction.
+If ``y = g(a, x)`` can be solved for x, ``h(t) = g(b, solution(a, t))`` re-bases single terms; it
+repairs an accumulated value if it is proved to distribute over the reduction.
 """
 
 from __future__ import annotations

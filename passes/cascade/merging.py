@@ -1,26 +1,20 @@
 """Split-K: join the states of two parts of a rank.
 
-``(s, t) . (s', t') = (z, h_{s->z}(t) (+) h_{s'->z}(t'))`` with ``z = s (+) s'``: associative on reachable
-states, because the repair functions compose (Neptune, Theorem 4.4).
+``(s, t) . (s', t') = (z, h_{s->z}(t) (+) h_{s'->z}(t'))`` with ``z = s (+) s'``: associative on
+reachable states, because the repair functions compose (Neptune, Theorem 4.4).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 from attn_rewrite.cascade.expr import Expr, Read, call, substitute, walk
 from attn_rewrite.cascade.ir import Cascade, Einsum, TensorDecl
 from attn_rewrite.passes.cascade.flow import Flow, pruned
-from attn_rewrite.passes.cascade.online import (
-    Step,
-    corrected,
-    loop_members,
-    rebased,
-    safe,
-    state_decl,
-    used_inputs,
-)
+from attn_rewrite.passes.cascade.online import Step, corrected, loop_members, rebased, safe
+from attn_rewrite.passes.cascade.parts import state_decl, used_inputs
 from attn_rewrite.passes.cascade.stability import starts_at
 
 
@@ -64,6 +58,10 @@ def _of_part(flow: Flow, e: Einsum, side: str) -> Einsum:
     )
 
 
+def _suffixed(side: str, read: Read) -> Read:
+    return Read(f"{read.tensor}_{side}", read.index)
+
+
 def _joined(flow: Flow, step: Step) -> Einsum:
     e, op = step.einsum, flow.operation(step.einsum)
     parts: list[Expr] = []
@@ -73,7 +71,7 @@ def _joined(flow: Flow, step: Step) -> Einsum:
             factor = corrected(
                 flow,
                 step,
-                lambda r, side=side: Read(f"{r.tensor}_{side}", r.index),
+                partial(_suffixed, side),
                 lambda r: safe(r, starts_at(flow, r)),
             )
             value = rebased(value, factor, step, op)

@@ -29,10 +29,11 @@ from attn_rewrite.cascade.expr import (
     walk,
     where,
 )
-from attn_rewrite.cascade.ir import Cascade, Einsum, Loop, TensorDecl
+from attn_rewrite.cascade.ir import Cascade, Einsum, Loop, Statement, TensorDecl
 from attn_rewrite.cascade.unroll import accesses
 from attn_rewrite.passes.cascade.flow import IDENTITY, Flow, pruned, split_rank, sub_ranks
 from attn_rewrite.passes.cascade.partitioning import Split
+from attn_rewrite.passes.cascade.parts import finish_cascade, forwarded, used_inputs
 from attn_rewrite.passes.cascade.separability import new_state
 from attn_rewrite.passes.cascade.stability import starts_at
 
@@ -41,8 +42,9 @@ from attn_rewrite.passes.cascade.stability import starts_at
 class Step:
     """A reduction that runs in the loop.
 
-    ``correction`` (None for a reduction without states) re-bases its past; ``bounded`` says that its
-    terms vanish while the state is still infinite, so that the correction of that prefix may be 0.
+    ``correction`` (None for a reduction without states) re-bases its past; ``bounded`` says that
+    its terms vanish while the state is still infinite, so that the correction of that prefix may
+    be 0.
     """
 
     einsum: Einsum
@@ -341,64 +343,8 @@ def emit(
     renamed = {t for t in emitter.tiles.values() if t in flow.decls}
     kept = tuple(t for t in cascade.tensors if t.name not in renamed)
     base = replace(cascade, ranks=ranks, tensors=(*kept, *emitter.decls))
-    head = (*before, loop, *finals)
+    head: tuple[Statement, ...] = (*before, loop, *finals)
     whole = forwarded(pruned(replace(base, body=(*head, *after))))
     states = tuple(steps)
     part = pruned(replace(base, name=f"{cascade.name}-part", body=head, outputs=states))
     return Emitted(whole, used_inputs(part), finish_cascade(flow, states, (*before, *after)))
-
-
-def finish_cascade(flow: Flow, states: tuple[str, ...], body: tuple[Einsum, ...]) -> Cascade:
-    """The outputs of the cascade from complete states, which become inputs."""
-    made = [flow.producer[s] for s in states]
-    inputs = tuple(state_decl(flow, e, e.out.tensor) for e in made)
-    rest = tuple(t for t in flow.cascade.tensors if t.name not in states)
-    new = replace(
-        flow.cascade,
-        name=f"{flow.cascade.name}-finish",
-        inputs=(*flow.cascade.inputs, *inputs),
-        tensors=rest,
-        body=body,
-    )
-    return used_inputs(pruned(new))
-
-
-def state_decl(flow: Flow, e: Einsum, name: str) -> TensorDecl:
-    """The declaration of a complete state under ``name``."""
-    ranks = tuple(i.name for i in e.out.index if isinstance(i, Rank))
-    return TensorDecl(name, ranks, flow.default(e.out.tensor))
-
-
-def used_inputs(cascade: Cascade) -> Cascade:
-    """The cascade without inputs that nothing reads, and without ranks that nothing has."""
-    reads = {r.tensor for e in cascade.einsums() for r in accesses(e)} | set(cascade.outputs)
-    written = {e.out.tensor for e in cascade.einsums()}
-    inputs = tuple(t for t in cascade.inputs if t.name in reads and t.name not in written)
-    return replace(cascade, inputs=inputs)
-
-
-def forwarded(cascade: Cascade) -> Cascade:
-    """Reads of plain copies replaced by what they copy; copies that are outputs stay."""
-    copies: dict[str, Einsum] = {}
-    body: list[Einsum | Loop] = []
-    for s in cascade.body:
-        if isinstance(s, Loop):
-            body.append(s)
-            continue
-        e = replace(s, expr=_looked_up(s.expr, copies), guard=_looked_up(s.guard, copies))
-        if isinstance(e.expr, Read) and any(isinstance(i, Extent) for i in e.expr.index):
-            copies[e.out.tensor] = e
-            if e.out.tensor not in cascade.outputs:
-                continue
-        body.append(e)
-    return pruned(replace(cascade, body=tuple(body)))
-
-
-def _looked_up(expr: Expr, copies: Mapping[str, Einsum]) -> Expr:
-    found: dict[Expr, Expr] = {}
-    for r in walk(expr):
-        if isinstance(r, Read) and r.tensor in copies:
-            made = copies[r.tensor]
-            at: dict[Expr, Expr] = dict(zip(made.out.index, r.index, strict=True))
-            found[r] = substitute(made.expr, at)
-    return substitute(expr, found)

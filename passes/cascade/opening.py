@@ -13,8 +13,8 @@ from attn_rewrite.passes.cascade.stability import direction
 def opened_states(flow: Flow, e: Einsum) -> Einsum:
     """``e`` with every pointwise state whose direction is unknown replaced by what it is made of.
 
-    ``exp(x - LSE)`` with ``LSE = GM + log(SD)`` becomes ``exp(x - (GM + log(SD)))``: there the part of SD
-    is a factor that defers, and the part of GM a range guard over a monotone state.
+    ``exp(x - LSE)`` with ``LSE = GM + log(SD)`` becomes ``exp(x - (GM + log(SD)))``: there the part
+    of SD is a factor that defers, and the part of GM a range guard over a monotone state.
     """
     while True:
         found: dict[Expr, Expr] = {}

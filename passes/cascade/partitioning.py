@@ -13,7 +13,7 @@ from attn_rewrite.site import Refusal
 
 @dataclass(frozen=True)
 class Split:
-    """A rank written over its parts; ``inner`` is None where the rank itself is the tile counter."""
+    """A rank over its parts; ``inner`` is None where the rank itself counts the tiles."""
 
     rank: str
     outer: str
@@ -35,7 +35,7 @@ class Split:
         return tuple(found)
 
     def expr(self, expr: Expr, tiles: Mapping[str, str]) -> Expr:
-        """``expr`` over the parts; tensors of ``tiles`` are read tile by tile under their new name."""
+        """``expr`` over the parts; tensors of ``tiles`` are read by tile, under their new name."""
 
         def rule(node: Expr) -> Expr | None:
             if node == Rank(self.rank):

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class FusionRefusal(Refusal):
     """Why a reduction was not fused: ``rule`` names the rule that failed.
 
-    ``tensor`` is the Einsum it is about; ``counterexample`` the numbers that refute separability where
-    the claim is that there is none.
+    ``tensor`` is the Einsum it is about; ``counterexample`` the numbers that refute separability,
+    where the claim is that there is none.
     """
 
     rule: str = ""
@@ -30,9 +30,9 @@ class FusionRefusal(Refusal):
 class Proof:
     """One application of a rule to the reduction that made ``tensor``.
 
-    The body of the reduction is ``G * H`` (``G + H`` where ``action`` is ``"add"``); ``H`` depends on the
-    complete values ``upstream``.  ``correction`` re-bases an accumulated value from old to new (primed)
-    states and is None where the factor is deferred to the end instead.
+    The body of the reduction is ``G * H`` (``G + H`` where ``action`` is ``"add"``); ``H`` depends
+    on the complete values ``upstream``.  ``correction`` re-bases an accumulated value from old to
+    new (primed) states and is None where the factor is deferred to the end instead.
     """
 
     rule: str
@@ -72,9 +72,9 @@ class Fusion:
     """A rewritten cascade with fewer passes over ``rank``, and why it computes the same.
 
     ``refusals`` say what kept further reductions apart (the cascade then still has more than one
-    pass).  ``partial``, ``merge`` and ``finish`` are the split-K form: ``partial`` computes the states of
-    one part of the rank, ``merge`` joins the states of two parts (suffixes ``_a`` and ``_b``),
-    ``finish`` makes the outputs of joined states; None where no state is carried.
+    pass).  ``partial``, ``merge`` and ``finish`` are the split-K form: ``partial`` computes the
+    states of one part of the rank, ``merge`` joins the states of two parts (suffixes ``_a`` and
+    ``_b``), ``finish`` makes the outputs of joined states; None where no state is carried.
     """
 
     cascade: Cascade

@@ -1,9 +1,9 @@
 """Does ``F(x, s)`` split into a part of the items x and a part of the state s?
 
-Two readings: ``F = G(x) * H(s)`` for sums (the product distributes over them) and ``F = G(x) + H(s)``
-for maxima and minima.  The test uses probes: with independent copies x0, s0 the product form holds
-exactly when ``F(x,s) F(x0,s0) = F(x,s0) F(x0,s)``.  A failing probe at numbers *is* the
-counterexample of the refusal; a passing one is proved by sympy before it is believed.
+Two readings: ``F = G(x) * H(s)`` for sums (the product distributes over them) and
+``F = G(x) + H(s)`` for maxima and minima.  The test uses probes: with independent copies x0, s0 the
+product form holds exactly when ``F(x,s) F(x0,s0) = F(x,s0) F(x0,s)``.  A failing probe at numbers
+*is* the counterexample of the refusal; a passing one is proved by sympy before it is believed.
 
 Sources: the probe identity is the one RedFuser checks (Tang et al., ASPLOS 2026); the repair
 ``t * H(a)^-1 * H(b)`` follows Neptune's Lemma 4.3 (Zhao et al., PLDI 2026).
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,8 +38,8 @@ _NOISE = 1e-9  # relative; the identity is evaluated in float64 with O(1) operan
 class Body:
     """``F``: an expression over items (they change along the rank) and state (complete values).
 
-    ``items`` and ``state`` are the leaves (maximal state-free subtrees, reads of states); every other
-    leaf is a constant of the row.  ``positive`` lists the leaves that are proved positive.
+    ``items`` and ``state`` are the leaves (maximal state-free subtrees, reads of states); every
+    other leaf is a constant of the row.  ``positive`` lists the leaves that are proved positive.
     """
 
     expr: Expr
@@ -57,8 +58,8 @@ class Body:
 class Separation:
     """A proved split: ``F = G op H`` and the correction that re-bases an accumulated value.
 
-    ``action`` is ``"mul"`` or ``"add"``; ``correction`` is over the old state (the leaves of ``F``) and
-    the new one (`new_state` of each leaf).
+    ``action`` is ``"mul"`` or ``"add"``; ``correction`` is over the old state (the leaves of ``F``)
+    and the new one (`new_state` of each leaf).
     """
 
     action: str
@@ -104,7 +105,7 @@ def new_state(leaf: Expr) -> Expr:
 def leaves_of(
     expr: Expr, rank: str, states: frozenset[str], positive: frozenset[Expr] = frozenset()
 ) -> Body:
-    """Split ``expr`` into items, states and constants; maximal state-free subtrees become one leaf."""
+    """Split ``expr`` into items, states and constants; a maximal state-free subtree is one leaf."""
     items: dict[Expr, None] = {}
     state: dict[Expr, None] = {}
     constants: dict[Expr, None] = {}
@@ -132,7 +133,7 @@ def moves_along(expr: Expr, rank: str) -> bool:
 
 @functools.lru_cache(maxsize=512)
 def separate(body: Body, action: str) -> Separation | Counterexample | NotProved:
-    """Prove ``F = G * H`` (``action="mul"``) or ``F = G + H`` (``"add"``), or refute it by numbers."""
+    """Prove ``F = G * H`` (``"mul"``) or ``F = G + H`` (``"add"``), or refute it by numbers."""
     refuted = _refute(body, action)
     if refuted is not None:
         return refuted
@@ -159,7 +160,7 @@ def _refute(body: Body, action: str) -> Counterexample | None:
         ) -> float:
             return evaluate(body.expr, {**constants, **items, **state})
 
-        join = (lambda a, b: a * b) if action == "mul" else (lambda a, b: a + b)
+        join = operator.mul if action == "mul" else operator.add
         left, right = join(at(x, s), at(x0, s0)), join(at(x, s0), at(x0, s))
         scale = max(abs(left), abs(right), 1e-6 if action == "mul" else 1.0)
         if math.isfinite(left) and math.isfinite(right) and abs(left - right) > _NOISE * scale:

@@ -1,8 +1,8 @@
-"""Signs and directions of running values: is a correction bounded by 1, may a state vanish?
+"""Directions of running values: is a correction bounded by 1, is an exponent in range?
 
-A running value that only rises (a maximum, a sum of non-negative terms) is replaced by the old value
-plus a non-negative step; the correction of the past must then be at most 1, so that accumulated
-values never grow by it.
+A running value that only rises (a maximum, a sum of non-negative terms) is replaced by the old
+value plus a non-negative step; the correction of the past must then be at most 1, so that
+accumulated values never grow by it.
 """
 
 from __future__ import annotations
@@ -11,106 +11,51 @@ from collections.abc import Mapping
 
 import sympy
 
-from attn_rewrite.cascade.expr import Call, Const, Expr, Extent, Rank, Read, substitute
+from attn_rewrite.cascade.expr import Call, Const, Expr, Extent, Rank, Read, substitute, walk
 from attn_rewrite.cascade.ir import Einsum
 from attn_rewrite.passes.cascade.algebra import Term, symbols_for, to_sympy
 from attn_rewrite.passes.cascade.flow import Flow, inlined_states, iteration_ranks
 from attn_rewrite.passes.cascade.proof import FusionRefusal
 from attn_rewrite.passes.cascade.separability import Body, Separation, new_state
+from attn_rewrite.passes.cascade.signs import sign
 
 _RISING = {
     "exp", "exp2", "log", "log1p", "sqrt", "tanh", "sigmoid", "relu", "softplus", "erf", "floor",
     "ceil", "round", "cast_f64", "cast_f32", "cast_f16", "cast_bf16",
 }  # fmt: skip
-_POSITIVE = {"exp", "exp2", "sigmoid", "softplus"}
-_NONNEGATIVE = {"abs", "relu", "sqrt"}
-_ORDER = {"any": 0, "nonnegative": 1, "positive": 2}
 
 
-def sign(flow: Flow, expr: Expr) -> str:
-    """``"positive"``, ``"nonnegative"`` or ``"any"``: what is known of every value of ``expr``."""
-    match expr:
-        case Const(value):
-            return "positive" if value > 0 else "nonnegative" if value == 0 else "any"
-        case Rank():
-            return "nonnegative"
-        case Extent():
-            return "positive"
-        case Read(tensor, _):
-            return _tensor_sign(flow, tensor)
-        case Call("pow", (_, Const(value))) if isinstance(value, int) and value % 2 == 0:
-            return "nonnegative"
-        case Call("mul", (a, b)) if a == b:
-            return max("nonnegative", sign(flow, a), key=_ORDER.__getitem__)
-        case Call("add" | "mul" | "min" | "pow", (a, b)):
-            both = min(sign(flow, a), sign(flow, b), key=_ORDER.__getitem__)
-            lifted = expr.op == "add" and both == "nonnegative"
-            return max(sign(flow, a), sign(flow, b), key=_ORDER.__getitem__) if lifted else both
-        case Call("div", (a, b)):
-            return sign(flow, a) if sign(flow, b) == "positive" else _quotient(flow, a, b)
-        case Call("max", (a, b)):
-            return max(sign(flow, a), sign(flow, b), key=_ORDER.__getitem__)
-        case Call("where", (_, a, b)):
-            return min(sign(flow, a), sign(flow, b), key=_ORDER.__getitem__)
-        case Call(op, _):
-            return _function_sign(op)
-    return "any"
+def direction(flow: Flow, expr: Expr, known: Mapping[Expr, str] | None = None) -> str | None:
+    """How the running value of ``expr`` moves: ``"up"``, ``"down"``, ``"const"``, None (unknown).
 
-
-def _function_sign(op: str) -> str:
-    return "positive" if op in _POSITIVE else "nonnegative" if op in _NONNEGATIVE else "any"
-
-
-def _quotient(flow: Flow, above: Expr, below: Expr) -> str:
-    both = min(sign(flow, above), sign(flow, below), key=_ORDER.__getitem__)
-    return "any" if both == "any" else "nonnegative"
-
-
-def _tensor_sign(flow: Flow, tensor: str) -> str:
-    declared = flow.decls.get(tensor)
-    if declared is not None and (declared.sign != "any" or declared.dtype == "bool"):
-        return declared.sign if declared.sign != "any" else "nonnegative"
-    made = flow.producer.get(tensor)
-    if made is None:
-        return "any"
-    found = sign(flow, made.expr)
-    if {o for _, o in made.reduce} & {"max", "min"}:
-        return found if flow.default(tensor) in (0.0, float("-inf"), float("inf")) else "any"
-    # A sum of positive terms is positive unless it is empty.
-    return found
-
-
-def direction(flow: Flow, expr: Expr, rising: Mapping[Expr, str] | None = None) -> str | None:
-    """How the running value of ``expr`` moves: ``"up"``, ``"down"``, ``"const"`` or None (unknown).
-
-    ``rising`` gives directions of leaves; states are followed to their reductions otherwise.
+    ``known`` gives directions of leaves; states are followed to their reductions otherwise.
     """
-    known = rising or {}
+    known = known or {}
     if expr in known:
         return known[expr]
-    match expr:
-        case Const() | Rank() | Extent():
-            return "const"
-        case Read(tensor, _):
-            return _tensor_direction(flow, tensor) if tensor in flow.complete else "const"
-        case Call("add" | "max" | "min", (a, b)):
-            return _join(direction(flow, a, known), direction(flow, b, known))
-        case Call("sub", (a, b)):
-            return _join(direction(flow, a, known), _flip(direction(flow, b, known)))
-        case Call("neg", (a,)):
-            return _flip(direction(flow, a, known))
-        case Call("mul" | "div", (a, b)):
-            return _scaled(flow, expr.op, a, b, known)
-        case Call("clip", (a, low, high)):
-            fixed = {direction(flow, b, known) for b in (low, high)} == {"const"}
-            return direction(flow, a, known) if fixed else None
-        case Call(op, (a,)):
-            inner = direction(flow, a, known)
-            return inner if op in _RISING or inner == "const" else None
-        case Call(_, args):
-            still = all(direction(flow, a, known) == "const" for a in args)
-            return "const" if still else None
-    return None
+    if isinstance(expr, Read) and expr.tensor in flow.complete:
+        return _tensor_direction(flow, expr.tensor)
+    if not isinstance(expr, Call):
+        return "const"
+    if expr.op in ("mul", "div"):
+        return _scaled(flow, expr.op, expr.args[0], expr.args[1], known)
+    ways = [direction(flow, a, known) for a in expr.args]
+    if all(way == "const" for way in ways):
+        return "const"
+    return _moved(expr.op, ways)
+
+
+def _moved(op: str, ways: list[str | None]) -> str | None:
+    """The direction of an operator whose arguments do not all stand still."""
+    if op in ("add", "max", "min"):
+        return _join(ways[0], ways[1])
+    if op == "sub":
+        return _join(ways[0], _flip(ways[1]))
+    if op == "neg":
+        return _flip(ways[0])
+    if op == "clip":
+        return ways[0] if ways[1:] == ["const", "const"] else None
+    return ways[0] if op in _RISING else None
 
 
 def _scaled(flow: Flow, op: str, a: Expr, b: Expr, known: Mapping[Expr, str]) -> str | None:
@@ -203,27 +148,23 @@ def _at_most_one(factor: Term) -> bool:
     return bool(sympy.simplify(1 - factor).is_nonnegative)
 
 
-def range_condition(flow: Flow, whole: Einsum, body: Body) -> str:
-    """Is the exponential evaluated at the running state in range: is its argument at most 0?
+def range_condition(flow: Flow, whole: Einsum) -> bool:
+    """Is every exponent proved to be at most 0 at every running state?
 
-    Proved when the state is the maximum of what the exponent subtracts it from; otherwise the
-    condition is stated as unproved (values are right, overflow is not excluded).
+    It is when the state is a maximum of what the exponent subtracts it from.  Otherwise the values
+    are right too, but overflow is not excluded.
     """
     exponents = [n.args[0] for n in _calls(whole.expr) if n.op in ("exp", "exp2")]
     exponents = [x for x in exponents if flow.states(x)]
-    if exponents and all(_bounded(flow, x, body) for x in exponents):
-        return "in range: the exponent is at most 0 at every running state"
-    return "range not proved: the exponent may exceed 0 at a running state"
+    return bool(exponents) and all(_bounded(flow, x) for x in exponents)
 
 
 def _calls(expr: Expr) -> list[Call]:
-    from attn_rewrite.cascade.expr import walk
-
     return [n for n in walk(expr) if isinstance(n, Call)]
 
 
-def _bounded(flow: Flow, exponent: Expr, body: Body) -> bool:
-    """With every state replaced by its own item (maximum) plus a step, is the exponent at most 0?"""
+def _bounded(flow: Flow, exponent: Expr) -> bool:
+    """Is the exponent at most 0 when every state is its own item (a maximum) plus a step?"""
     replaced: dict[Expr, Expr] = {}
     steps: dict[Expr, Term] = {}
     for n, state in enumerate(flow.states(exponent)):
@@ -234,19 +175,17 @@ def _bounded(flow: Flow, exponent: Expr, body: Body) -> bool:
         steps[step] = sympy.Dummy("step", nonnegative=True)
         replaced[state] = item + step
     expr = substitute(exponent, replaced)
-    leaves = {leaf: s for leaf, s in symbols_for(_leaves(expr, body), body.positive).items()}
+    leaves = symbols_for(_leaves(expr))
     term = to_sympy(expr, leaves).xreplace({leaves[k]: v for k, v in steps.items() if k in leaves})
     return bool(sympy.expand(term).is_nonpositive)
 
 
-def _leaves(expr: Expr, body: Body) -> list[Expr]:
-    from attn_rewrite.cascade.expr import walk
-
+def _leaves(expr: Expr) -> list[Expr]:
     return [n for n in walk(expr) if isinstance(n, Read | Rank | Extent)]
 
 
 def _lower_bound(flow: Flow, state: Read) -> Expr | None:
-    """An item that the state is never below: the body of its maximum, through posts ``max(., c)``."""
+    """An item that the state is never below: what its maximum folds, through ``max(., c)``."""
     made = flow.producer[state.tensor]
     at: dict[Expr, Expr] = dict(zip(made.out.index, state.index, strict=True))
     if flow.is_reduction(made):
