@@ -239,6 +239,7 @@ class SparsePattern(Transform):
     ) -> Cascade | Refusal:
         """Restrict the given heads; every other head keeps what it has."""
         from attn_rewrite.cascade.attention import restrict
+        from attn_rewrite.cascade.simplify import simplify
 
         mask = self.mask(site)
         if not isinstance(mask, Expr):
@@ -246,7 +247,7 @@ class SparsePattern(Transform):
         # Term by term, so that what holds for every head already (causality) is not made to look
         # as if it depended on the head.
         have, rest = set(cascade.guard_terms()), outside(heads)
-        terms = tuple(term | rest for term in conjuncts(mask) if term not in have)
+        terms = tuple(term | rest for term in conjuncts(simplify(mask)) if term not in have)
         return restrict(cascade, conjunction(terms)) if terms else cascade
 
     def admits(self, site: Site, named_kinds: tuple[str, ...] = ()) -> Refusal | None:

@@ -29,7 +29,8 @@ class Step:
     """Transforms for one Site, or for some of its query heads (``heads`` None: all).
 
     ``named_kinds`` are the kinds that the user's rule names explicitly; ``tiles`` is the expected
-    (executed, total) number of score tiles of one batch entry where lengths are fixed, else None.
+    (executed, total) number of score tiles of the whole Site for one batch entry where lengths are
+    fixed, else None.
     """
 
     site: str
@@ -233,10 +234,31 @@ def _plan_site(
     result = rewritten(site, *steps)
     if isinstance(result, Refusal):
         return (), (result,)
+    tiles = expected_tiles(site, result)
+    steps = tuple(replace(s, tiles=tiles) for s in steps)
     if len(steps) > 1:
         together = "the other heads are rewritten, so these are computed exactly beside them"
         steps = tuple(replace(s, note=together) if s.keeps else s for s in steps)
     return steps, ()
+
+
+def expected_tiles(site: Site, cascade: Cascade, block: int = 128) -> tuple[int, int] | None:
+    """(kept, all) tiles of ``block`` x ``block`` scores over the query heads of one batch entry.
+
+    None where a length is dynamic or the cascade is no softmax attention.
+    """
+    from attn_rewrite.backends.torch.schedule import make_schedule
+    from attn_rewrite.cascade.attention import as_softmax
+
+    form = as_softmax(cascade)
+    q_len, kv_len = site.q_len, site.kv_len
+    if form is None or not isinstance(q_len, int) or not isinstance(kv_len, int):
+        return None
+    schedule = make_schedule(
+        form.guard, q_len=q_len, kv_len=kv_len, block=block, heads=site.hq, group=form.group
+    )
+    counts = schedule.counts()
+    return counts.executed, counts.total
 
 
 def _step(site: Site, policy: Policy, index: int | None, heads: tuple[int, ...] | None) -> Step:

@@ -256,7 +256,8 @@ def check_raising(
     """Compare the original nodes with the original cascade, both in float64.
 
     They may differ by 4 eps x max|reference|, with eps that of float32, or of the model's dtype
-    where a bias was rounded to it before the Site saw it (the cascade may write it as an expression).
+    where a bias was rounded to it before the Site saw it (the cascade may write that as an
+    expression).
     """
     anchor = (str(site.anchor), site.source, site.name)
     try:
