@@ -17,6 +17,7 @@ import torch
 
 from attn_rewrite.backends.torch.emit import Emitter, cast, dtype_of, value_of
 from attn_rewrite.backends.torch.form import (
+    LinearScore,
     is_causal,
     is_causal_with_offset,
     linear_score,
@@ -141,7 +142,8 @@ def emit_dense(
         dropped = build.call(aten.logical_not.default, emitter.truth(form.guard))
         scores = build.call(aten.masked_fill.Scalar, scores, dropped, -math.inf)
     if form.sink is None:
-        p = _softmax(build, scores, may_be_empty=_may_empty_rows(form.guard))
+        may_be_empty = _may_empty_rows(form.guard, linear_score(form.score))
+        p = _softmax(build, scores, may_be_empty=may_be_empty)
     else:
         p = _softmax_with_sink(build, scores, emitter.tensor(form.sink, dtype))
     if dropout:
@@ -180,9 +182,13 @@ def _scores(build: Builder, form: SoftmaxAttention, product: Any, emitter: Emitt
     return scores
 
 
-def _may_empty_rows(guard: Expr) -> bool:
-    """False where every query provably keeps a key."""
-    return guard != TRUE and not is_causal(guard) and not is_causal_with_offset(guard)
+def _may_empty_rows(guard: Expr, score: LinearScore | None) -> bool:
+    """False where every query provably keeps a key, or there is no guard to take keys away."""
+    if guard == TRUE:
+        return False
+    if score is None or score.bias is not None:
+        return True  # a term of -inf may drop the keys that the guard keeps
+    return not is_causal(guard) and not is_causal_with_offset(guard)
 
 
 def _softmax(build: Builder, scores: Any, *, may_be_empty: bool) -> Any:

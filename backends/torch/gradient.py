@@ -7,7 +7,8 @@ tile, and every score expression that torch can differentiate has its gradient, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +22,23 @@ from attn_rewrite.backends.torch.tiles import Job, Problem, jobs, key_heads, sha
 from attn_rewrite.cascade.attention import QK
 from attn_rewrite.cascade.expr import TRUE
 from attn_rewrite.graph import EagerBuilder
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Autograd recording, also below a dispatch mode (a FLOP counter, a profiler).
+
+    Such a mode runs operators with autograd switched off for the thread, which `enable_grad` does
+    not undo.
+    """
+    key = torch._C.DispatchKey.AutogradFunctionality
+    off = torch._C._dispatch_tls_is_dispatch_key_excluded(key)
+    torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, off)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +70,9 @@ def _add_tile(problem: Problem, job: Job, grad: Tensor, total: Gradients) -> Non
     rows = slice(*job.row.queries)
     q = problem.q[batch, query_part, rows]
     k, v = (take(t[batch, key_part], 2, job.row.keys) for t in (problem.k, problem.v))
-    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-    reads = {n: problem.reads[n].detach().requires_grad_() for n in total.reads}
-    with torch.enable_grad():
+    with recording():
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        reads = {n: problem.reads[n].detach().requires_grad_() for n in total.reads}
         inside = replace(problem, reads={**problem.reads, **reads})
         out = _tile(inside, job, share, *leaves)
         found = torch.autograd.grad(

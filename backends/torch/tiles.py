@@ -270,15 +270,36 @@ class _Kernel:
     def run(self, job: Job, out: Tensor | None = None) -> Tensor:
         """The output of a tile, [items, group * queries, f], in ``out`` if given."""
         emitter = Emitter(_EAGER, self.problem.space(job))
-        scores = self._masked_scores(job, emitter)
-        values = keys_of(self.problem, self.problem.v, job)
+        scores = self._scores(job, emitter)
+        bounds = [self._bound(job, start, stop) for start, stop in job.row.masked]
+        for (start, stop), bound in zip(job.row.masked, bounds, strict=True):
+            part = _by_query(scores, job)[..., start:stop]
+            torch.minimum(part, bound, out=part)
         if self.form.sink is not None:
-            return self._with_sink(job, scores, values, emitter, out)
-        probabilities = self._softmax(job, scores, emitter)
-        self._weigh(probabilities, job, emitter)
-        if out is None:
-            return torch.bmm(probabilities, values)
-        return torch.bmm(probabilities, values, out=out)
+            blank = None
+            p = self._softmax_with_sink(job, scores, emitter.tensor(self.form.sink, scores.dtype))
+        else:
+            blank = self._blank(job, scores, bounds)
+            p = torch.softmax(scores, -1, out=scores)
+        if self.form.weight is not None:
+            _by_query(p, job).mul_(emitter.tensor(self.form.weight))
+        values = keys_of(self.problem, self.problem.v, job)
+        result = torch.bmm(p, values) if out is None else torch.bmm(p, values, out=out)
+        if blank is not None:
+            _by_query(result, job).masked_fill_(blank, 0.0)
+        return result
+
+    def _blank(self, job: Job, scores: Tensor, bounds: Sequence[Tensor]) -> Tensor | None:
+        """Queries without a finite score, [items, group, queries, 1] or less; None without any.
+
+        Where the score is a multiple of QK the guard alone decides, and its bounds are small.
+        """
+        if self.linear is None or self.linear.bias is not None:
+            return _by_query(scores, job).amax(-1, keepdim=True) == -math.inf
+        if job.row.certain:
+            return None
+        tops = [b.amax(-1, keepdim=True) for b in bounds]
+        return torch.stack(tops).amax(0) == -math.inf
 
     def _scores(self, job: Job, emitter: Emitter) -> Tensor:
         """Scores before the guard, [items, group * queries, width]."""
@@ -297,14 +318,6 @@ class _Kernel:
             _by_query(s, job).add_(emitter.tensor(self.linear.bias))
         return s
 
-    def _masked_scores(self, job: Job, emitter: Emitter) -> Tensor:
-        """Scores with -inf where the guard does not hold."""
-        s = self._scores(job, emitter)
-        for start, stop in job.row.masked:
-            part = _by_query(s, job)[..., start:stop]
-            torch.minimum(part, self._bound(job, start, stop), out=part)
-        return s
-
     def _bound(self, job: Job, start: int, stop: int) -> Tensor:
         """+inf where the guard holds and -inf elsewhere: the cheapest mask is a minimum."""
         row = job.row
@@ -320,38 +333,16 @@ class _Kernel:
             self._bounds[key] = bound
         return bound
 
-    def _softmax(self, job: Job, s: Tensor, emitter: Emitter) -> Tensor:
-        """Probabilities in place of the scores; rows without a finite score become 0."""
-        if s.device.type != "cpu":
-            empty = s.amax(-1, keepdim=True) == -math.inf
-            return torch.softmax(s, -1).masked_fill_(empty, 0.0)
-        torch.softmax(s, -1, out=s)
-        if not bool(s[..., 0].isnan().any()):
-            return s
-        # A row of -inf, or NaN in the data: look again at the scores to tell them apart.
-        s = self._masked_scores(job, emitter)
-        empty = s.amax(-1, keepdim=True) == -math.inf
-        return torch.softmax(s, -1, out=s).masked_fill_(empty, 0.0)
-
-    def _weigh(self, p: Tensor, job: Job, emitter: Emitter) -> None:
-        if self.form.weight is not None:
-            _by_query(p, job).mul_(emitter.tensor(self.form.weight))
-
-    def _with_sink(
-        self, job: Job, s: Tensor, values: Tensor, emitter: Emitter, out: Tensor | None
-    ) -> Tensor:
-        """Softmax whose denominator has one more term, the exponential of the sink."""
-        assert self.form.sink is not None
+    def _softmax_with_sink(self, job: Job, s: Tensor, sink: Tensor) -> Tensor:
+        """Softmax with one more term in the denominator, in place; 0 where all terms are."""
         by_query = _by_query(s, job)
-        sink = emitter.tensor(self.form.sink, s.dtype)
         top = torch.maximum(by_query.amax(-1, keepdim=True), sink)
         top = top.masked_fill_(top == -math.inf, 0.0)
         total = by_query.sub_(top).exp_().sum(-1, keepdim=True).add_((sink - top).exp())
         by_query.div_(total.masked_fill_(total == 0, 1.0))
-        self._weigh(s, job, emitter)
-        return torch.bmm(s, values) if out is None else torch.bmm(s, values, out=out)
+        return s
 
 
 def _by_query(s: Tensor, job: Job) -> Tensor:
-    """[items, group * queries, width] as [items, group, queries, width]."""
+    """[items, group * queries, n] as [items, group, queries, n], without a copy."""
     return s.view(s.shape[0], -1, job.row.height, s.shape[-1])

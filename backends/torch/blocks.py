@@ -1,0 +1,32 @@
+"""The tile side of the tiled kernel: small enough that a narrow guard saves what it promises."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from attn_rewrite.backends.torch.ops import tile_counts
+from attn_rewrite.cascade.attention import as_softmax
+from attn_rewrite.cascade.expr import TRUE
+from attn_rewrite.cascade.ir import Cascade
+
+SIDES = (128, 64, 32)
+# A length at which guards of dynamic lengths are compared.
+_TYPICAL_LENGTH = 1024
+# A smaller tile costs more per element: it must save this share of the larger one's work.
+_WORTH = 0.25
+
+
+def choose_block(cascade: Cascade, extents: Mapping[str, int | None]) -> int:
+    """The tile side for the guard of ``cascade``; ``extents`` may be None where dynamic."""
+    form = as_softmax(cascade)
+    if form is None or form.guard == TRUE:
+        return SIDES[0]
+    kv_len = extents.get("kv") or max(_TYPICAL_LENGTH, extents.get("q") or 0)
+    q_len = extents.get("q") or kv_len
+    heads = extents.get("h") or form.group
+    best, work = SIDES[0], float("inf")
+    for side in SIDES:
+        area = tile_counts(cascade, q_len, kv_len, side, heads).executed * side * side
+        if area < (1 - _WORTH) * work:
+            best, work = side, area
+    return best
