@@ -75,7 +75,9 @@ def accept(
         end_to_end=end_to_end,
         timings=dict(watch.seconds),
         versions=versions(),
-        notes=captured.notes if verify else (*captured.notes, "not verified: verify=False was asked for"),
+        notes=captured.notes
+        if verify
+        else (*captured.notes, "not verified: verify=False was asked for"),
         budget="" if budget is None else str(budget),
     )
     return Outcome(graph, plan, report)
@@ -106,7 +108,9 @@ def _inputs(captured: Captured) -> tuple[tuple[Any, ...], dict[str, Any]]:
     def own(value: Any) -> Any:
         return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
-    copied: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(own, (captured.args, captured.kwargs))
+    copied: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(
+        own, (captured.args, captured.kwargs)
+    )
     return copied
 
 
@@ -168,7 +172,9 @@ def _site_report(
     steps = plan.of(site.name)
     refusals = [r for r in plan.refusals if r.site == site.name]
     refusals += [r for r in (item.refusal,) if r is not None and r not in refusals]
-    approximate = any(s.exactness is Exactness.APPROXIMATE for s in steps) and item.kernel is not None
+    approximate = (
+        any(s.exactness is Exactness.APPROXIMATE for s in steps) and item.kernel is not None
+    )
     measured: Mapping[str, Any] = {}
     if check is not None and check.verdict != "kept":
         measured = {
@@ -184,7 +190,9 @@ def _site_report(
         facts=site.facts(),
         steps=tuple(s.text if s.heads is None else str(s).partition(": ")[2] for s in steps),
         kernel=None if item.kernel is None else item.kernel.name,
-        exactness=max((s.exactness for s in steps), default=Exactness.EXACT, key=list(Exactness).index).value,
+        exactness=max(
+            (s.exactness for s in steps), default=Exactness.EXACT, key=list(Exactness).index
+        ).value,
         refusals=tuple(_named(r, site) for r in refusals),
         unbudgeted=approximate and budget is None,
         cost_before=before,

@@ -8,7 +8,16 @@ from typing import Any, Protocol
 
 from torch import fx
 
-from attn_rewrite.graph import Builder, GraphBuilder, arrange, aten, copy_graph, extents, op_name, restore
+from attn_rewrite.graph import (
+    Builder,
+    GraphBuilder,
+    arrange,
+    aten,
+    copy_graph,
+    extents,
+    op_name,
+    restore,
+)
 from attn_rewrite.site import Site
 
 _PROVENANCE = ("nn_module_stack", "stack_trace", "torch_fn")
@@ -36,8 +45,8 @@ class Replacement:
 def splice(host: fx.GraphModule, replacements: Iterable[Replacement]) -> fx.GraphModule:
     """A copy of ``host`` with each site computed by its kernel; ``host`` itself if there are none.
 
-    The sites may have been found in a canonicalised copy: operands are looked up by origin, and what
-    only exists in the copy is brought over.  Parameters are shared.
+    The sites may have been found in a canonicalised copy: operands are looked up by origin, and
+    what only exists in the copy is brought over.  Parameters are shared.
     """
     replacements = sorted(replacements, key=lambda r: _position(r.site))
     if not replacements:
@@ -48,7 +57,9 @@ def splice(host: fx.GraphModule, replacements: Iterable[Replacement]) -> fx.Grap
     for item in replacements:
         output = twins.local(item.site.output.node)
         build = builders.setdefault(output.graph, GraphBuilder(output.graph))
-        provenance = {k: item.site.anchor.meta[k] for k in _PROVENANCE if k in item.site.anchor.meta}
+        provenance = {
+            k: item.site.anchor.meta[k] for k in _PROVENANCE if k in item.site.anchor.meta
+        }
         build.at(output, attn_rewrite_site=item.site.name, **provenance)
         output.replace_all_uses_with(compute(build, item, twins))
     for module in twins.modules.values():
@@ -59,7 +70,7 @@ def splice(host: fx.GraphModule, replacements: Iterable[Replacement]) -> fx.Grap
 
 
 def sweep(graph: fx.Graph) -> None:
-    """Remove what is no longer used: metadata assertions on dead values, dropouts, and pure operators."""
+    """Remove what is no longer used: assertions on dead values, dropouts, pure operators."""
     for node in reversed(list(graph.nodes)):
         if op_name(node) == "_assert_tensor_metadata":
             source = node.args[0]
@@ -71,14 +82,16 @@ def sweep(graph: fx.Graph) -> None:
 
 
 def _has_effect(node: fx.Node) -> bool:
-    return node.op in ("placeholder", "output") or (node.is_impure() and op_name(node) not in _RANDOM)
+    return node.op in ("placeholder", "output") or (
+        node.is_impure() and op_name(node) not in _RANDOM
+    )
 
 
 _RANDOM = frozenset({"dropout", "native_dropout", "alpha_dropout"})
 
 
 def compute(build: GraphBuilder, item: Replacement, twins: _Twins) -> Any:
-    """Build the kernel call with its layout changes; the value has the layout of the site's output."""
+    """Build the kernel call and its layout changes; the value is laid out as the site's output."""
     site = item.site
     values = {n: (o, twins.local(o.node, build)) for n, o in site.inputs.items()}
     sizes = extents(build, values)

@@ -2,9 +2,9 @@
 
 ``torch.compile(model, backend="attn_rewrite", options={"policy": "window(size=256)"})``.  Options:
 ``policy`` (text, path of a policy file, or `Policy`), ``compiler`` (``"inductor"``, the default, or
-``"eager"``), ``session`` (a `Session` that collects what happened).  Gradients survive: AOTAutograd and
-Inductor run after the rewrite.  Nothing is measured here, because the graphs hold no values: a policy
-with a budget is refused.
+``"eager"``), ``session`` (a `Session` that collects what happened).  Gradients survive: AOTAutograd
+and Inductor run after the rewrite.  Nothing is measured here, because the graphs hold no values: a
+policy with a budget is refused.
 """
 
 from __future__ import annotations
@@ -53,11 +53,17 @@ class Session:
     @property
     def refusals(self) -> tuple[Refusal, ...]:
         """Every refusal, each once."""
-        return tuple({(r.code, r.reason, r.site): r for g in self.graphs for r in g.refusals}.values())
+        return tuple(
+            {(r.code, r.reason, r.site): r for g in self.graphs for r in g.refusals}.values()
+        )
 
 
 def attn_rewrite(
-    gm: fx.GraphModule, example_inputs: list[Any], *, options: Mapping[str, Any] | None = None, mode: Any = None
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: Any = None,
 ) -> Callable[..., Any]:
     """The backend registered with Dynamo (entry point ``torch_dynamo_backends``)."""
     options = dict(options or {})
@@ -70,14 +76,17 @@ def attn_rewrite(
         return rewritten.forward
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(rewritten, example_inputs)  # type: ignore[no-any-return]
+    inner: Callable[..., Any] = compile_fx(rewritten, example_inputs)  # type: ignore[assignment]
+    return inner
 
 
 def read_options(options: Mapping[str, Any]) -> tuple[Policy, str]:
     """(policy, compiler) from the options of the backend; `PolicyError` for anything unknown."""
     for name in options:
         if name not in OPTIONS:
-            raise PolicyError(f"the attn_rewrite backend has no option {name!r}; it has {', '.join(OPTIONS)}")
+            raise PolicyError(
+                f"the attn_rewrite backend has no option {name!r}; it has {', '.join(OPTIONS)}"
+            )
     compiler = options.get("compiler", "inductor")
     if compiler not in COMPILERS:
         raise PolicyError(f"compiler {compiler!r} is not known; expected {' or '.join(COMPILERS)}")
@@ -127,8 +136,9 @@ def _for_graph(policy: Policy, sites: tuple[Site, ...]) -> Policy:
 class JustInTimeModule(OptimizedModule):
     """A model whose graphs are rewritten as they are captured, call by call.
 
-    It *is* the source module for parameters, buffers, mode and device; ``sites`` and ``session`` fill as
-    graphs are compiled.  ``generate`` and other methods of the source run the rewritten forward.
+    It *is* the source module for parameters, buffers, mode and device; ``sites`` and ``session``
+    fill as graphs are compiled.  ``generate`` and other methods of the source run the rewritten
+    forward.
     """
 
     def __init__(self, source: nn.Module, policy: Policy, compiler: str) -> None:
@@ -143,7 +153,9 @@ class JustInTimeModule(OptimizedModule):
             self._hold(table, getattr(source, table))
         self._hold("_empty", (Plan((), (), str(policy)), Report))
         options = {"policy": policy, "compiler": compiler, "session": self.session}
-        self._hold("_compiled", torch.compile(source.forward, backend=attn_rewrite, options=options))
+        self._hold(
+            "_compiled", torch.compile(source.forward, backend=attn_rewrite, options=options)
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the source's forward, rewritten and compiled."""
@@ -152,10 +164,11 @@ class JustInTimeModule(OptimizedModule):
     @property
     def sites(self) -> tuple[Site, ...]:  # type: ignore[override]
         """Every site of the graphs compiled so far."""
-        return self.session.sites  # type: ignore[no-any-return]
+        session: Session = self.session
+        return session.sites
 
     @property
-    def training(self) -> bool:  # type: ignore[override]
+    def training(self) -> bool:
         """The mode of the source."""
         return bool(self._source.training)
 
@@ -168,7 +181,9 @@ class JustInTimeModule(OptimizedModule):
         self._source.train(mode)
         return self
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> JustInTimeModule:
+    def _apply(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> JustInTimeModule:
         self._source._apply(fn, recurse)
         return self
 

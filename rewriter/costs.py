@@ -9,16 +9,14 @@ from attn_rewrite.backends.torch import tile_counts
 from attn_rewrite.cascade.attention import as_softmax
 from attn_rewrite.cascade.cost import site_cost
 from attn_rewrite.cascade.ir import Cascade
-from attn_rewrite.passes.find.anchor import SDPA
 from attn_rewrite.graph import op_name, value_of
+from attn_rewrite.passes.find.anchor import SDPA
 from attn_rewrite.report import WorkCost
 from attn_rewrite.target import for_device
 
 if TYPE_CHECKING:
     from attn_rewrite.driver import Decision
     from attn_rewrite.site import Site
-
-BLOCK = 128
 
 
 def hint(size: Any) -> int:
@@ -44,23 +42,27 @@ def before_and_after(site: Site, item: Decision) -> tuple[WorkCost | None, WorkC
     """(as the model had it, as it is now); None where a cascade is no softmax attention."""
     known = sizes(site)
     fused = op_name(site.anchor) == SDPA
-    before = _cost(site.cascade, known, site, fused=fused, tiles=_all_tiles(known))
+    before = _cost(site.cascade, known, site, fused=fused, tiles=_all_tiles(known, item.block))
     if item.kernel is None or item.cascade is None:
         return before, before
     name = item.kernel.name
-    tiles = _tiles(item.cascade, known) if name == "tiled" else _all_tiles(known)
+    tiles = (
+        _tiles(item.cascade, known, item.block)
+        if name == "tiled"
+        else _all_tiles(known, item.block)
+    )
     return before, _cost(item.cascade, known, site, fused=name != "dense", tiles=tiles)
 
 
-def _all_tiles(known: dict[str, int]) -> tuple[int, int]:
-    total = known["b"] * known["h"] * -(-known["q"] // BLOCK) * -(-known["kv"] // BLOCK)
+def _all_tiles(known: dict[str, int], block: int) -> tuple[int, int]:
+    total = known["b"] * known["h"] * -(-known["q"] // block) * -(-known["kv"] // block)
     return total, total
 
 
-def _tiles(cascade: Cascade, known: dict[str, int]) -> tuple[int, int]:
+def _tiles(cascade: Cascade, known: dict[str, int], block: int) -> tuple[int, int]:
     if as_softmax(cascade) is None:
-        return _all_tiles(known)
-    counts = tile_counts(cascade, known["q"], known["kv"], BLOCK, known["h"])
+        return _all_tiles(known, block)
+    counts = tile_counts(cascade, known["q"], known["kv"], block, known["h"])
     return counts.executed * known["b"], counts.total * known["b"]
 
 

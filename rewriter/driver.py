@@ -1,7 +1,7 @@
 """The driver: capture, canonicalise, find, plan, rewrite, lower, splice, verify.
 
-`optimize` reads like the line above; every step is a function of values, and the report holds what each
-of them said and took.
+`optimize` reads like the line above; every step is a function of values, and the report holds what
+each of them said and took.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from torch import fx, nn
 
 from attn_rewrite import knobs
 from attn_rewrite.apply import Replacement, splice
+from attn_rewrite.backends.torch.blocks import choose_block
 from attn_rewrite.backends.torch.lower import Kernel, lower
-from attn_rewrite.cascade.ir import Cascade
 from attn_rewrite.capture import Captured, capture_model
+from attn_rewrite.cascade.ir import Cascade
 from attn_rewrite.errors import PolicyError
 from attn_rewrite.passes.canonicalize import canonicalize
 from attn_rewrite.passes.find import find
@@ -58,6 +59,7 @@ class Decision:
     site: Site
     cascade: Cascade | None = None
     kernel: Kernel | None = None
+    block: int = 128
     refusal: Refusal | None = None
 
     @property
@@ -77,7 +79,9 @@ def find_attention(
 
     The model is captured ahead of time with the example inputs.  Raises `CaptureError`.
     """
-    captured = capture_model(model, tuple(example_args), example_kwargs, dynamic_shapes=dynamic_shapes)
+    captured = capture_model(
+        model, tuple(example_args), example_kwargs, dynamic_shapes=dynamic_shapes
+    )
     return find(canonicalize(captured.graph))
 
 
@@ -94,12 +98,14 @@ def optimize(
     verify: bool = True,
     plan: Plan | None = None,
 ) -> OptimizedModule:
-    """Rewrite the attention of ``model`` as ``policy`` says, verify it, and return a module like it.
+    """Rewrite the attention of ``model`` as ``policy`` says, verify it, and return a module like
+    it.
 
-    ``policy`` is a pipeline as text or a `Policy`; ``plan`` replays an earlier one instead.  ``budget``
-    bounds the approximation error (``"cosine>=0.999"``).  With ``verify`` every site is measured on the
-    example inputs against a float64 oracle: over the implementation bound is `VerifyError`, over the
-    budget sends the site back to exact.  Without example inputs the first call captures, just in time.
+    ``policy`` is a pipeline as text or a `Policy`; ``plan`` replays an earlier one instead.
+    ``budget`` bounds the approximation error (``"cosine>=0.999"``).  With ``verify`` every site is
+    measured on the example inputs against a float64 oracle: over the implementation bound is
+    `VerifyError`, over the budget sends the site back to exact.  Without example inputs the first
+    call captures, just in time.
     """
     policy = Policy.parse(policy) if isinstance(policy, str) else policy
     _check_options(backend, calibration)
@@ -111,14 +117,22 @@ def optimize(
         return compiled(model, policy)
     watch = Stopwatch()
     with watch.stage("capture"):
-        captured = capture_model(model, tuple(example_args), example_kwargs, dynamic_shapes=dynamic_shapes)
-    rebuild = partial(_again, captured=captured, policy=policy, dynamic_shapes=dynamic_shapes, plan=plan)
-    return optimize_captured(captured, policy, watch, plan=plan, verify=verify, source=model, rebuild=rebuild)
+        captured = capture_model(
+            model, tuple(example_args), example_kwargs, dynamic_shapes=dynamic_shapes
+        )
+    rebuild = partial(
+        _again, captured=captured, policy=policy, dynamic_shapes=dynamic_shapes, plan=plan
+    )
+    return optimize_captured(
+        captured, policy, watch, plan=plan, verify=verify, source=model, rebuild=rebuild
+    )
 
 
 def _check_options(backend: str, calibration: Any) -> None:
     if backend not in BACKENDS:
-        raise PolicyError(f"backend {backend!r} is not available; this version has: {', '.join(BACKENDS)}")
+        raise PolicyError(
+            f"backend {backend!r} is not available; this version has: {', '.join(BACKENDS)}"
+        )
     if calibration is not None:
         raise PolicyError("no transform of this version is calibrated; leave calibration out")
 
@@ -151,10 +165,11 @@ def _decide(site: Site, plan: Plan) -> Decision:
 def lowered(site: Site, cascade: Cascade) -> Decision:
     """Lower a cascade for the place of ``site``."""
     extents = {n: v if isinstance(v, int) else None for n, v in site.extents().items()}
-    kernel = lower(cascade, dropout=site.dropout, extents=extents)
+    block = choose_block(cascade, extents)
+    kernel = lower(cascade, dropout=site.dropout, block=block, extents=extents)
     if isinstance(kernel, Refusal):
         return Decision(site, cascade, refusal=replace(kernel, site=site.name, source=site.source))
-    return Decision(site, cascade, kernel)
+    return Decision(site, cascade, kernel, block)
 
 
 def replacements(decisions: list[Decision]) -> list[Replacement]:
@@ -185,13 +200,13 @@ def optimize_captured(
     with watch.stage("find"):
         findings = find(host)
     for site in findings.sites:
-        dump(f"found-{site.name}", lambda s=site: str(s.cascade), suffix=".cascade")
+        dump(f"found-{site.name}", partial(str, site.cascade), suffix=".cascade")
     plan, decisions = decide(findings, policy, plan, watch)
     for item in decisions:
         if item.cascade is not None and item.cascade is not item.site.cascade:
-            dump(f"rewritten-{item.site.name}", lambda d=item: str(d.cascade), suffix=".cascade")
+            dump(f"rewritten-{item.site.name}", partial(str, item.cascade), suffix=".cascade")
         if item.kernel is not None:
-            dump(f"kernel-{item.site.name}", lambda d=item: d.kernel.source, suffix=".py")
+            dump(f"kernel-{item.site.name}", partial(getattr, item.kernel, "source"), suffix=".py")
     outcome = accept(captured, host, findings, plan, decisions, policy.budget, watch, verify=verify)
     graph = outcome.graph
     dump("spliced", lambda: graph_text(graph), suffix=".fx")
@@ -229,7 +244,11 @@ def _again(
     def follow(value: Any) -> Any:
         if not hasattr(value, "is_floating_point"):
             return value
-        return value.to(probe.device, probe.dtype) if value.is_floating_point() else value.to(probe.device)
+        return (
+            value.to(probe.device, probe.dtype)
+            if value.is_floating_point()
+            else value.to(probe.device)
+        )
 
     args, kwargs = pytree.tree_map(follow, (captured.args, captured.kwargs))
     return optimize(source, policy, args, kwargs, dynamic_shapes=dynamic_shapes, plan=plan)

@@ -1,8 +1,8 @@
 """FX helpers: reading nodes, building nodes, and arranging tensors between layouts.
 
-A *builder* has one method, ``call(op, *args, **kwargs)``: `GraphBuilder` inserts FX nodes with their
-fake values, `EagerBuilder` runs the operator at once.  Whatever is written against a builder runs
-both in the host graph and in verification.
+A *builder* has one method, ``call(op, *args, **kwargs)``: `GraphBuilder` inserts FX nodes with
+their fake values, `EagerBuilder` runs the operator at once.  Whatever is written against a builder
+runs both in the host graph and in verification.
 """
 
 from __future__ import annotations
@@ -31,8 +31,24 @@ PARAMETER = "attn_rewrite_parameter"
 
 # Same elements, same shape: nothing to do in either direction.
 TRANSPARENT = frozenset(
-    "contiguous clone alias detach detach_ lift_fresh_copy _to_copy to type_as float half "
-    "bfloat16 double requires_grad_ native_dropout feature_dropout".split()
+    [
+        "contiguous",
+        "clone",
+        "alias",
+        "detach",
+        "detach_",
+        "lift_fresh_copy",
+        "_to_copy",
+        "to",
+        "type_as",
+        "float",
+        "half",
+        "bfloat16",
+        "double",
+        "requires_grad_",
+        "native_dropout",
+        "feature_dropout",
+    ]
 )
 
 
@@ -201,8 +217,8 @@ def _is_dead(node: fx.Node) -> bool:
     return node.op == "call_function" and not node.is_impure() and all(map(_is_dead, node.users))
 
 
-# ---------------------------------------------------------------------------------------------------
-# Layouts
+# --------------------------------------------------------------------------------------------------
+# - Layouts
 
 
 def extents(build: Builder, values: Mapping[str, tuple[Operand, Any]]) -> dict[int, Any]:
@@ -228,7 +244,9 @@ def _product(build: Builder, sizes: Sequence[Any]) -> Any:
     for size in sizes:
         if isinstance(size, int) and size == 1:
             continue
-        total = size if isinstance(total, int) and total == 1 else build.call(operator.mul, total, size)
+        total = (
+            size if isinstance(total, int) and total == 1 else build.call(operator.mul, total, size)
+        )
     return total
 
 
@@ -295,8 +313,8 @@ def restore(
     return arrange(build, source, value, operand.dims, sizes)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Copies
+# --------------------------------------------------------------------------------------------------
+# - Copies
 
 
 def copy_graph(module: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:

@@ -24,9 +24,10 @@ Rebuild = Callable[[nn.Module], "OptimizedModule"]
 class OptimizedModule(nn.Module):
     """A rewritten model: same call signature, parameters, buffers and ``state_dict`` keys.
 
-    ``report``, ``plan`` and ``sites`` say what was done.  Parameters are shared with the source module
-    while it is held; unknown attributes come from it.  Moving to another device or dtype captures and
-    rewrites the source again, because an exported graph has devices and casts baked in.
+    ``report``, ``plan`` and ``sites`` say what was done.  Parameters are shared with the source
+    module while it is held; unknown attributes come from it.  Moving to another device or dtype
+    captures and rewrites the source again, because an exported graph has devices and casts baked
+    in.
     """
 
     def __init__(
@@ -52,9 +53,11 @@ class OptimizedModule(nn.Module):
         self.training = graph.training if source is None else source.training
 
     @classmethod
-    def from_program(cls, program: ExportedProgram, *, plan: Plan, report: Report) -> OptimizedModule:
+    def from_program(
+        cls, program: ExportedProgram, *, plan: Plan, report: Report
+    ) -> OptimizedModule:
         """A module that runs a saved, already rewritten program; it has no source module."""
-        module = cls(program.module(), plan=plan, report=report)  # type: ignore[arg-type]
+        module = cls(program.module(), plan=plan, report=report)
         module._hold("_program", program)
         return module
 
@@ -82,22 +85,28 @@ class OptimizedModule(nn.Module):
         """The rewritten model as an exported program, for saving and for export."""
         if self._program is None:
             if self._make_program is None:
-                raise AttnRewriteError("this module holds no program: it was not captured ahead of time")
+                raise AttnRewriteError("this module holds no program: it was captured just in time")
             self._hold("_program", self._make_program(self._graph))
         return self._program  # type: ignore[no-any-return]
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> OptimizedModule:
-        probe = next((t for t in (*self.parameters(), *self.buffers()) if t.is_floating_point()), None)
+    def _apply(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> OptimizedModule:
+        probe = next(
+            (t for t in (*self.parameters(), *self.buffers()) if t.is_floating_point()), None
+        )
         if probe is None:
-            return super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            return self
         with torch.no_grad():
             moved = fn(probe.detach().flatten()[:1])
         if moved.dtype == probe.dtype and moved.device == probe.device:
-            return super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            return self
         if self._source is None or self._rebuild is None:
             raise AttnRewriteError(
-                f"a saved program is fixed to {probe.dtype} on {probe.device} and its source module is not "
-                f"held: optimize the original model in {moved.dtype} on {moved.device} instead"
+                f"a saved program is fixed to {probe.dtype} on {probe.device} and its source "
+                f"module is not held: optimize the original in {moved.dtype} on {moved.device} instead"
             )
         self._source._apply(fn, recurse)
         self._become(self._rebuild(self._source))
@@ -115,7 +124,7 @@ class OptimizedModule(nn.Module):
             was, asked = ("training", "evaluation") if self.training else ("evaluation", "training")
             raise AttnRewriteError(
                 f"the graph was captured in {was} mode, and {asked} mode was asked for: use "
-                "torch.compile(model, backend='attn_rewrite', options={'policy': ...}), which follows the mode"
+                "torch.compile(model, backend='attn_rewrite', options=...), which follows the mode"
             )
         return self
 
@@ -151,10 +160,14 @@ class OptimizedModule(nn.Module):
         new.training = self.training
         return new
 
-    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(
+        self, state: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
         """Load weights into the parameters shared with the source module."""
         if assign:
-            raise AttnRewriteError("assign=True would separate the graph from its parameters: use assign=False")
+            raise AttnRewriteError(
+                "assign=True would separate the graph from its parameters: use assign=False"
+            )
         return super().load_state_dict(state, strict=strict)
 
     def extra_repr(self) -> str:

@@ -1,4 +1,5 @@
-"""A rewritten host graph as an exported program again, dynamic in the dimensions it was captured with."""
+"""A rewritten host graph as an exported program again, dynamic in the dimensions it was captured
+with."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ def export_again(graph: fx.GraphModule, original: ExportedProgram) -> ExportedPr
     Parameters are shared.  Raises `CaptureError` when the rewritten graph cannot be exported.
     """
     if original.example_inputs is None:
-        raise CaptureError("the captured program keeps no example inputs, so it cannot be exported again")
+        raise CaptureError(
+            "the captured program keeps no example inputs, so it cannot be exported again"
+        )
     args, kwargs = original.example_inputs
     bare, _ = copy_graph(graph)
     for node in list(bare.graph.nodes):
@@ -30,7 +33,11 @@ def export_again(graph: fx.GraphModule, original: ExportedProgram) -> ExportedPr
     try:
         with torch.no_grad():
             return torch.export.export(
-                bare.train(was_training), args, kwargs, dynamic_shapes=_dynamic(original, args, kwargs), strict=False
+                bare.train(was_training),
+                args,
+                kwargs,
+                dynamic_shapes=_dynamic(original, args, kwargs),
+                strict=False,
             )
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -42,7 +49,7 @@ def _dynamic(original: ExportedProgram, args: Any, kwargs: Any) -> Any:
     leaves = pytree.tree_leaves((args, kwargs))
     names = list(original.graph_signature.user_inputs)
     values = {n.name: n.meta.get("val") for n in original.graph.nodes if n.op == "placeholder"}
-    shapes = ShapesCollection()
+    shapes = ShapesCollection()  # type: ignore[no-untyped-call]
     some = False
     for leaf, name in zip(leaves, names, strict=True):
         value = values.get(name) if isinstance(name, str) else None

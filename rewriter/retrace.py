@@ -6,11 +6,11 @@ parameters are marked, so that a projection is not taken for a product of two ac
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
-from torch._dynamo.utils import detect_fake_mode
+from torch._guards import detect_fake_mode
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -23,16 +23,22 @@ def retrace(module: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:
     ``inputs`` are the example inputs Dynamo hands to a backend, in placeholder order.
     """
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-    fakes = [n.meta.get("example_value", value) for n, value in zip(placeholders, inputs, strict=True)]
+    fakes = [
+        n.meta.get("example_value", value) for n, value in zip(placeholders, inputs, strict=True)
+    ]
     mode = detect_fake_mode(fakes)
 
     def run(*args: Any) -> Any:
         with fx_traceback.preserve_node_meta():
             return fx.Interpreter(module).run(*args)
 
-    symbolic = "symbolic" if mode is not None and mode.shape_env is not None else "fake"
+    symbolic: Literal["symbolic", "fake"] = "fake"
+    if mode is not None and mode.shape_env is not None:
+        symbolic = "symbolic"
     with torch.set_grad_enabled(torch.is_grad_enabled()):
-        traced = make_fx(run, tracing_mode=symbolic, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+        traced = make_fx(
+            run, tracing_mode=symbolic, pre_dispatch=True, _allow_non_fake_inputs=True
+        )(*fakes)
     assert isinstance(traced, fx.GraphModule)
     fresh = [n for n in traced.graph.nodes if n.op == "placeholder"]
     for old, new, value in zip(placeholders, fresh, inputs, strict=True):

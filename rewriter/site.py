@@ -35,7 +35,9 @@ class Refusal:
     def __str__(self) -> str:
         where = f" at {self.source}" if self.source else ""
         head = f"{self.site}: " if self.site else ""
-        return f"{head}[{self.code}] {self.reason}{where}" + (f" ({self.node})" if self.node else "")
+        return f"{head}[{self.code}] {self.reason}{where}" + (
+            f" ({self.node})" if self.node else ""
+        )
 
     def to_json(self) -> dict[str, str | None]:
         """Plain values for ``report.json``."""
@@ -125,13 +127,16 @@ class Site:
     def extents(self) -> dict[str, int | SymInt]:
         """Extents of the ranks that operands share."""
         return {
-            "h": self.hq, "hkv": self.hkv, "q": self.q_len, "kv": self.kv_len, "d": self.d_qk, "f": self.d_v,
+            "h": self.hq, "hkv": self.hkv, "q": self.q_len, "kv": self.kv_len,
+            "d": self.d_qk, "f": self.d_v,
         }  # fmt: skip
 
     def facts(self) -> dict[str, str | int | float | bool]:
         """Facts as plain values, for reports; dynamic sizes as their symbol."""
         plain = ("kind", "family", "causal", "hq", "hkv", "d_qk", "d_v", "scale", "dropout", "rope")
-        sizes = {n: v if isinstance(v := getattr(self, n), int) else str(v) for n in ("q_len", "kv_len")}
+        sizes = {
+            n: v if isinstance(v := getattr(self, n), int) else str(v) for n in ("q_len", "kv_len")
+        }
         return {**{n: getattr(self, n) for n in plain}, **sizes, "layout": self.layout}
 
 
@@ -147,4 +152,6 @@ class Findings:
         for site in self.sites:
             if site.name == name:
                 return site
-        raise KeyError(f"no site {name!r}; found: {', '.join(s.name for s in self.sites) or 'none'}")
+        raise KeyError(
+            f"no site {name!r}; found: {', '.join(s.name for s in self.sites) or 'none'}"
+        )

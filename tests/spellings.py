@@ -146,7 +146,11 @@ def shifted_exp(q, k, v):
 def shifted_exp_max_values(q, k, v):
     s = q @ k.mT / root(q)
     e = torch.exp(s - s.max(dim=-1, keepdim=True).values)
-    return (e * (1.0 / e.sum(dim=-1, keepdim=True))) @ v if False else (e / e.sum(-1).unsqueeze(-1)) @ v
+    return (
+        (e * (1.0 / e.sum(dim=-1, keepdim=True))) @ v
+        if False
+        else (e / e.sum(-1).unsqueeze(-1)) @ v
+    )
 
 
 @plain

@@ -28,8 +28,12 @@ class Module(nn.Module):
         return self.function(*args)
 
 
-def capture(module: nn.Module, args: tuple[torch.Tensor, ...], dynamic_shapes=None) -> torch.fx.GraphModule:
-    return torch.export.export(module.eval(), args, dynamic_shapes=dynamic_shapes, strict=False).module()
+def capture(
+    module: nn.Module, args: tuple[torch.Tensor, ...], dynamic_shapes=None
+) -> torch.fx.GraphModule:
+    return torch.export.export(
+        module.eval(), args, dynamic_shapes=dynamic_shapes, strict=False
+    ).module()
 
 
 def findings(function, args=None, dynamic_shapes=None) -> Findings:
@@ -90,13 +94,21 @@ def test_spellings_compute_the_same(name: str) -> None:
     if name == "sdpa_float_mask":
         q, k, v = q.float(), k.float(), v.float()
     result = function(q.clone(), k.clone(), v.clone()).double()
-    assert (result - expected).abs().max() < (1e-5 if "float" in name or "upcast" in name else 1e-12)
+    assert (result - expected).abs().max() < (
+        1e-5 if "float" in name or "upcast" in name else 1e-12
+    )
 
 
 def test_square_sizes_do_not_confuse_axes() -> None:
     """Every axis has the same length: only identity tells them apart."""
     args = tuple(torch.randn(4, 4, 4, 4) for _ in range(3))
-    for name in ("divide_scores", "einsum_other_order", "keys_first_scores", "packed_heads", "length_first"):
+    for name in (
+        "divide_scores",
+        "einsum_other_order",
+        "keys_first_scores",
+        "packed_heads",
+        "length_first",
+    ):
         assert len(findings(PLAIN[name], args).sites) == 1, name
 
 
@@ -151,7 +163,11 @@ def gumbel(x):
     return ((x + noise) / 0.5).softmax(-1) @ torch.eye(x.shape[-1])
 
 
-@pytest.mark.parametrize("decoy", [Router(), Classifier(), Mixture(), Module(gumbel)], ids=["router", "classifier", "mixture", "gumbel"])
+@pytest.mark.parametrize(
+    "decoy",
+    [Router(), Classifier(), Mixture(), Module(gumbel)],
+    ids=["router", "classifier", "mixture", "gumbel"],
+)
 def test_decoys(decoy: nn.Module) -> None:
     found = findings(decoy, (torch.randn(2, 5, 8),))
     assert not found.sites
@@ -184,7 +200,9 @@ def test_probabilities_used_twice_are_refused() -> None:
     assert [r.code for r in found.refusals] == ["probabilities-escape"]
 
 
-@pytest.mark.parametrize("spelling", ["repeat_interleave", "expand", "five", "enable_gqa", "shared"])
+@pytest.mark.parametrize(
+    "spelling", ["repeat_interleave", "expand", "five", "enable_gqa", "shared"]
+)
 def test_grouped_queries(spelling: str) -> None:
     def attend(q, k, v):
         if spelling == "repeat_interleave":
@@ -197,10 +215,14 @@ def test_grouped_queries(spelling: str) -> None:
         elif spelling == "enable_gqa":
             return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
         else:
-            return torch.einsum("bhqk,bkd->bhqd", torch.einsum("bhqd,bkd->bhqk", q, k[:, 0]).softmax(-1), v[:, 0])
+            return torch.einsum(
+                "bhqk,bkd->bhqd", torch.einsum("bhqd,bkd->bhqk", q, k[:, 0]).softmax(-1), v[:, 0]
+            )
         return (q @ k.mT).softmax(-1) @ v
 
-    found = findings(attend, (torch.randn(2, 6, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)))
+    found = findings(
+        attend, (torch.randn(2, 6, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8))
+    )
     (site,) = found.sites
     assert (site.hq, site.hkv) == ((6, 1) if spelling == "shared" else (6, 2))
     expected = "K[b, h // 6, kv, d]" if spelling == "shared" else "K[b, h // 3, kv, d]"

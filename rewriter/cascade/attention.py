@@ -1,11 +1,11 @@
 """Softmax attention as a cascade: built from a score expression, and seen again in any cascade.
 
-`softmax_cascade` writes the three-pass form with fixed tensor names; `as_softmax` reads a cascade of
-that shape back, so that kernels that know softmax attention can take it.  Transforms edit cascades
-through `restrict` and `edit_score`.
+`softmax_cascade` writes the three-pass form with fixed tensor names; `as_softmax` reads a cascade
+of that shape back, so that kernels that know softmax attention can take it.  Transforms edit
+cascades through `restrict` and `edit_score`.
 
-Shapes: Q[b, h, q, d], K[b, hkv, kv, d], V[b, hkv, kv, f] -> AV[b, h, q, f]; K and V are read at head
-``h // group`` when query heads share key heads.
+Shapes: Q[b, h, q, d], K[b, hkv, kv, d], V[b, hkv, kv, f] -> AV[b, h, q, f]; K and V are read at
+head ``h // group`` when query heads share key heads.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class SoftmaxAttention:
     """The parts of a softmax attention cascade.
 
     ``score`` is an expression over `QK` (the raw product), ranks and tensor reads; ``guard`` the
-    kept pairs; ``weight`` multiplies the normalised probabilities (post-softmax factors); ``sink`` is
-    a logit that joins the denominator only; ``group`` the number of query heads per key head;
+    kept pairs; ``weight`` multiplies the normalised probabilities (post-softmax factors); ``sink``
+    is a logit that joins the denominator only; ``group`` the number of query heads per key head;
     ``reads`` declares every further input.
     """
 
@@ -64,7 +64,11 @@ def softmax_cascade(form: SoftmaxAttention, name: str = "attention") -> Cascade:
     row = (B, H, Q)
     sn, a = Read("SN", POINT), Read("A", POINT)
     gm, sd = Read("GM", row), Read("SD", row)
-    q, k, v = Read("Q", (B, H, Q, D)), Read("K", (B, kv_head, KV, D)), Read("V", (B, kv_head, KV, F))
+    q, k, v = (
+        Read("Q", (B, H, Q, D)),
+        Read("K", (B, kv_head, KV, D)),
+        Read("V", (B, kv_head, KV, F)),
+    )
     g = form.guard
     top: tuple[Einsum, ...] = (Einsum(gm, S, (("kv", "max"),), g),)
     bottom: tuple[Einsum, ...] = (Einsum(sd, sn, (("kv", "add"),), g),)
@@ -110,7 +114,9 @@ def as_softmax(cascade: Cascade) -> SoftmaxAttention | None:
     match k.index[1]:
         case Rank("h"):
             pass
-        case other if getattr(other, "op", "") == "floordiv" and isinstance(c := other.children[1], Const):
+        case other if getattr(other, "op", "") == "floordiv" and isinstance(
+            c := other.children[1], Const
+        ):
             group = int(c.value)
         case _:
             return None
@@ -142,8 +148,8 @@ def _sink(cascade: Cascade) -> Expr | None:
 def restrict(cascade: Cascade, mask: Expr) -> Cascade:
     """Keep only the pairs of ``mask``: every Einsum that iterates q and kv gets it as a guard.
 
-    The mask is brought to normal form; terms already present are not repeated, so the same object comes
-    back when nothing changes.
+    The mask is brought to normal form; terms already present are not repeated, so the same object
+    comes back when nothing changes.
     """
     wanted = conjuncts(simplify(mask))
 

@@ -27,7 +27,8 @@ from attn_rewrite.cascade.expr import (
 
 _FOLD: dict[str, Callable[..., int | float | bool]] = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "neg": operator.neg,
-    "div": operator.truediv, "floordiv": operator.floordiv, "mod": operator.mod, "pow": operator.pow,
+    "div": operator.truediv, "floordiv": operator.floordiv, "mod": operator.mod,
+    "pow": operator.pow,
     "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
     "eq": operator.eq, "ne": operator.ne, "not": operator.not_, "abs": abs,
     "and": lambda a, b: bool(a) and bool(b), "or": lambda a, b: bool(a) or bool(b),
@@ -52,7 +53,7 @@ def simplify(expr: Expr) -> Expr:
 def _rule(node: Expr) -> Expr | None:
     if not isinstance(node, Call):
         return None
-    for rule in (_fold, _casts, _identities, _booleans, _choices, _comparison):
+    for rule in (_fold, _casts, _neutral, _identities, _booleans, _choices, _comparison):
         result = rule(node)
         if result is not None:
             return result
@@ -94,7 +95,8 @@ def _number(expr: Expr, value: float) -> bool:
     return isinstance(expr, Const) and not isinstance(expr.value, bool) and expr.value == value
 
 
-def _identities(node: Call) -> Expr | None:
+def _neutral(node: Call) -> Expr | None:
+    """Neutral elements and choices that are none."""
     args = node.args
     match node.op:
         case "add" if _number(args[0], 0):
@@ -105,6 +107,17 @@ def _identities(node: Call) -> Expr | None:
             return args[1]
         case "mul" | "div" if _number(args[1], 1):
             return args[0]
+        case "where" if isinstance(args[0], Const):
+            return args[1] if args[0].value else args[2]
+        case "where" if args[1] == args[2]:
+            return args[1]
+    return None
+
+
+def _identities(node: Call) -> Expr | None:
+    """Constant factors to the right, merged."""
+    args = node.args
+    match node.op:
         case "div" if isinstance(args[1], Const) and isinstance(args[1].value, float):
             return simplify(args[0] * (1.0 / args[1].value)) if args[1].value else None
         case "mul" if isinstance(args[0], Const):
@@ -113,10 +126,6 @@ def _identities(node: Call) -> Expr | None:
             inner = args[0]
             if inner.op == "mul" and isinstance(inner.args[1], Const):
                 return call("mul", inner.args[0], inner.args[1].value * args[1].value)
-        case "where" if isinstance(args[0], Const):
-            return args[1] if args[0].value else args[2]
-        case "where" if args[1] == args[2]:
-            return args[1]
     return None
 
 
@@ -159,7 +168,11 @@ def _constant_choice(expr: Expr) -> bool:
 
 def _half_constant(expr: Expr) -> bool:
     """A choice with one constant branch: what `masked_fill` makes."""
-    return isinstance(expr, Call) and expr.op == "where" and any(isinstance(b, Const) for b in expr.args[1:])
+    return (
+        isinstance(expr, Call)
+        and expr.op == "where"
+        and any(isinstance(b, Const) for b in expr.args[1:])
+    )
 
 
 def _choices(node: Call) -> Expr | None:
@@ -170,7 +183,9 @@ def _choices(node: Call) -> Expr | None:
         condition, yes, no = node.args[0].children
         return simplify(call("where", condition, yes * node.args[1], no * node.args[1]))
     spots = [i for i, a in enumerate(node.args) if _constant_choice(a)]
-    if len(spots) != 1 or not all(isinstance(a, Const) for i, a in enumerate(node.args) if i not in spots):
+    if len(spots) != 1 or not all(
+        isinstance(a, Const) for i, a in enumerate(node.args) if i not in spots
+    ):
         return None
     choice = node.args[spots[0]]
 
@@ -210,12 +225,13 @@ def _is_integer(expr: Expr) -> bool:
     return False
 
 
-_INTEGER_OPS = frozenset({"add", "sub", "mul", "floordiv", "mod", "neg", "max", "min", "abs", "cast_i64",
-                          "cast_i32", "cast_f32", "cast_f64"})  # fmt: skip
+_INTEGER_OPS = frozenset({"add", "sub", "mul", "floordiv", "mod", "neg", "max", "min", "abs",
+                          "cast_i64", "cast_i32", "cast_f32", "cast_f64"})  # fmt: skip
 
 
 def affine(expr: Expr) -> Affine | None:
-    """``expr`` as integer multiples of ranks, extents and opaque integer terms; None if it is not."""
+    """``expr`` as integer multiples of ranks, extents and other integer terms; None if it is
+    not."""
     if not _is_integer(expr):
         return None
     match expr:
@@ -321,7 +337,11 @@ def is_causal_term(term: Expr) -> Expr | None:
     difference = None
     if isinstance(term, Call) and term.op == "le":
         difference = _combine(affine(term.args[1]), affine(term.args[0]), -1)
-    if difference is None or difference.pop(Rank("q"), 0) != 1 or difference.pop(Rank("kv"), 0) != -1:
+    if (
+        difference is None
+        or difference.pop(Rank("q"), 0) != 1
+        or difference.pop(Rank("kv"), 0) != -1
+    ):
         return None
     if any(not isinstance(t, Extent) for t in difference if t is not None):
         return None
@@ -334,7 +354,8 @@ def is_causal_term(term: Expr) -> Expr | None:
 def rows_kept(mask: Expr) -> bool:
     """True if it is proved that the mask keeps a key in every query row.
 
-    Proved where every conjunct keeps the diagonal ``kv == q``; a data-dependent conjunct proves nothing.
+    Proved where every conjunct keeps the diagonal ``kv == q``; a data-dependent conjunct proves
+    nothing.
     """
     return all(_keeps_diagonal(t) for t in conjuncts(mask))
 
