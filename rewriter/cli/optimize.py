@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,7 +73,6 @@ def optimize(model: Model, rewriting: Rewriting, options: ModelOptions, terminal
         "output": str(rewriting.output),
         "files": sorted(str(p.relative_to(rewriting.output)) for p in _files(rewriting.output)),
         "exports": artifacts,
-        "notes": list(loaded.notes),
         **optimized.report.to_json(),
     }
     terminal.show(document, lambda console: _view(console, optimized, rewriting.output, artifacts))
@@ -92,7 +91,7 @@ def rewrite(
     with terminal.stage("capturing, rewriting and verifying"):
         from attn_rewrite import driver
 
-        return driver.optimize(
+        optimized = driver.optimize(
             loaded.model,
             policy,
             loaded.args,
@@ -101,21 +100,28 @@ def rewrite(
             budget=budget,
             plan=plan,
         )
+    # Only here it is known where the inputs came from.
+    inputs = next((note for note in loaded.notes if note.startswith("inputs ")), "user's")
+    notes = (*(note for note in loaded.notes if note != inputs), *optimized.report.notes)
+    optimized.report = replace(optimized.report, inputs=inputs, notes=notes)
+    return optimized
 
 
 def exit_code(optimized: OptimizedModule, terminal: Terminal) -> int:
     """0, or 1 with a sentence that says why nothing was rewritten."""
     from attn_rewrite.cli.app import DONE, NOTHING_DONE
 
-    if not optimized.sites:
-        terminal.warn(
-            "the model has no attention that is recognised; report.json lists near misses"
-        )
-        return NOTHING_DONE
-    if all(step.keeps for step in optimized.plan):
-        terminal.warn("nothing was rewritten: every site was kept; report.json says why")
-        return NOTHING_DONE
-    return DONE
+    statuses = {site.status for site in optimized.report.sites}
+    if statuses & {"rewritten", "unbudgeted"}:
+        return DONE
+    if not statuses:
+        why = "the model has no attention that is recognised"
+    elif "reverted" in statuses:
+        why = "the budget sent every approximated site back to exact"
+    else:
+        why = "nothing was rewritten: every site was kept or refused"
+    terminal.warn(f"{why}; the report says where and why")
+    return NOTHING_DONE
 
 
 def _read(rewriting: Rewriting) -> _Request:

@@ -54,7 +54,6 @@ def verify(directory: Directory, origin: Origin, options: ModelOptions, terminal
         "plan": saved.plan.hash,
         "errors": errors,
         "bounds": bounds,
-        "notes": list(loaded.notes),
         **replayed.report.to_json(),
     }
     terminal.show(document, lambda console: _view(console, document, replayed))
