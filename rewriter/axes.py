@@ -135,7 +135,7 @@ def _heads_axes(
     shape = item.tensor.shape
     name = item.name.lower()
     if _mask(item):
-        return {0: BATCH, **{d: SEQUENCE for d in (2, 3) if shape[d] in lengths}}
+        return {0: BATCH, **{d: SEQUENCE for d in (2, 3) if shape[d] in lengths and shape[d] > 1}}
     if _CACHE.search(name):
         return {0: BATCH, 2: SEQUENCE}
     if _QKV.search(name):

@@ -79,6 +79,10 @@ def capture_model(
         else:
             given = {item.name: dict.fromkeys(range(item.tensor.dim()), "given") for item in inputs}
             attempt = _Attempt("as given by the caller", given, args, kwargs)
+            if isinstance(dynamic_shapes, ShapesCollection):  # it knows tensors by identity
+                dynamic_shapes = dynamic_shapes.dynamic_shapes(  # type: ignore[no-untyped-call]
+                    model, args, kwargs
+                )
             program = _export(model, attempt, dynamic_shapes)
     graph = program.module()
     _check_shared(model, graph)
@@ -89,7 +93,7 @@ def capture_model(
         args=args,
         kwargs=kwargs,
         dynamic=dynamic,
-        notes=(*_mode_notes(model), *attempt.notes, *sentences),
+        notes=(*_mode_notes(model), *_repeat_notes(inputs), *attempt.notes, *sentences),
         seconds=time.perf_counter() - start,
     )
 
@@ -165,14 +169,11 @@ def _widened(
     inputs: tuple[InputTensor, ...],
     axes: dict[str, dict[int, str]],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The inputs with their batch repeated twice; one tensor passed twice stays one tensor."""
+    """The inputs with their batch repeated twice."""
     batched = {id(i.tensor) for i in inputs if axes[i.name].get(0) == BATCH}
-    seen: dict[int, torch.Tensor] = {}
 
     def widen(leaf: torch.Tensor) -> torch.Tensor:
-        if id(leaf) not in batched:
-            return leaf
-        return seen.setdefault(id(leaf), _repeat_batch(leaf))
+        return _repeat_batch(leaf) if id(leaf) in batched else leaf
 
     wide: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
         torch.Tensor, widen, (args, kwargs)
@@ -200,7 +201,7 @@ def _climb_down(
     failure: CaptureError | None = None
     for attempt in _rungs(args, kwargs, inputs):
         try:
-            program = _export(model, attempt, _collection(model, attempt))
+            program = _export(model, attempt)
         except CaptureError as error:
             failure = error
             steps.append(f"{attempt.label}: not possible, because {_cause(error)}")
@@ -211,28 +212,44 @@ def _climb_down(
     raise failure
 
 
-def _collection(model: torch.nn.Module, attempt: _Attempt) -> ShapesCollection | None:
-    """Dim.AUTO for the dimensions of the attempt: dynamic unless tracing proves a constant."""
+def _collection(
+    model: torch.nn.Module,
+    axes: dict[str, dict[int, str]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> ShapesCollection | None:
+    """Dim.AUTO for the dimensions in ``axes``: dynamic unless tracing proves a constant."""
     shapes = ShapesCollection()  # type: ignore[no-untyped-call]
-    inputs = named_tensors(model.forward, attempt.args, attempt.kwargs)
-    for item in inputs:
-        dims = attempt.axes.get(item.name)
-        if dims:
-            shapes[item.tensor].update(dict.fromkeys(dims, Dim.AUTO))  # one dict per tensor object
+    for item in named_tensors(model.forward, args, kwargs):
+        if dims := axes.get(item.name):
+            shapes[item.tensor] = dict.fromkeys(dims, Dim.AUTO)
     return shapes if len(shapes) else None
 
 
-def _export(model: torch.nn.Module, attempt: _Attempt, dynamic_shapes: Any) -> ExportedProgram:
+def _export(
+    model: torch.nn.Module, attempt: _Attempt, dynamic_shapes: Any = None
+) -> ExportedProgram:
+    """Export with ``dynamic_shapes``, or with the dimensions of the attempt.
+
+    Every tensor goes in as an alias of its own.  torch takes one tensor passed as query and as key
+    for one input, and a model that asks ``query is key`` would be captured as if it always were;
+    and torch leaves marks on the tensors of a failed attempt, which the next one would obey.
+    """
+    args, kwargs = pytree.tree_map_only(torch.Tensor, _alias, (attempt.args, attempt.kwargs))
+    if dynamic_shapes is None:
+        dynamic_shapes = _collection(model, attempt.axes, args, kwargs)
     # The hook sees the output before torch flattens it, so its classes can be made known in time.
     handle = model.register_forward_hook(lambda _module, _inputs, output: make_known(output))
     try:
-        return torch.export.export(
-            model, attempt.args, attempt.kwargs, dynamic_shapes=dynamic_shapes, strict=False
-        )
+        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:  # anything the model's own code may raise
         raise CaptureError(_failure_text(model, error)) from error
     finally:
         handle.remove()
+
+
+def _alias(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
 def _failure_text(model: torch.nn.Module, error: Exception) -> str:
@@ -281,3 +298,11 @@ def _mode_notes(model: torch.nn.Module) -> Iterator[str]:
     hooked = [name or "the model" for name, m in model.named_modules() if m._forward_hooks]
     if hooked:
         yield f"forward hooks (on {', '.join(hooked[:3])}) were traced into the graph"
+
+
+def _repeat_notes(inputs: tuple[InputTensor, ...]) -> Iterator[str]:
+    first: dict[int, str] = {}
+    for item in inputs:
+        known = first.setdefault(id(item.tensor), item.name)
+        if known != item.name:
+            yield f"{item.name}: an input of its own, although the example passes {known} again"

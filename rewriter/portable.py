@@ -2,13 +2,14 @@
 
 An archive whose output is a dataclass of a library names that class, and loads only in a process
 that has imported it.  A saved program returns a dictionary by field name instead; the class is kept
-beside it, and `with_outputs` puts it back where it exists.
+in a record of its own, and `read_program` puts it back where it exists.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +17,23 @@ from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry
 from torch.utils import _pytree as pytree
 
-from attn_rewrite.checkpoints.exported import names_imports
+from attn_rewrite.checkpoints.exported import load_program, names_imports, read_extra
 from attn_rewrite.containers import make_known_by_name
 
 _PLAIN = (tuple, list, dict)
+_OUTPUTS = "outputs.json"
+
+
+def save_program(program: ExportedProgram, path: Path) -> None:
+    """Write ``program`` as a portable ``.pt2``, its output classes in a record of their own."""
+    tree = output_tree(program)
+    extra = {} if tree is None else {_OUTPUTS: tree}
+    torch.export.save(portable_program(program), path, extra_files=extra)
+
+
+def read_program(path: Path) -> ExportedProgram:
+    """The inverse of `save_program`; raises `CheckpointError` as `load_program` does."""
+    return with_outputs(load_program(path), read_extra(path, _OUTPUTS))
 
 
 def portable_program(program: ExportedProgram) -> ExportedProgram:

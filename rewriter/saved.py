@@ -45,7 +45,7 @@ def save(
     """
     with output_folder(directory, force=force) as part:
         write_result(optimized, part, source=source)
-        seal(optimized, part, source=source)
+        seal(part, source=source)
     return Path(directory)
 
 
@@ -53,21 +53,17 @@ def write_result(
     optimized: OptimizedModule, folder: Path, *, source: LoadedModel | None = None
 ) -> None:
     """The files of a result, without the manifest, into an existing folder."""
-    import torch
-
-    from attn_rewrite.portable import portable_program
+    from attn_rewrite.portable import save_program
 
     if source is not None:
         _copy_companions(source, folder)
-    torch.export.save(portable_program(optimized.program), folder / "model.pt2")
+    save_program(optimized.program, folder / "model.pt2")
     _write_json(folder / "plan.json", optimized.plan.to_json())
     _write_json(folder / "report.json", optimized.report.to_json())
 
 
-def seal(optimized: OptimizedModule, folder: Path, *, source: LoadedModel | None = None) -> None:
+def seal(folder: Path, *, source: LoadedModel | None = None) -> None:
     """Write the manifest of ``folder``: call it last, it hashes every file that is there."""
-    from attn_rewrite.portable import output_tree
-
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     origin = None
     if source is not None:
@@ -78,7 +74,6 @@ def seal(optimized: OptimizedModule, folder: Path, *, source: LoadedModel | None
             "format": FORMAT,
             "versions": versions(),
             "source": origin,
-            "outputs": output_tree(optimized.program),
             "files": {path.relative_to(folder).as_posix(): sha256(path) for path in files},
         },
     )
@@ -114,15 +109,14 @@ def load(directory: str | Path) -> OptimizedModule:
     is incomplete.
     """
     folder = Path(directory)
-    manifest = check_result(folder)
+    check_result(folder)
     importlib.import_module("attn_rewrite.ops")  # a saved program refers to these operators by name
-    from attn_rewrite.checkpoints.exported import load_program
     from attn_rewrite.optimized import OptimizedModule
     from attn_rewrite.plan import Plan
-    from attn_rewrite.portable import with_outputs
+    from attn_rewrite.portable import read_program
     from attn_rewrite.report import Report
 
-    program = with_outputs(load_program(folder / "model.pt2"), manifest.get("outputs"))
+    program = read_program(folder / "model.pt2")
     plan = Plan.from_json(read_json(folder / "plan.json"))
     report = Report.from_json(read_json(folder / "report.json"))
     return OptimizedModule.from_program(program, plan=plan, report=report)

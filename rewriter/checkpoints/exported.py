@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 from torch.export.pt2_archive._package import PT2ArchiveReader, load_pt2
+from torch.export.pt2_archive.constants import EXTRA_DIR
 
 from attn_rewrite.containers import make_known_by_name
 from attn_rewrite.errors import CheckpointError
@@ -70,6 +71,13 @@ def load_program(path: Path) -> ExportedProgram:
             "operators or output classes first, or save it again with this PyTorch "
             f"({torch.__version__})"
         ) from error
+
+
+def read_extra(path: Path, name: str) -> str | None:
+    """The text record ``name`` that `torch.export.save` was given as an extra file, if any."""
+    reader = PT2ArchiveReader(str(path))
+    record = EXTRA_DIR + name
+    return reader.read_string(record) if record in reader.get_file_names() else None
 
 
 def _container_names(reader: PT2ArchiveReader, names: list[str]) -> set[str]:
