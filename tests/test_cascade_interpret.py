@@ -116,19 +116,23 @@ READS = st.sampled_from(
     ]
 )
 LEAVES = st.one_of(READS, st.sampled_from([Const(0.5), Const(2), RI, RK]))
+# Exponents of leaves only: nested ones overflow.  An empty score (-inf) weighs nothing, whatever
+# is subtracted from it.
+SCORES = st.one_of(LEAVES, st.just(Const(-INF)))
+EXPONENTIALS = st.builds(lambda a, b: call("exp", a - b), SCORES, LEAVES)
+
+
+def binary(inner: st.SearchStrategy[Expr]) -> st.SearchStrategy[Expr]:
+    ops = st.sampled_from(["mul", "add", "max", "div"])
+    return st.builds(lambda op, a, b: call(op, a, b), ops, inner, inner)
+
+
+def choice(inner: st.SearchStrategy[Expr]) -> st.SearchStrategy[Expr]:
+    return st.builds(lambda a, b: call("where", a <= b, a, b), inner, inner)
+
+
 VALUES = st.recursive(
-    LEAVES,
-    lambda inner: st.one_of(
-        st.builds(
-            lambda op, a, b: call(op, a, b),
-            st.sampled_from(["mul", "add", "max", "div"]),
-            inner,
-            inner,
-        ),
-        st.builds(lambda a, b: call("exp", a - b), inner, inner),
-        st.builds(lambda a, b: call("where", a <= b, a, b), inner, inner),
-    ),
-    max_leaves=5,
+    LEAVES | EXPONENTIALS, lambda inner: binary(inner) | choice(inner), max_leaves=5
 )
 
 
