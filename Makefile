@@ -35,6 +35,7 @@ venv: .venv/ready  ## make .venv with pinned versions
 	@$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("triton") or sys.platform != "linux"))' || $(PIP) "$(TRITON)"
 	@echo "installing attn-rewrite and its development tools"
 	@$(PIP) -c constraints.txt "$(TORCH)" -e ".[dev]"
+	@$(PIP) -c constraints.txt --no-deps timm  # its torchvision has no CPU build; tests stand in for it
 	@touch $@
 
 demo: .venv/ready  ## rewrite a real checkpoint and compare embeddings
