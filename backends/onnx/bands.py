@@ -50,7 +50,8 @@ class Segment:
     def __str__(self) -> str:
         if self.width is None:
             return "all keys"
-        return f"{self.width} keys from {'q0 + ' if self.relative else ''}{self.start}"
+        start = f"q0 + {self.start}" if self.relative else str(self.start)
+        return f"{self.width} keys from {start.replace('+ -', '- ')}"
 
 
 EVERY_KEY = Segment()

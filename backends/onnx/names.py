@@ -68,21 +68,33 @@ def sizes_of(value: object) -> tuple[object, ...]:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
 
 
+def _hint(size: object) -> int | None:
+    """The size a symbol had in the example inputs, where it is known."""
+    hint = getattr(getattr(size, "node", None), "hint", None)
+    return hint if isinstance(hint, int) else None
+
+
 def axis_names(program: ExportedProgram) -> dict[str, str]:
     """A readable name for every symbol of the inputs' shapes.
 
-    The first symbol met on axis 0 is ``batch``, the first on axis 1 of a later symbol ``sequence``;
-    others are called after their input and axis.  Derived sizes are expressions in these names.
+    The first symbol met on axis 0 is ``batch``, and so is every later one of axis 0 that had the
+    same size in the example (a mask's batch is a symbol of its own where the graph would broadcast
+    it); the first on axis 1 is ``sequence``; others are called after their input and axis.  Derived
+    sizes are expressions in these names.
     """
     names: dict[str, str] = {}
+    batch: int | None = None
     for tensor_name, value in input_values(program).items():
         for axis, size in enumerate(sizes_of(value)):
             symbol = str(size)
             if isinstance(size, int) or not symbol.isidentifier() or symbol in names:
                 continue
-            common = _TAKEN_AXES.get(axis)
-            free = common is not None and common not in names.values()
-            names[symbol] = common if free and common else f"{tensor_name}_{axis}"
+            hint = _hint(size)
+            common = _TAKEN_AXES.get(axis, "")
+            again = axis == 0 and batch is not None and hint == batch
+            free = bool(common) and common not in names.values()
+            names[symbol] = common if free or again else f"{tensor_name}_{axis}"
+            batch = hint if free and axis == 0 else batch
     return names
 
 
