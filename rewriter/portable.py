@@ -7,6 +7,8 @@ in a record of its own, and `read_program` puts it back where it exists.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +30,50 @@ def save_program(program: ExportedProgram, path: Path) -> None:
     """Write ``program`` as a portable ``.pt2``, its output classes in a record of their own."""
     tree = output_tree(program)
     extra = {} if tree is None else {_OUTPUTS: tree}
-    torch.export.save(portable_program(program), path, extra_files=extra)
+    with _ArchiveFile(path) as file:
+        torch.export.save(portable_program(program), file, extra_files=extra)
+        file.check()
+
+
+class _ArchiveFile(io.BytesIO):
+    """A file for torch's archive writer, which ends the whole process when the disk is full.
+
+    A write that fails is remembered and what follows is dropped; `check` raises it as `OSError`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True  # the writer asks, and goes back to the start when it is done
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        return offset
+
+    def write(self, data: Any, /) -> int:
+        if self._error is None:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self._error = error
+        return len(data)
+
+    def check(self) -> None:
+        """Raise what went wrong, if anything did."""
+        if self._error is None:
+            self._file.flush()
+        else:
+            raise self._error
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            with contextlib.suppress(OSError):  # `check` has told
+                self._file.close()
 
 
 def read_program(path: Path) -> ExportedProgram:

@@ -47,9 +47,7 @@ def cascade(
         terminal.show({"cascades": list(names)}, lambda console: console.print("\n".join(names)))
         return 0
     before = read(name)
-    after, proofs, refused = before, [], None
-    if options.fuse is not None:
-        after, proofs, refused = _fuse(before, options.fuse)
+    after, proofs, refused = _fuse(before, options.fuse)
     analysis = _analysis(after, options.count or options.fuse)
     if options.svg is not None:
         _draw(after, options.svg)
@@ -84,10 +82,13 @@ def read(name: str) -> Cascade:
         raise PolicyError(f"{name} is not a cascade: {error}") from error
 
 
-def _fuse(cascade: Cascade, rank: str) -> tuple[Cascade, list[str], dict[str, Any] | None]:
+def _fuse(cascade: Cascade, rank: str | None) -> tuple[Cascade, list[str], dict[str, Any] | None]:
+    """The fused cascade and its proofs, or why not; the same cascade when no rank is given."""
     from attn_rewrite.passes.cascade import fuse_reductions
     from attn_rewrite.site import Refusal
 
+    if rank is None:
+        return cascade, [], None
     fused = fuse_reductions(cascade, resolved(cascade, rank))
     if isinstance(fused, Refusal):
         return cascade, [], fused.to_json()

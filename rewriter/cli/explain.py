@@ -57,8 +57,9 @@ def explain(model: Model, question: Question, options: ModelOptions, terminal: T
         )
     site = _chosen(findings, question.site)
     if asked is not None:
-        verdict = {"site": site.name, "verdicts": _verdicts(site, asked)}
-        terminal.show(verdict, lambda console: _view_verdicts(console, verdict["verdicts"]))
+        verdicts = _verdicts(site, asked)
+        answer = {"site": site.name, "verdicts": verdicts}
+        terminal.show(answer, lambda console: _view_verdicts(console, verdicts))
         return 0
     document = _document(findings, site, policy, options)
     terminal.show(document, lambda console: _view(console, document))

@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-_WIDTH_OF_FILES = 120
+_WIDTH_OF_FILES = 160
 
 
 @dataclass

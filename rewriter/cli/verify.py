@@ -68,11 +68,12 @@ def load_original(
     from attn_rewrite.saved import check_result
 
     source = check_result(directory).get("source")
-    if original is None and source is None:
+    place = original or (source and source["path"])
+    if place is None:
         raise CheckpointError(
             f"{directory} does not say which model it was made from; name it with --original"
         )
-    loaded = options.load(original or source["path"], terminal)
+    loaded = options.load(place, terminal)
     if source is not None and loaded.hashes != source["hashes"]:
         changed = sorted(
             name
