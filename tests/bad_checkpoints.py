@@ -279,12 +279,19 @@ def _torch_pickle(value: Any) -> bytes:
     return buffer.getvalue()
 
 
+def _pickled_tensor(path: Path, config: str, record: str) -> None:
+    """Mark the tensors of ``config`` as pickled, and put a bomb where the first one is."""
+    bomb = _torch_pickle(Bomb(path.parent / "ran"))
+    _edited(path, config, '"use_pickle": false', '"use_pickle": true')
+    rewrite_archive(path, lambda name, data: bomb if name.endswith(record) else data)
+
+
 def pickled_weight(path: Path) -> None:
-    _edited(path, "model_weights_config.json", '"use_pickle": false', '"use_pickle": true')
+    _pickled_tensor(path, "model_weights_config.json", "weights/weight_0")
 
 
 def pickled_constant(path: Path) -> None:
-    _edited(path, "model_constants_config.json", '"use_pickle": false', '"use_pickle": true')
+    _pickled_tensor(path, "model_constants_config.json", "constants/tensor_0")
 
 
 def pickled_samples(path: Path) -> None:
@@ -378,8 +385,8 @@ def truncated_archive(path: Path) -> None:
 
 
 BAD_PROGRAMS = {
-    "pickled_weight": Bad(pickled_weight, "pickled"),
-    "pickled_constant": Bad(pickled_constant, "pickled"),
+    "pickled_weight": Bad(pickled_weight, "names a pickled tensor"),
+    "pickled_constant": Bad(pickled_constant, "names a pickled tensor"),
     "pickled_samples": Bad(pickled_samples, "pickles more than tensors"),
     "opaque_constant": Bad(opaque_constant, "pickled"),
     "legacy_weights": Bad(legacy_weights, "pickled"),

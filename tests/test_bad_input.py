@@ -53,7 +53,7 @@ def test_bad_program(name: str, tmp_path: Path) -> None:
 
 def test_the_bombs_do_go_off_without_the_inspection(tmp_path: Path) -> None:
     """Decoy check: the archives above would run code if torch were let at them."""
-    for name in ("pickled_samples", "code_as_size"):
+    for name in ("pickled_weight", "pickled_constant", "pickled_samples", "code_as_size"):
         path = tmp_path / name / "model.pt2"
         path.parent.mkdir()
         BAD_PROGRAMS[name].build(path)
