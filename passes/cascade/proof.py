@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from attn_rewrite.site import Refusal
 
@@ -24,6 +24,16 @@ class FusionRefusal(Refusal):
     rule: str = ""
     tensor: str = ""
     counterexample: Counterexample | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; the counterexample as the numbers and the two sides of the identity."""
+        found = self.counterexample
+        return {
+            **super().to_json(),
+            "rule": self.rule,
+            "tensor": self.tensor,
+            "counterexample": None if found is None else asdict(found),
+        }
 
 
 @dataclass(frozen=True)

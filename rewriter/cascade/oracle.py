@@ -204,7 +204,10 @@ class _Machine:
             return 0
         ranks = tuple(sorted(ranks_of(index)))
         coordinates = {r: torch.arange(self.extents[r], device=self.device) for r in ranks}
-        values = evaluate(index, Frame(ranks, coordinates, self.extents, self.tensors))
+        frame = Frame(ranks, coordinates, self.extents, self.tensors)
+        values = evaluate(index, frame)
+        for inside in self._split_guards(frame):  # the last tile may be cut
+            values = torch.where(truth(evaluate(inside, frame)), values, -1)
         return int(values.max()) + 1 if values.numel() else 0
 
     def _write(self, e: Einsum, frame: Frame, points: Points) -> None:
