@@ -250,6 +250,45 @@ def log_two(q, k, v):
     return scores.view(b, h, s, -1).softmax(-1) @ v
 
 
+@plain
+def special_softmax(q, k, v):
+    return torch.special.softmax(q @ k.mT / root(q), -1) @ v
+
+
+@plain
+def powers_of_two(q, k, v):
+    e = torch.exp2(q @ k.mT * (math.log2(math.e) / root(q)))
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+@plain
+def power_with_a_base(q, k, v):
+    e = 2.0 ** (q @ k.mT * (math.log2(math.e) / root(q)))
+    return (e * e.sum(-1, keepdim=True).pow(-1)) @ v
+
+
+@plain
+def normalized_exponentials(q, k, v):
+    return F.normalize(torch.exp(q @ k.mT / root(q)), p=1, dim=-1) @ v
+
+
+@plain
+def one_over_the_sum(q, k, v):
+    e = torch.exp(q @ k.mT / root(q))
+    return ((1.0 / e.sum(-1, keepdim=True)) * e) @ v
+
+
+@plain
+def late_division_of_an_einsum(q, k, v):
+    e = torch.exp(torch.einsum("bhqd,bhkd->bhqk", q, k) / root(q))
+    return torch.einsum("bhqk,bhkd->bhqd", e, v) / e.sum(-1)[..., None]
+
+
+@plain
+def softmin(q, k, v):
+    return F.softmin(-(q @ k.mT) / root(q), dim=-1) @ v
+
+
 def keep(s: Tensor) -> Tensor:
     return torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).tril()
 

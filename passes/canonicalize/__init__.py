@@ -7,17 +7,27 @@ from torch import fx
 from attn_rewrite.graph import GraphBuilder, copy_graph, op_name
 from attn_rewrite.passes.canonicalize.baddbmm import Baddbmm
 from attn_rewrite.passes.canonicalize.base import Canonicalization
+from attn_rewrite.passes.canonicalize.exponential import Exponential
 from attn_rewrite.passes.canonicalize.in_place import InPlace
 from attn_rewrite.passes.canonicalize.log_softmax import LogSoftmax
+from attn_rewrite.passes.canonicalize.norm_of_exponential import NormOfExponential
 from attn_rewrite.passes.canonicalize.product_sum import ProductSum
 from attn_rewrite.passes.canonicalize.safe_softmax import SafeSoftmax
-from attn_rewrite.passes.canonicalize.softmax_quotient import LateQuotient, SoftmaxQuotient, SoftmaxShift
+from attn_rewrite.passes.canonicalize.softmax_quotient import (
+    LateQuotient,
+    SoftmaxQuotient,
+    SoftmaxShift,
+)
+from attn_rewrite.passes.canonicalize.special_softmax import SpecialSoftmax
 
 # Every canonicalisation, in the order they are tried on a node.
 PIPELINE: tuple[Canonicalization, ...] = (
     InPlace(),
     Baddbmm(),
     ProductSum(),
+    Exponential(),
+    NormOfExponential(),
+    SpecialSoftmax(),
     LogSoftmax(),
     SoftmaxQuotient(),
     LateQuotient(),

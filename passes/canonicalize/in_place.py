@@ -53,5 +53,7 @@ class InPlace(Canonicalization):
 
 
 def _out_of_place(target: torch._ops.OpOverload) -> Any:
-    packet = getattr(torch.ops.aten, target._schema.name.removeprefix("aten::").removesuffix("_"), None)
+    packet = getattr(
+        torch.ops.aten, target._schema.name.removeprefix("aten::").removesuffix("_"), None
+    )
     return getattr(packet, target._overloadname, None)

@@ -29,11 +29,15 @@ class LogSoftmax(Canonicalization):
             return None
         source, norm = inner.args[0], inner.args[1]  # type: ignore[union-attr]
         norm, opened = (norm.args[0], norm.args[1]) if is_call(norm, "unsqueeze") else (norm, None)  # type: ignore[union-attr]
-        if not is_call(norm, "logsumexp") or through(norm.args[0], "to") is not through(source, "to"):  # type: ignore[union-attr]
+        if not is_call(norm, "logsumexp") or through(norm.args[0], "to") is not through(
+            source, "to"
+        ):  # type: ignore[union-attr]
             return None
         named = arguments(norm)  # type: ignore[arg-type]
         dims = named["dim"] if isinstance(named["dim"], (list, tuple)) else [named["dim"]]
         rank = len(shape_of(source))  # type: ignore[arg-type]
-        if len(dims) != 1 or not (named["keepdim"] or (opened is not None and opened % rank == dims[0] % rank)):  # type: ignore[operator]
+        if len(dims) != 1 or not (
+            named["keepdim"] or (opened is not None and opened % rank == dims[0] % rank)
+        ):  # type: ignore[operator]
             return None
         return build.call(aten.softmax.int, source, dims[0])  # type: ignore[no-any-return]

@@ -24,7 +24,9 @@ class SafeSoftmax(Canonicalization):
         if "self" not in named or "other" not in named:
             return None
         empty, zeros, softmax = named["condition"], named["self"], named["other"]
-        if not is_call(softmax, "softmax", "_softmax") or not is_call(zeros, "zeros_like", "zeros", "full", "full_like"):
+        if not is_call(softmax, "softmax", "_softmax") or not is_call(
+            zeros, "zeros_like", "zeros", "full", "full_like"
+        ):
             return None
         scores = arguments(softmax)
         if not _tests_empty_rows(empty, scores["self"]):

@@ -7,11 +7,30 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from attn_rewrite.graph import GraphBuilder, arguments, aten, is_call, op_name, shape_of
+from attn_rewrite.graph import (
+    GraphBuilder,
+    arguments,
+    aten,
+    is_call,
+    is_tensor,
+    op_name,
+    shape_of,
+)
 from attn_rewrite.passes.canonicalize.base import Canonicalization
+from attn_rewrite.passes.find.product import Product, product_of
 from attn_rewrite.sizes import as_size, same_size
 
-_SAME_VALUE = ("to", "clone", "contiguous", "detach", "expand", "expand_as", "clamp_min", "clamp", "alias")
+_SAME_VALUE = (
+    "to",
+    "clone",
+    "contiguous",
+    "detach",
+    "expand",
+    "expand_as",
+    "clamp_min",
+    "clamp",
+    "alias",
+)
 
 
 def through(node: Any, *names: str) -> Any:
@@ -38,9 +57,22 @@ def summed_exponential(denominator: Any) -> tuple[fx.Node, int] | None:
         return None
     rank = len(shape_of(exponential))
     where_axis = int(where[0]) % rank
-    if not named.get("keepdim") and not (kept and axis is not None and int(axis) % rank == where_axis):
+    if not named.get("keepdim") and not (
+        kept and axis is not None and int(axis) % rank == where_axis
+    ):
         return None
     return exponential, where_axis
+
+
+def inverted(node: Any) -> Any:
+    """``x`` if ``node`` is ``1 / x`` in any spelling, else None."""
+    if is_call(node, "mul") and node.args[1] == 1:
+        node = node.args[0]
+    if is_call(node, "reciprocal"):
+        return node.args[0]
+    if is_call(node, "pow") and node.args[1] == -1:
+        return node.args[0]
+    return node.args[1] if is_call(node, "div") and node.args[0] == 1 else None
 
 
 def softmax_of(build: GraphBuilder, exponential: fx.Node, axis: int) -> fx.Node:
@@ -59,9 +91,9 @@ class SoftmaxQuotient(Canonicalization):
         """Rewrite ``e / e.sum(dim, keepdim=True)`` and ``e * (1 / e.sum(...))``."""
         top, bottom = node.args[0], node.args[1]
         if op_name(node) == "mul":
-            if not is_call(bottom, "reciprocal"):
-                return None
-            bottom = bottom.args[0]  # type: ignore[union-attr]
+            if inverted(bottom) is None:
+                top, bottom = bottom, top
+            bottom = inverted(bottom)
         found = summed_exponential(bottom)
         if found is None or through(top, "to", "clone", "contiguous", "detach") is not found[0]:
             return None
@@ -70,7 +102,7 @@ class SoftmaxQuotient(Canonicalization):
 
 @dataclass(frozen=True)
 class LateQuotient(Canonicalization):
-    """``(exp(x) @ v) / exp(x).sum(-1)`` -> ``softmax(x) @ v``: the division after the product."""
+    """``(exp(x) @ v) / exp(x).sum(k)`` -> ``softmax(x) @ v``: the division after the product."""
 
     name: ClassVar[str] = "late-quotient"
     targets: ClassVar[frozenset[str]] = frozenset({"div", "div_"})
@@ -79,16 +111,34 @@ class LateQuotient(Canonicalization):
         """Rewrite where the sum runs over the contracted (last) axis of the left operand."""
         product, bottom = node.args[0], node.args[1]
         found = summed_exponential(bottom)
-        if found is None or not is_call(product, "matmul", "bmm") or not isinstance(product, fx.Node):
+        contraction = product_of(product) if is_tensor(product) else None  # type: ignore[arg-type]
+        if found is None or contraction is None or not isinstance(product, fx.Node):
             return None
         exponential, axis = found
-        if through(product.args[0], "to", "clone") is not exponential:
+        if not _divides_rows(contraction, exponential, axis):
             return None
-        if axis != len(shape_of(exponential)) - 1:
-            return None
+        probabilities = softmax_of(build, exponential, axis)
+        if is_call(product, "einsum"):
+            tensors = [probabilities, contraction.right]
+            return build.call(aten.einsum.default, product.args[0], tensors)  # type: ignore[no-any-return]
         target = product.target
         assert callable(target)
-        return build.call(target, softmax_of(build, exponential, axis), product.args[1])  # type: ignore[no-any-return]
+        return build.call(target, probabilities, product.args[1])  # type: ignore[no-any-return]
+
+
+def _divides_rows(product: Product, exponential: fx.Node, axis: int) -> bool:
+    """The product sums the exponential (its left operand) over ``axis``, and the sum over that axis,
+    kept with length 1, broadcasts against the product's output row by row."""
+    if through(product.left, "to", "clone") is not exponential:
+        return False
+    labels = product.left_labels
+    if product.contracted != (labels[axis],) or len(labels) != len(product.out_labels):
+        return False
+    kept = [x for i, x in enumerate(labels) if i != axis]
+    return all(
+        mine == out or (i == axis and out not in kept)
+        for i, (mine, out) in enumerate(zip(labels, product.out_labels, strict=True))
+    )
 
 
 @dataclass(frozen=True)
@@ -109,7 +159,9 @@ class SoftmaxShift(Canonicalization):
             return None
         whole, part = shape_of(source), shape_of(shift)
         axis = named["dim"] % len(whole) - len(whole)
-        if len(shape_of(shifted)) != len(whole) or (len(part) >= -axis and not same_size(as_size(part[axis]), 1)):
+        if len(shape_of(shifted)) != len(whole) or (
+            len(part) >= -axis and not same_size(as_size(part[axis]), 1)
+        ):
             return None
         if same_size(as_size(whole[axis]), 1):
             return None

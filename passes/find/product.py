@@ -34,7 +34,9 @@ class Product:
     @property
     def contracted(self) -> Labels:
         """Labels summed over."""
-        return tuple(x for x in self.left_labels if x and x in self.right_labels and x not in self.out_labels)
+        return tuple(
+            x for x in self.left_labels if x and x in self.right_labels and x not in self.out_labels
+        )
 
     def sizes(self) -> dict[str, Any]:
         """Extent of every label."""
@@ -55,6 +57,8 @@ def product_of(node: fx.Node) -> Product | None:
             return _einsum(node)
         case "linear":
             return _linear(node)
+        case "inner" | "tensordot":
+            return _tensordot(node)
     return None
 
 
@@ -98,9 +102,7 @@ def _einsum(node: fx.Node) -> Product | None:
             c for c in sorted(set(letters)) if letters.count(c) == 1
         )
     dots = max(len(shape_of(t)) - len(s.replace(".", "")) for t, s in ((left, a), (right, b)) if "..." in s) if "." in inputs else 0  # fmt: skip
-    labels = [
-        _letters(s, shape_of(t), dots) for s, t in ((a, left), (b, right))
-    ]
+    labels = [_letters(s, shape_of(t), dots) for s, t in ((a, left), (b, right))]
     if any(len(set(x) - {""}) != len([c for c in x if c]) for x in labels):
         return None  # a repeated letter is a diagonal
     known = set(labels[0]) | set(labels[1])
@@ -118,8 +120,28 @@ def _expand_letters(spec: str, dots: int) -> Labels:
 def _letters(spec: str, shape: tuple[Any, ...], dots: int) -> Labels:
     own = len(shape) - len(spec.replace(".", ""))
     labels = _expand_letters(spec, own)
-    shifted = tuple(f"x{int(x[1:]) + dots - own}" if x[0] == "x" and len(x) > 1 else x for x in labels)
+    shifted = tuple(
+        f"x{int(x[1:]) + dots - own}" if x[0] == "x" and len(x) > 1 else x for x in labels
+    )
     return tuple("" if same_size(as_size(s), 1) else x for x, s in zip(shifted, shape, strict=True))
+
+
+def _tensordot(node: fx.Node) -> Product | None:
+    """``tensordot`` over one axis of each side; ``inner`` over the last of both."""
+    named = arguments(node)
+    left, right = named["self"], named["other"]
+    if not (is_tensor(left) and is_tensor(right)):
+        return None
+    ranks = len(shape_of(left)), len(shape_of(right))
+    over = [named.get("dims_self", [-1]), named.get("dims_other", [-1])]
+    if any(len(dims) != 1 for dims in over) or 0 in ranks:
+        return None
+    sides = [
+        tuple("k" if i == dims[0] % rank else f"{name}{i}" for i in range(rank))
+        for name, rank, dims in zip("lr", ranks, over, strict=True)
+    ]
+    out = tuple(x for side in sides for x in side if x != "k")
+    return Product(node, left, right, sides[0], sides[1], out)
 
 
 def _linear(node: fx.Node) -> Product | None:
@@ -137,4 +159,6 @@ def _linear(node: fx.Node) -> Product | None:
     names = tuple(f"x{i}" for i in range(len(shape_of(left)) - 2))
     rows = ("m",) if len(shape_of(left)) > 1 else ()
     columns = ("n",) if len(shape_of(right)) > 1 else ()
-    return Product(node, left, right, (*names, *rows, "k"), (*columns, "k"), (*names, *rows, *columns))
+    return Product(
+        node, left, right, (*names, *rows, "k"), (*columns, "k"), (*names, *rows, *columns)
+    )

@@ -120,6 +120,15 @@ def _identities(node: Call) -> Expr | None:
     match node.op:
         case "div" if isinstance(args[1], Const) and isinstance(args[1].value, float):
             return simplify(args[0] * (1.0 / args[1].value)) if args[1].value else None
+        case "neg" if isinstance(args[0], Call) and args[0].op == "neg":
+            return args[0].args[0]
+        case "neg" if isinstance(args[0], Call) and args[0].op == "mul":
+            inner = args[0].args[1]
+            if isinstance(inner, Const) and isinstance(inner.value, float):
+                return call("mul", args[0].args[0], -inner.value)
+        case "mul" if isinstance(args[0], Call) and args[0].op == "neg":
+            if isinstance(args[1], Const) and isinstance(args[1].value, float):
+                return call("mul", args[0].args[0], -args[1].value)
         case "mul" if isinstance(args[0], Const):
             return simplify(call("mul", args[1], args[0]))
         case "mul" if isinstance(args[1], Const) and isinstance(args[0], Call):
