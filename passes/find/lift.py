@@ -28,6 +28,8 @@ from attn_rewrite.passes.find.product import Product, product_of
 # An expression larger than this is read as a tensor instead.
 MAX_NODES = 120
 MAX_DEPTH = 64
+# Stands for a known extent while a size is solved for its symbol.
+_WHOLE = sympy.Symbol("whole")
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,14 +76,15 @@ class Lifter:
                 if isinstance(size, int):
                     continue
                 free = [s for s in size.free_symbols if s not in self._symbols]
-                if len(free) == 1:
-                    solved = sympy.solve(size - sympy.Symbol("whole"), free[0], dict=False)
-                    if len(solved) == 1:
-                        self._symbols[sympy.Symbol("whole")] = Extent(f"@{atom}")
-                        known = self._size_expr(solved[0])
-                        del self._symbols[sympy.Symbol("whole")]
-                        if known is not None:
-                            self._symbols[free[0]] = known
+                if len(free) != 1:
+                    continue
+                solved = _solution(size, free[0], _WHOLE)
+                if solved is not None:
+                    self._symbols[_WHOLE] = Extent(f"@{atom}")
+                    known = self._size_expr(solved)
+                    del self._symbols[_WHOLE]
+                    if known is not None:
+                        self._symbols[free[0]] = known
 
     def lift(self, node: fx.Node, dims: Dims, depth: int = 0) -> Expr | None:
         """The expression of ``node`` at ``dims``; a leaf where nothing more is known.
@@ -252,6 +255,14 @@ class Lifter:
                 total = call(op, total, part)
             return total
         return None
+
+
+def _solution(size: Any, symbol: Any, whole: Any) -> Any | None:
+    """``symbol`` where ``size == whole``, for sizes linear in it (``s // 10`` has no inverse)."""
+    slope = sympy.diff(size, symbol) if size.is_polynomial(symbol) else None
+    if slope is None or slope.free_symbols or slope == 0:
+        return None
+    return (whole - size.subs(symbol, 0)) / slope
 
 
 def _attribute(module: torch.nn.Module, path: str) -> Any:

@@ -1,0 +1,127 @@
+"""Examine one row: count, capture, find, rewrite exactly, compare with float64."""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any
+
+import torch
+from attn_rewrite.capture import capture_model
+from attn_rewrite.driver import Stopwatch, decide, spliced
+from attn_rewrite.errors import AttnRewriteError
+from attn_rewrite.passes.canonicalize import canonicalize
+from attn_rewrite.passes.find import find
+from attn_rewrite.policy import Policy
+from torch.utils import _pytree as pytree
+
+from tests.zoo.census import census
+from tests.zoo.rows import Result, Row
+
+
+def examine(row: Row, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Result:
+    """Everything about a row; exceptions become a stage and a reason."""
+    result = Result(row.name)
+    start = time.perf_counter()
+    try:
+        model, args, kwargs = made(row)
+        counted = census(model, args, kwargs)
+    except Exception as error:  # whatever the library raises: the row cannot be run here
+        result.stage, result.problem = "build", _one_line(error)
+        return result
+    result.expected, result.factorised = counted.attentions, counted.factorised
+    del counted
+    for dtype in dtypes:
+        try:
+            _in_dtype(result, row, dtype)
+        except AttnRewriteError as error:
+            result.stage, result.problem = "capture", _one_line(error)
+        except Exception as error:  # our own bug, or an operator that has no float64
+            result.stage, result.problem = "failed", _one_line(error)
+        if result.stage != "done":
+            break
+    result.seconds = time.perf_counter() - start
+    return result
+
+
+def made(row: Row, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, Any, Any]:
+    """The model of a row and its inputs, the same at every call but for the type."""
+    torch.manual_seed(0)
+    model, args, kwargs = row.build()
+    return model.eval().to(dtype), cast(args, dtype), cast(kwargs, dtype)
+
+
+def _in_dtype(result: Result, row: Row, dtype: torch.dtype) -> None:
+    model, args, kwargs = made(row, dtype)
+    captured = capture_model(model, args, kwargs)
+    findings = find(canonicalize(captured.graph))
+    plan, decisions = decide(findings, Policy.parse("exact"), None, Stopwatch())
+    if dtype == torch.float32:
+        result.found = len(findings.sites)
+        result.rewritten = sum(d.kernel is not None for d in decisions)
+        for site in findings.sites:
+            result.families[site.family] = result.families.get(site.family, 0) + 1
+        result.refused = [(r.code, r.reason, r.source or "") for r in findings.refusals]
+        result.kept = [(r.code, r.reason) for s in findings.sites for r in s.refusals]
+        result.kept += [(d.refusal.code, d.refusal.reason) for d in decisions if d.refusal]
+    if any(d.kernel is not None for d in decisions):
+        error = compare(row, model, spliced(captured, decisions), dtype)
+        if error is None:
+            result.kept.append(("random", "the model draws random numbers: not compared"))
+        else:
+            result.errors[str(dtype).removeprefix("torch.")] = error
+
+
+def compare(
+    row: Row, model: torch.nn.Module, rewritten: torch.nn.Module, dtype: torch.dtype
+) -> tuple[float, float] | None:
+    """(greatest error of the rewritten model, bound) against the model in float64.
+
+    The weights and inputs of the reference are those of ``dtype``, widened.  The bound is the greater
+    of twice the original's own error and 4 eps of the greatest value.  Values that are not finite in
+    the reference are left out.
+    """
+    _, args, kwargs = made(row, dtype)
+    with torch.no_grad():
+        original = floats(model(*copy.deepcopy(args), **copy.deepcopy(kwargs)))
+        again = floats(model(*copy.deepcopy(args), **copy.deepcopy(kwargs)))
+        if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(original, again, strict=True)):
+            return None  # it draws random numbers (masked autoencoders): nothing to compare
+        got = floats(rewritten(*copy.deepcopy(args), **copy.deepcopy(kwargs)))
+        wide = made(row, torch.float64)[0] if dtype == torch.float32 else made(row, dtype)[0].double()
+        args, kwargs = cast((args, kwargs), torch.float64)
+        reference = floats(wide(*args, **kwargs))
+    assert len(reference) == len(original) == len(got), "the rewritten model has other outputs"
+    worst = (0.0, 0.0)
+    for ref, own, new in zip(reference, original, got, strict=True):
+        fine = ref.isfinite() & own.isfinite()
+        if not fine.any():
+            continue
+        ref, own, new = (t[fine].double() for t in (ref, own, new))
+        eps = torch.finfo(dtype).eps
+        bound = max(2 * (own - ref).abs().max().item(), 4 * eps * ref.abs().max().item())
+        error = (new - ref).abs().max().item()
+        error = float("inf") if error != error else error
+        if worst[1] == 0.0 or error * worst[1] > worst[0] * bound:
+            worst = (error, bound)
+    return worst
+
+
+def floats(output: Any) -> list[torch.Tensor]:
+    """Floating tensors of an output, in order."""
+    leaves = pytree.tree_leaves(output)
+    return [t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()]
+
+
+def cast(values: Any, dtype: torch.dtype) -> Any:
+    """Floating tensors of a tree in another type, copied."""
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor.clone()
+
+    return pytree.tree_map_only(torch.Tensor, move, values)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"

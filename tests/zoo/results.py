@@ -1,0 +1,73 @@
+"""``RESULTS.md``: written from the results of the rows that were run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from tests.zoo.rows import Result
+
+HERE = Path(__file__).parent
+RECORDS = HERE.parents[1] / "build" / "zoo"
+
+_HEAD = """# Results of the zoo
+
+Written by the suite (`python -m tests.zoo` runs rows and writes this file); do not edit.
+
+*expected* counts attention by running the model eagerly under a dispatch mode (`census.py`): fused
+attention calls, and softmax calls between two products of activations.  The finder has no part in it.
+*found* counts Sites; *exact* is the greatest error of the exactly rewritten model against float64, over
+its bound (twice the original's own error, or 4 eps of the greatest value).  A row that is not captured
+counts as not found; rows that the library itself cannot build or run here are listed and left out of
+the rate.
+"""
+
+
+def record(result: Result) -> None:
+    """Keep a result for the table."""
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    path = RECORDS / (result.row.replace("/", "~") + ".json")
+    path.write_text(json.dumps(dataclasses.asdict(result)))
+
+
+def recorded() -> list[Result]:
+    """Every result kept, by row name."""
+    return [Result(**json.loads(p.read_text())) for p in sorted(RECORDS.glob("*.json"))]
+
+
+def write(results: Iterable[Result], path: Path = HERE / "RESULTS.md") -> None:
+    """Write the rates and the table."""
+    results = sorted(results, key=lambda r: r.row)
+    counted = [r for r in results if r.stage != "build" and (r.expected or r.stage != "done")]
+    text = [_HEAD, "| library | rows | all found | rate | Sites / expected | rewritten exactly | not run here |",
+            "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for library in dict.fromkeys(r.row.partition("/")[0] for r in results):
+        text.append(_rate(library, results, counted))
+    text += ["", "| architecture | spelling | expected | found | families | refused (code) | exact | not captured, or why |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    text += [_line(r) for r in results]
+    path.write_text("\n".join(text) + "\n")
+
+
+def _rate(library: str, results: list[Result], counted: list[Result]) -> str:
+    own = [r for r in counted if r.row.startswith(f"{library}/")]
+    full = [r for r in own if r.complete]
+    sites = sum(min(r.found, r.expected) for r in own)
+    exact = sum(r.exact for r in full)
+    skipped = sum(r.stage == "build" and r.row.startswith(f"{library}/") for r in results)
+    rate = f"{len(full) / len(own):.1%}" if own else "-"
+    expected = sum(r.expected for r in own)
+    return f"| {library} | {len(own)} | {len(full)} | {rate} | {sites} / {expected} | {exact} of {len(full)} | {skipped} |"
+
+
+def _line(result: Result) -> str:
+    _, architecture, spelling = result.row.rsplit("/", 2)
+    codes = Counter(code for code, _, _ in result.refused)
+    refused = ", ".join(f"{code} x{n}" for code, n in codes.items())
+    families = ", ".join(f"{f} x{n}" for f, n in result.families.items())
+    exact = ", ".join(f"{d} {e / b if b else 0.0:.2f}" for d, (e, b) in result.errors.items())
+    problem = "" if result.stage == "done" else f"{result.stage}: {result.problem[:160]}".replace("|", "/")
+    return f"| {architecture} | {spelling} | {result.expected} | {result.found} | {families} | {refused} | {exact} | {problem} |"
