@@ -19,6 +19,7 @@ from attn_rewrite import knobs
 from attn_rewrite.apply import Replacement, splice
 from attn_rewrite.backends.torch.blocks import choose_block
 from attn_rewrite.backends.torch.lower import Kernel, lower
+from attn_rewrite.calls import CallForm
 from attn_rewrite.capture import Captured, capture_model
 from attn_rewrite.cascade.ir import Cascade
 from attn_rewrite.errors import PolicyError
@@ -218,6 +219,7 @@ def optimize_captured(
         source=source,
         rebuild=rebuild,
         program=partial(export_again, original=captured.program),
+        form=None if source is None else CallForm.of(source, captured.args, captured.kwargs),
     )
 
 

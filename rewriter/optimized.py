@@ -14,6 +14,7 @@ from attn_rewrite.errors import AttnRewriteError
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
+    from attn_rewrite.calls import CallForm
     from attn_rewrite.plan import Plan
     from attn_rewrite.report import Report
     from attn_rewrite.site import Site
@@ -40,6 +41,7 @@ class OptimizedModule(nn.Module):
         source: nn.Module | None = None,
         rebuild: Rebuild | None = None,
         program: Callable[[fx.GraphModule], ExportedProgram] | None = None,
+        form: CallForm | None = None,
     ) -> None:
         super().__init__()
         self._adopt(graph)
@@ -50,6 +52,7 @@ class OptimizedModule(nn.Module):
         self._hold("_rebuild", rebuild)
         self._hold("_make_program", program)
         self._hold("_program", None)
+        self._hold("_form", form)
         self.training = graph.training if source is None else source.training
 
     @classmethod
@@ -73,6 +76,8 @@ class OptimizedModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the rewritten model."""
+        if self._form is not None:
+            args, kwargs = self._form.bind(args, kwargs)
         return self._graph(*args, **kwargs)
 
     @property
@@ -106,7 +111,7 @@ class OptimizedModule(nn.Module):
         if self._source is None or self._rebuild is None:
             raise AttnRewriteError(
                 f"a saved program is fixed to {probe.dtype} on {probe.device} and its source "
-                f"module is not held: optimize the original in {moved.dtype} on {moved.device} instead"
+                f"module is not held: optimize the original in {moved.dtype} on {moved.device}"
             )
         self._source._apply(fn, recurse)
         self._become(self._rebuild(self._source))
@@ -115,7 +120,7 @@ class OptimizedModule(nn.Module):
     def _become(self, other: OptimizedModule) -> None:
         self._adopt(other._graph)
         self.plan, self.report, self.sites = other.plan, other.report, other.sites
-        for name in ("_make_program", "_program"):
+        for name in ("_make_program", "_program", "_form"):
             self._hold(name, getattr(other, name))
 
     def train(self, mode: bool = True) -> OptimizedModule:
@@ -152,7 +157,7 @@ class OptimizedModule(nn.Module):
         nn.Module.__init__(new)
         source = copy.deepcopy(self._source, memo)  # parameters first: the graph shares them
         new._hold("_source", source)
-        for name in ("_rebuild", "_make_program"):
+        for name in ("_rebuild", "_make_program", "_form"):
             new._hold(name, getattr(self, name))
         new._hold("_program", None if self._make_program else self._program)
         new.plan, new.report, new.sites = self.plan, self.report, self.sites

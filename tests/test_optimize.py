@@ -134,6 +134,22 @@ def test_module_contract(block: Block, optimized: ar.OptimizedModule) -> None:
         optimized.no_such_attribute  # noqa: B018
 
 
+def test_call_signature(block: Block) -> None:
+    """Positional and keyword calls are the original's; what was not captured is refused by name."""
+    x, scale = torch.randn(2, 12, 32), torch.tensor(0.5)
+    module = ar.optimize(block, "exact", (), {"x": x, "scale": scale})
+    with torch.no_grad():
+        wanted = block(x, scale=scale)["hidden"]
+        assert torch.allclose(module(x, scale=scale)["hidden"], wanted, atol=1e-5)
+        assert torch.allclose(module(scale=scale, x=x)["hidden"], wanted, atol=1e-5)
+    with pytest.raises(AttnRewriteError, match="'scale' is missing"):
+        module(x)
+    bare = ar.optimize(block, "exact", (x,))
+    assert bare(x=x, scale=None)["hidden"].shape == x.shape
+    with pytest.raises(AttnRewriteError, match="'scale' was not given"):
+        bare(x, scale=scale)
+
+
 def test_weights_stay_shared(block: Block) -> None:
     own = copy.deepcopy(block)
     module = ar.optimize(own, "exact", (torch.randn(2, 12, 32),))
