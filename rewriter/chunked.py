@@ -86,16 +86,22 @@ class _Slicer:
         used = ranks_of(einsum.expr) | ranks_of(einsum.guard)
         if self.rank in used and Rank(self.rank) not in einsum.out.index:
             return False
-        declared = {t.name: t.ranks for t in self.cascade.inputs}
-        for read in (*_reads(einsum.expr), *_reads(einsum.guard), einsum.out):
-            names = declared.get(read.tensor)
-            for place, index in enumerate(read.index):
-                local = names is None or names[place] == self.rank
-                if local and self.rank in ranks_of(index) and index != Rank(self.rank):
-                    return False
-                if names is not None and names[place] == self.rank and index != Rank(self.rank):
-                    return False
-        return True
+        if any(self.rank in ranks_of(i) and i != Rank(self.rank) for i in einsum.out.index):
+            return False
+        return all(
+            index == Rank(self.rank)
+            for read in (*_reads(einsum.expr), *_reads(einsum.guard), einsum.out)
+            for index, cut in zip(read.index, self.cuts(read.tensor), strict=True)
+            if cut
+        )
+
+    def cuts(self, tensor: str) -> tuple[bool, ...]:
+        """Which dimensions of a tensor the cut narrows."""
+        for declared in self.cascade.inputs:
+            if declared.name == tensor:
+                return tuple(name == self.rank for name in declared.ranks)
+        writers = [e.out.index for e in self.cascade.einsums() if e.out.tensor == tensor]
+        return tuple(Rank(self.rank) in indices for indices in zip(*writers, strict=True))
 
     def cut(
         self, inputs: Mapping[str, Tensor], start: int, stop: int
@@ -131,14 +137,8 @@ class _Slicer:
             return Const(self.extent)
         if not isinstance(expr, Read):
             return rebuild(expr, tuple(self._shift(c, start) for c in expr.children))
-        declared = next((t.ranks for t in self.cascade.inputs if t.name == expr.tensor), None)
-        index = tuple(
-            i
-            if i == Rank(self.rank) and (declared is None or declared[place] == self.rank)
-            else self._shift(i, start)
-            for place, i in enumerate(expr.index)
-        )
-        return rebuild(expr, index)
+        places = zip(expr.index, self.cuts(expr.tensor), strict=True)
+        return rebuild(expr, tuple(i if cut else self._shift(i, start) for i, cut in places))
 
 
 def _reads(expr: Expr) -> tuple[Read, ...]:

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from attn_rewrite.errors import PolicyError
-from attn_rewrite.passes.keep import Keep
+from attn_rewrite.passes.keep import Exact, Keep
 from attn_rewrite.passes.transform import Exactness, Transform, spans_text
 from attn_rewrite.policy import Policy, Rule, glob_matches, pipeline_text
-from attn_rewrite.policy_text import Transforms, parse_pipeline
+from attn_rewrite.policy_text import Transforms
 from attn_rewrite.site import Refusal
 
 if TYPE_CHECKING:
@@ -55,9 +55,13 @@ class Step:
         """The pipeline as policies write it."""
         return pipeline_text(self.transforms)
 
+    @property
+    def label(self) -> str:
+        """The pipeline with the heads it is for: ``heads 0-3: window(size=256)``."""
+        return self.text if self.heads is None else f"heads {spans_text(self.heads)}: {self.text}"
+
     def __str__(self) -> str:
-        heads = f" heads {spans_text(self.heads)}" if self.heads is not None else ""
-        return f"{self.site}{heads}: {self.text}" + (f"  ({self.note})" if self.note else "")
+        return f"{self.site}: {self.label}" + (f"  ({self.note})" if self.note else "")
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -132,9 +136,7 @@ class Plan:
             if step.site not in gone:
                 steps.append(step)
             elif step.site not in {s.site for s in steps}:
-                steps.append(
-                    replace(step, transforms=parse_pipeline("exact"), heads=None, tiles=None)
-                )
+                steps.append(Step(step.site, (Exact(),), note="sent back to exact by a budget"))
         extra = () if refusal is None else (refusal,)
         return replace(self, steps=tuple(steps), refusals=self.refusals + extra)
 
