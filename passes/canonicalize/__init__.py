@@ -44,7 +44,8 @@ def canonicalize(
     """A copy of ``module`` in normal form; the same object if nothing changed.
 
     Nodes of the copy carry the node of ``module`` with the same value as ``meta["origin"]``, where
-    there is one.  Graphs called by higher-order operators (autocast, no_grad) are canonicalised too.
+    there is one.  Graphs called by higher-order operators (autocast, no_grad) are canonicalised
+    too.
     """
     targets = {t: [p for p in pipeline if t in p.targets] for p in pipeline for t in p.targets}
     inner = {n: g for n, g in module.named_children() if isinstance(g, fx.GraphModule)}

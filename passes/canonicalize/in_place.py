@@ -18,8 +18,8 @@ from attn_rewrite.passes.transform import Exactness
 
 _NAMES = "add_ sub_ mul_ div_ masked_fill_ tanh_ clamp_ neg_ exp_ softmax_ dropout_ where_ sigmoid_ relu_"
 _VIEWS = frozenset(
-    "view reshape transpose permute unsqueeze squeeze expand slice select split chunk unbind t getitem "
-    "flatten unflatten detach contiguous to alias narrow diagonal as_strided".split()
+    "view reshape transpose permute unsqueeze squeeze expand slice select split chunk unbind t "
+    "getitem flatten unflatten detach contiguous to alias narrow diagonal as_strided".split()  # noqa: SIM905
 )
 
 

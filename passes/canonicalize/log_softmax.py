@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
 
@@ -21,23 +21,31 @@ class LogSoftmax(Canonicalization):
 
     def rewrite(self, node: fx.Node, build: GraphBuilder) -> fx.Node | None:
         """Rewrite where the normaliser is taken over one kept axis."""
-        inner = node.args[0]
+        inner: Any = node.args[0]
         if is_call(inner, "log_softmax", "_log_softmax"):
-            named = arguments(inner)  # type: ignore[arg-type]
-            return build.call(aten.softmax.int, named["self"], named["dim"])  # type: ignore[no-any-return]
-        if not is_call(inner, "sub", "sub_"):
+            named = arguments(inner)
+            args = (named["self"], named["dim"])
+            return build.call(aten.softmax.int, *args)  # type: ignore[no-any-return]
+        axis = _normalised_axis(inner)
+        if axis is None:
             return None
-        source, norm = inner.args[0], inner.args[1]  # type: ignore[union-attr]
-        norm, opened = (norm.args[0], norm.args[1]) if is_call(norm, "unsqueeze") else (norm, None)  # type: ignore[union-attr]
-        if not is_call(norm, "logsumexp") or through(norm.args[0], "to") is not through(
-            source, "to"
-        ):  # type: ignore[union-attr]
-            return None
-        named = arguments(norm)  # type: ignore[arg-type]
-        dims = named["dim"] if isinstance(named["dim"], (list, tuple)) else [named["dim"]]
-        rank = len(shape_of(source))  # type: ignore[arg-type]
-        if len(dims) != 1 or not (
-            named["keepdim"] or (opened is not None and opened % rank == dims[0] % rank)
-        ):  # type: ignore[operator]
-            return None
-        return build.call(aten.softmax.int, source, dims[0])  # type: ignore[no-any-return]
+        return build.call(aten.softmax.int, inner.args[0], axis)  # type: ignore[no-any-return]
+
+
+def _normalised_axis(inner: Any) -> int | None:
+    """The axis of ``x - logsumexp(x, axis)``, kept with length 1; None if it is something else."""
+    if not is_call(inner, "sub", "sub_"):
+        return None
+    source, norm = inner.args
+    opened = norm.args[1] if is_call(norm, "unsqueeze") else None
+    norm = norm.args[0] if opened is not None else norm
+    if not is_call(norm, "logsumexp") or through(norm.args[0], "to") is not through(source, "to"):
+        return None
+    named = arguments(norm)
+    dims = named["dim"] if isinstance(named["dim"], (list, tuple)) else [named["dim"]]
+    rank = len(shape_of(source))
+    if len(dims) != 1:
+        return None
+    axis = int(dims[0]) % rank
+    kept = named["keepdim"] or (opened is not None and int(opened) % rank == axis)
+    return axis if kept else None

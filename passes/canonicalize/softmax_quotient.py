@@ -127,8 +127,9 @@ class LateQuotient(Canonicalization):
 
 
 def _divides_rows(product: Product, exponential: fx.Node, axis: int) -> bool:
-    """The product sums the exponential (its left operand) over ``axis``, and the sum over that axis,
-    kept with length 1, broadcasts against the product's output row by row."""
+    """The product sums ``exponential`` (its left operand) over ``axis``, and its sum over that
+    axis, kept with length 1, broadcasts against the product's output row by row.
+    """
     if through(product.left, "to", "clone") is not exponential:
         return False
     labels = product.left_labels
