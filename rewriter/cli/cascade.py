@@ -140,7 +140,7 @@ def _draw(cascade: Cascade, path: Path) -> None:
 
 
 def _view(console: Console, document: dict[str, Any]) -> None:
-    console.print(document["cascade"], markup=False)
+    console.print(document["cascade"], markup=False, soft_wrap=True)
     passes = document["passes"]
     if passes is not None:
         live = ", ".join(passes["live"]) or "nothing"

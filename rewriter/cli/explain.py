@@ -251,7 +251,7 @@ def _view_cascade(console: Console, title: str, part: dict[str, Any]) -> None:
     passes = part["passes"]
     live = ", ".join(passes["live"]) or "nothing"
     console.print(f"\n{title}:", style="bold")
-    console.print(part["cascade"], markup=False)
+    console.print(part["cascade"], markup=False, soft_wrap=True)
     console.print(f"{passes['passes']} passes over {passes['rank']}; live: {live}", markup=False)
     console.print(f"kernel {part['kernel']['name']}: {part['kernel']['why']}", markup=False)
 
