@@ -16,10 +16,13 @@ from attn_rewrite.graph import TRANSPARENT, GraphBuilder, op_name
 from attn_rewrite.passes.canonicalize.base import Canonicalization
 from attn_rewrite.passes.transform import Exactness
 
-_NAMES = "add_ sub_ mul_ div_ masked_fill_ tanh_ clamp_ neg_ exp_ softmax_ dropout_ where_ sigmoid_ relu_"
+_NAMES = (
+    "add_ sub_ mul_ div_ masked_fill_ where_ neg_ exp_ tanh_ sigmoid_ relu_ clamp_ softmax_ "
+    "dropout_"
+)
 _VIEWS = frozenset(
     "view reshape transpose permute unsqueeze squeeze expand slice select split chunk unbind t "
-    "getitem flatten unflatten detach contiguous to alias narrow diagonal as_strided".split()  # noqa: SIM905
+    "getitem flatten unflatten detach contiguous to alias narrow diagonal as_strided".split()
 )
 
 
