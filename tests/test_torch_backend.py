@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import attn_rewrite.ops
 from attn_rewrite.backends.torch import Kernel, lower, lower_cascade_to_callable
+from attn_rewrite.backends.torch import kernel as kernel_module
 from attn_rewrite.backends.torch import tiles as tiles_module
 from attn_rewrite.backends.torch.dense import emit_dense
 from attn_rewrite.backends.torch.form import (
@@ -404,13 +405,13 @@ def _blocks(keep: Tensor, how: str) -> Tensor:
 
 def test_mask_arithmetic_runs_only_in_partial_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    original = tiles_module._Kernel._bound
+    original = kernel_module._GuardBounds._bound
 
     def spy(self: Any, job: Any, start: int, stop: int) -> Tensor:
         seen.append((stop - start) * job.row.height)
         return original(self, job, start, stop)
 
-    monkeypatch.setattr(tiles_module._Kernel, "_bound", spy)
+    monkeypatch.setattr(kernel_module._GuardBounds, "_bound", spy)
     q, k, v = operands((1, 2, 1, 128, 128, 8, 8, 8))
     cascade = attention((d >= 0) & (d < 32))
     tiled_attention(q, k, v, [], str(cascade), 8)

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from attn_rewrite.backends.torch.gradient import gradients
+from attn_rewrite.backends.torch.kernel import attend
 from attn_rewrite.backends.torch.schedule import TileCounts, make_schedule
-from attn_rewrite.backends.torch.tiles import attend, prepare
+from attn_rewrite.backends.torch.tiles import prepare
 from attn_rewrite.cascade.attention import SoftmaxAttention, as_softmax
 from attn_rewrite.cascade.ir import Cascade
 from attn_rewrite.cascade.text import parse

@@ -1,9 +1,7 @@
-"""Block-sparse softmax attention composed of torch operators that skip what the guard leaves out.
+"""The score tiles of a tiled attention, and the operands of each.
 
-The kernel follows a `Schedule`: for each row of blocks it computes one score tile of a few MB (as
-many heads, batch entries or equal rows as fit), evaluates the guard only in columns of partial
-blocks, and multiplies by the values.  Keys are slices of K and V where a row sees one range of
-keys, and are gathered otherwise.  Softmax statistics are float32 or wider.
+A tile is as many heads, batch entries or rows of equal shape as fit into a few MB of scores.  Keys
+are slices of K and V where a row sees few ranges of keys, and are gathered otherwise.
 """
 
 from __future__ import annotations
@@ -17,8 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attn_rewrite.backends.torch.emit import Emitter
-from attn_rewrite.backends.torch.form import depends_only_on_distance, linear_score
 from attn_rewrite.backends.torch.schedule import (
     TILE_ELEMENTS,
     Row,
@@ -28,11 +24,10 @@ from attn_rewrite.backends.torch.schedule import (
     make_schedule,
 )
 from attn_rewrite.backends.torch.space import TileSpace, take
-from attn_rewrite.cascade.attention import QK, SoftmaxAttention
-from attn_rewrite.cascade.expr import Expr
-from attn_rewrite.graph import EagerBuilder
+from attn_rewrite.cascade.attention import SoftmaxAttention
 
-_EAGER = EagerBuilder()
+# Ranges of keys that are multiplied one by one; rows that see more of them gather their keys.
+MAX_PARTS = 3
 _MIN_HEIGHT = 16  # queries of a tile that is cut because its rows are very wide
 
 
@@ -141,7 +136,7 @@ def jobs(problem: Problem, *, stacked: bool = True) -> Iterator[Job]:
         heads = part.heads[1] - part.heads[0]
         for row in part.rows:
             area = problem.group * row.height * row.width
-            if stacked and len(row.keys) > 1 and 2 * batch * heads * area <= TILE_ELEMENTS:
+            if stacked and len(row.keys) > MAX_PARTS and 2 * batch * heads * area <= TILE_ELEMENTS:
                 entries = pool.setdefault((row.height, row.width, row.masked), [])
                 entries += [(b, h, row) for b in range(batch) for h in range(*part.heads)]
             else:
@@ -156,13 +151,17 @@ def jobs(problem: Problem, *, stacked: bool = True) -> Iterator[Job]:
 def _shared(problem: Problem, heads: Span, row: Row) -> Iterator[Job]:
     """Tiles of one row over all batch entries and heads."""
     batch, count = problem.q.shape[0], heads[1] - heads[0]
-    fits = max(1, TILE_ELEMENTS // (problem.group * row.height * row.width))
-    together = fits // count if _batch_collapses(problem, count) else 1
-    step_b, step_h = max(1, together), min(count, fits)
-    for b in _steps((0, batch), step_b):
-        for h in _steps(heads, step_h):
+    area = problem.group * row.height * row.width
+    together = TILE_ELEMENTS // (count * area) if _batch_collapses(problem, count) else 1
+    for b in _steps((0, batch), max(1, together)):
+        for h in _steps(heads, _even_step(count, max(1, TILE_ELEMENTS * 5 // (4 * area)))):
             for queries in _steps(row.queries, _height(problem.group, row)):
                 yield Job(b, h, replace(row, queries=queries))
+
+
+def _even_step(count: int, most: int) -> int:
+    """Step that cuts ``count`` into equal parts of at most ``most``."""
+    return -(-count // -(-count // most))
 
 
 def _height(group: int, row: Row) -> int:
@@ -199,14 +198,32 @@ def queries_of(problem: Problem, job: Job) -> Tensor:
     return part.reshape(job.items, g * job.row.height, q.shape[3])
 
 
-def keys_of(problem: Problem, tensor: Tensor, job: Job) -> Tensor:
-    """Rows of K or V of a tile: [items, width, d]; a view where the row sees one range of keys."""
+def keys_of(problem: Problem, tensor: Tensor, job: Job, memory: Tensor) -> tuple[Tensor, ...]:
+    """Rows of K or V of a tile: parts [items, n, d] whose n add up to the width of the tile.
+
+    Views where a row sees few ranges of keys; else one part, gathered into ``memory``.
+    """
     share = problem.form.group if problem.schedule.per_head else 1
+    shape = (job.items, job.row.width, tensor.shape[3])
     if job.stack:
         parts = [tensor[b, h // share, low:high] for b, h, r in job.stack for low, high in r.keys]
-        return torch.cat(parts).view(job.items, job.row.width, tensor.shape[3])
-    part = take(tensor[slice(*job.batch), key_heads(job.heads, share)], 2, job.row.keys)
-    return shared_heads(part, job, share).flatten(0, 1)
+        flat = memory[: math.prod(shape)].view(-1, shape[2])
+        return (torch.cat(parts, out=flat).view(shape),)
+    part = tensor[slice(*job.batch), key_heads(job.heads, share)]
+    if len(job.row.keys) <= MAX_PARTS:
+        views = (take(part, 2, (span,)) for span in job.row.keys)
+        return tuple(shared_heads(v, job, share).flatten(0, 1) for v in views)
+    gathered = memory[: part.shape[0] * part.shape[1] * shape[1] * shape[2]]
+    gathered = gathered.view(*part.shape[:2], *shape[1:])
+    torch.cat([part[:, :, low:high] for low, high in job.row.keys], 2, out=gathered)
+    return (shared_heads(gathered, job, share).flatten(0, 1),)
+
+
+def gather_size(problem: Problem, job: Job) -> int:
+    """Elements `keys_of` needs in its memory."""
+    if not job.stack and len(job.row.keys) <= MAX_PARTS:
+        return 0
+    return job.items * job.row.width * max(problem.k.shape[3], problem.v.shape[3])
 
 
 def key_heads(heads: Span, share: int) -> slice:
@@ -223,126 +240,3 @@ def shared_heads(part: Tensor, job: Job, share: int) -> Tensor:
         return part.expand(-1, last - first, -1, -1)
     index = torch.arange(first, last, device=part.device) // share - first // share
     return part.index_select(1, index)
-
-
-# The kernel
-
-
-def attend(problem: Problem, dtype: torch.dtype) -> Tensor:
-    """The attention output [b, h, q, f] in ``dtype``."""
-    b, h, q_len, _ = problem.q.shape
-    shape = (b, h, q_len, problem.v.shape[3])
-    out = torch.zeros(shape, dtype=dtype, device=problem.q.device)
-    if 0 in (*shape, problem.k.shape[2]):
-        return out
-    kernel = _Kernel(problem)
-    for job in jobs(problem):
-        _store(problem, job, out, kernel)
-    return out
-
-
-def _store(problem: Problem, job: Job, out: Tensor, kernel: _Kernel) -> None:
-    """Run a tile; write in place where the output has its layout, else copy."""
-    g, height = problem.group, job.row.height
-    if job.stack:
-        result = kernel.run(job).view(job.items, g, height, out.shape[3])
-        for (b, h, row), part in zip(job.stack, result, strict=True):
-            out[b, h * g : (h + 1) * g, slice(*row.queries)] = part
-        return
-    heads = slice(job.heads[0] * g, job.heads[1] * g)
-    place = out[slice(*job.batch), heads, slice(*job.row.queries)]
-    if g == 1 and out.dtype == problem.q.dtype:
-        kernel.run(job, place.flatten(0, 1))
-    else:
-        place.copy_(kernel.run(job).view(place.shape))
-
-
-class _Kernel:
-    """Runs tiles one after the other in the same memory."""
-
-    def __init__(self, problem: Problem) -> None:
-        self.problem, self.form = problem, problem.form
-        self.linear = linear_score(problem.form.score)
-        self.shift_invariant = depends_only_on_distance(problem.form.guard)
-        self._bounds: dict[tuple[int, int, int], Tensor] = {}
-        self._memory = torch.empty(0, dtype=problem.q.dtype, device=problem.q.device)
-
-    def run(self, job: Job, out: Tensor | None = None) -> Tensor:
-        """The output of a tile, [items, group * queries, f], in ``out`` if given."""
-        emitter = Emitter(_EAGER, self.problem.space(job))
-        scores = self._scores(job, emitter)
-        bounds = [self._bound(job, start, stop) for start, stop in job.row.masked]
-        for (start, stop), bound in zip(job.row.masked, bounds, strict=True):
-            part = _by_query(scores, job)[..., start:stop]
-            torch.minimum(part, bound, out=part)
-        if self.form.sink is not None:
-            blank = None
-            p = self._softmax_with_sink(job, scores, emitter.tensor(self.form.sink, scores.dtype))
-        else:
-            blank = self._blank(job, scores, bounds)
-            p = torch.softmax(scores, -1, out=scores)
-        if self.form.weight is not None:
-            _by_query(p, job).mul_(emitter.tensor(self.form.weight))
-        values = keys_of(self.problem, self.problem.v, job)
-        result = torch.bmm(p, values) if out is None else torch.bmm(p, values, out=out)
-        if blank is not None:
-            _by_query(result, job).masked_fill_(blank, 0.0)
-        return result
-
-    def _blank(self, job: Job, scores: Tensor, bounds: Sequence[Tensor]) -> Tensor | None:
-        """Queries without a finite score, [items, group, queries, 1] or less; None without any.
-
-        Where the score is a multiple of QK the guard alone decides, and its bounds are small.
-        """
-        if self.linear is None or self.linear.bias is not None:
-            return _by_query(scores, job).amax(-1, keepdim=True) == -math.inf
-        if job.row.certain:
-            return None
-        tops = [b.amax(-1, keepdim=True) for b in bounds]
-        return torch.stack(tops).amax(0) == -math.inf
-
-    def _scores(self, job: Job, emitter: Emitter) -> Tensor:
-        """Scores before the guard, [items, group * queries, width]."""
-        q, k = queries_of(self.problem, job), keys_of(self.problem, self.problem.k, job)
-        shape = (job.items, q.shape[1], k.shape[1])
-        if self._memory.numel() < math.prod(shape):
-            self._memory = self._memory.new_empty(math.prod(shape))
-        s = self._memory[: math.prod(shape)].view(shape)
-        if self.linear is None:
-            torch.bmm(q, k.mT, out=s)
-            known: dict[Expr, Any] = {QK: _by_query(s, job)}
-            score: Tensor = Emitter(_EAGER, emitter.space, known).tensor(self.form.score, s.dtype)
-            return score.expand_as(_by_query(s, job)).reshape(shape).contiguous()
-        torch.baddbmm(s, q, k.mT, beta=0, alpha=self.linear.scale, out=s)
-        if self.linear.bias is not None:
-            _by_query(s, job).add_(emitter.tensor(self.linear.bias))
-        return s
-
-    def _bound(self, job: Job, start: int, stop: int) -> Tensor:
-        """+inf where the guard holds and -inf elsewhere: the cheapest mask is a minimum."""
-        row = job.row
-        key = (row.queries[0] - row.keys[0][0] - start, row.height, stop - start)
-        reusable = self.shift_invariant and len(row.keys) == 1 and not job.stack
-        if reusable and key in self._bounds:
-            return self._bounds[key]
-        space = self.problem.space(job).columns(start, stop)
-        keep = Emitter(_EAGER, space).truth(self.form.guard)
-        top = torch.full((), math.inf, dtype=self.problem.q.dtype, device=keep.device)
-        bound = torch.where(keep, top, -top)
-        if reusable:
-            self._bounds[key] = bound
-        return bound
-
-    def _softmax_with_sink(self, job: Job, s: Tensor, sink: Tensor) -> Tensor:
-        """Softmax with one more term in the denominator, in place; 0 where all terms are."""
-        by_query = _by_query(s, job)
-        top = torch.maximum(by_query.amax(-1, keepdim=True), sink)
-        top = top.masked_fill_(top == -math.inf, 0.0)
-        total = by_query.sub_(top).exp_().sum(-1, keepdim=True).add_((sink - top).exp())
-        by_query.div_(total.masked_fill_(total == 0, 1.0))
-        return s
-
-
-def _by_query(s: Tensor, job: Job) -> Tensor:
-    """[items, group * queries, n] as [items, group, queries, n], without a copy."""
-    return s.view(s.shape[0], -1, job.row.height, s.shape[-1])
