@@ -83,6 +83,9 @@ def test_the_normal_form_computes_the_same_numbers():
         assert (got - want).abs().max() <= 64 * torch.finfo(torch.float64).eps * want.abs().max()
 
 
+FILTERED = "T = A[i : i > 1]; U = A[i : i > 5]; "
+
+
 @pytest.mark.parametrize(
     ("left", "right", "same"),
     [
@@ -98,6 +101,8 @@ def test_the_normal_form_computes_the_same_numbers():
         ("Y[i] = A[i] where i < 3 & i > 1", "Y[i] = A[i]", False),
         ("Y[i] = 1 * A[i]", "Y[i] = 1.0 * A[i]", False),
         ("T = A[i]; U = B[i]; Y = T * U", "X = B[i]; W = A[i]; Y = W * X", True),
+        (FILTERED + "Y = T / U", "W = A[k : k > 5]; X = A[k : k > 1]; Y = X / W", True),
+        (FILTERED + "Y = T / U", "W = A[k : k > 5]; X = A[k : k > 1]; Y = W / X", False),
         ("T = A[i]; U = B[i]; Y = T / U", "T = B[i]; U = A[i]; Y = T / U", False),
         ("tensor T default 1\nT = A[i] where i > 1; Y = T", "T = A[i] where i > 1; Y = T", False),
         ("rank i = 3\nY[i] = A[i]", "Y[i] = A[i]", False),

@@ -288,6 +288,19 @@ def test_index_maps_scatter():
     )
 
 
+def test_shifted_reads_and_writes():
+    a = t(1.0, 2.0, 3.0, 4.0)
+    assert run("Y[i - 1] = A[i] where i > 0\ntensor Y[i]", A=a).tolist() == [2.0, 3.0, 4.0, 0.0]
+    assert run("Y[i] = A[i - 1] + A[i] where i > 0", A=a).tolist() == [0.0, 3.0, 5.0, 7.0]
+    assert run("Y[i] = A[i + 1] - A[i] where i + 1 < #i", A=a).tolist() == [1.0, 1.0, 1.0, 0.0]
+
+
+def test_an_empty_divisor_leaves_the_default():
+    text = "tensor Y[i] default 7\nY[i] = A[i, k] / B[i] * C[k]"
+    got = run(text, A=torch.ones(2, 3), B=t(2.0, 0.0), C=t(1.0, 2.0, 3.0))
+    assert got.tolist() == [3.0, 7.0]
+
+
 def test_a_second_write_keeps_what_it_does_not_touch():
     got = run("ranks i, j\nY[i, j] = X[i, j]\nY[i, 1] = -1.0 where i > 0\noutput Y", X=X)
     want = X.clone()

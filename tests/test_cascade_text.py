@@ -235,6 +235,13 @@ def test_filters_may_stand_in_the_index():
     )
 
 
+def test_a_filter_belongs_to_its_einsum_only():
+    first, second = parse("S[i] = A[k : k <= i]; T[i] = A[k]").body
+    assert isinstance(first, Einsum)
+    assert isinstance(second, Einsum)
+    assert (first.guard, second.guard) == (Rank("k") <= Rank("i"), TRUE)
+
+
 @pytest.mark.parametrize(
     ("text", "same"),
     [
@@ -276,6 +283,13 @@ def test_a_dimension_without_a_name_gets_a_rank():
         ("P", ("m",)),
     ]
     assert [r.name for r in cascade.ranks] == ["h", "m", "K_0", "T_0"]
+
+
+def test_a_scalar_that_is_computed_is_no_extent():
+    cascade = parse("M = A[m] :: reduce_m max; Y[m] = A[m] / M")
+    last = cascade.body[1]
+    assert isinstance(last, Einsum)
+    assert last.expr == Read("A", (Rank("m"),)) / Read("M", ())
 
 
 def test_declared_names_win_over_what_would_be_inferred():

@@ -30,7 +30,7 @@ from attn_rewrite.cascade.expr import (
     ranks_of,
     walk,
 )
-from attn_rewrite.cascade.extents import extents, shift_of
+from attn_rewrite.cascade.extents import extents
 from attn_rewrite.cascade.fold import (
     Points,
     contract,
@@ -41,7 +41,7 @@ from attn_rewrite.cascade.fold import (
 )
 from attn_rewrite.cascade.infer import IDENTITY
 from attn_rewrite.cascade.ir import Cascade, Einsum, Loop, TensorDecl
-from attn_rewrite.cascade.values import Frame, evaluate, real, truth
+from attn_rewrite.cascade.values import Frame, evaluate, place, real, truth
 from attn_rewrite.errors import CascadeError
 
 _SCATTER = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin", "or": "amax", "and": "amin"}
@@ -215,16 +215,11 @@ class _Machine:
         shape = [n if r in carried else 1 for r, n in zip(frame.ranks, frame.shape(), strict=True)]
         values = points.values.expand(shape)
         touched = None if points.touched is None else points.touched.expand(shape)
-        shifts = [shift_of(i, self.extents) for i in e.out.index]
-        ranks = [s.rank for s in shifts if s is not None and s.rank is not None]
-        if None in shifts or len(set(ranks)) != len(ranks):
+        target = place(e.out, self.tensors[e.out.tensor], frame)
+        if target is None:
             self._scatter(e, frame, values, touched)
             return
-        target = self.tensors[e.out.tensor]
-        for dim, shift in reversed(list(enumerate(shifts))):
-            assert shift is not None
-            start, count = shift.span(frame.coordinates)
-            target = target.narrow(dim, start, count)
+        ranks = [n.name for i in e.out.index for n in walk(i) if isinstance(n, Rank)]
         axes = [frame.axis(r) for r in ranks]
         order = [*axes, *(a for a in range(len(shape)) if a not in axes)]
         values = values.permute(order).reshape(target.shape).to(target.dtype)

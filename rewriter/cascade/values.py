@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from attn_rewrite.cascade.expr import Call, Const, Expr, Extent, Rank, Read
+from attn_rewrite.cascade.expr import Call, Const, Expr, Extent, Rank, Read, walk
 from attn_rewrite.cascade.extents import shift_of
 from attn_rewrite.errors import CascadeError
 
@@ -110,22 +110,35 @@ def _read(read: Read, frame: Frame) -> Tensor:
     return _gather(read, tensor, frame) if view is None else view
 
 
-def _slice(read: Read, tensor: Tensor, frame: Frame) -> Tensor | None:
-    """A view, where each index is a literal or a shifted rank of its own and stays inside."""
-    shifts = [shift_of(i, frame.extents) for i in read.index]
+def place(access: Read, tensor: Tensor, frame: Frame) -> Tensor | None:
+    """The box of ``tensor`` that the frame accesses, as a view with a dimension per index.
+
+    None unless each index is a literal or a shifted rank of its own and stays inside.
+    """
+    shifts = [shift_of(i, frame.extents) for i in access.index]
     ranks = [s.rank for s in shifts if s is not None and s.rank is not None]
-    if None in shifts or len(set(ranks)) != len(ranks):
+    if len(set(ranks)) != len(ranks):
         return None
     for dim, shift in enumerate(shifts):
-        assert shift is not None
+        if shift is None:
+            return None
         start, count = shift.span(frame.coordinates)
         if start < 0 or start + count > tensor.shape[dim]:
             return None
         tensor = tensor.narrow(dim, start, count)
-    tensor = tensor.reshape([n for n, s in zip(tensor.shape, shifts, strict=True) if s and s.rank])
-    counts = dict(zip(ranks, tensor.shape, strict=True))
-    order = sorted(range(len(ranks)), key=lambda i: frame.axis(ranks[i]))
-    return tensor.permute(order).reshape([counts.get(r, 1) for r in frame.ranks])
+    return tensor
+
+
+def _slice(read: Read, tensor: Tensor, frame: Frame) -> Tensor | None:
+    """A view with the dimensions of the frame, where `place` finds one."""
+    box = place(read, tensor, frame)
+    if box is None:
+        return None
+    ranks = [next((n.name for n in walk(i) if isinstance(n, Rank)), None) for i in read.index]
+    counts = {r: n for r, n in zip(ranks, box.shape, strict=True) if r is not None}
+    box = box.reshape(list(counts.values()))
+    order = sorted(range(len(counts)), key=lambda i: frame.axis(list(counts)[i]))
+    return box.permute(order).reshape([counts.get(r, 1) for r in frame.ranks])
 
 
 def _gather(read: Read, tensor: Tensor, frame: Frame) -> Tensor:
