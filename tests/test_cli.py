@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -138,7 +139,7 @@ def test_inspect(bert: Path) -> None:
     expected = {"name": SITE, "kind": "self", "family": "softmax", "causal": False, "hq": 2}
     assert expected.items() <= site.items()
     assert site["rewritable"] is True
-    table = attn_rewrite("inspect", bert)
+    table = attn_rewrite("inspect", bert, env={"COLUMNS": "160"})
     assert (table.code, "1 attention sites" in table.out) == (0, True)
     assert "encoder.layer.0" in table.out
 
@@ -269,8 +270,6 @@ def test_verify_finds_another_original(result: tuple[Path, Outcome], tmp_path: P
 
 
 def test_verify_finds_a_changed_file(result: tuple[Path, Outcome], tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(result[0], copy)
     data = bytearray((copy / "model.pt2").read_bytes())
@@ -287,8 +286,6 @@ def test_verify_finds_wrong_numbers(
     # An honest folder whose ONNX file is that of another policy: hashes fit, numbers do not.
     words = ("--policy", "exact", "--export", "onnx", "--length", "36", "-o", tmp_path / "exact")
     assert attn_rewrite("optimize", bert, *words).code == 0
-    import shutil
-
     from attn_rewrite.checkpoint import load_model
     from attn_rewrite.saved import seal
 
