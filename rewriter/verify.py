@@ -326,12 +326,20 @@ def compare_outputs(original: Any, rewritten: Any) -> dict[str, ErrorMeasure]:
     for (path, reference), (_, result) in zip(wanted, found, strict=True):
         if not isinstance(reference, Tensor) or not reference.is_floating_point():
             continue
-        name = pytree.keystr(path).lstrip(".") or "output"
+        name = ".".join(map(_place, path)) or "output"
         if not isinstance(result, Tensor) or result.shape != reference.shape:
             shape = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
             raise VerifyError(f"output {name} is {shape}, in the original {list(reference.shape)}")
         errors[name] = measure(result, reference)
     return errors
+
+
+def _place(key: Any) -> str:
+    """One step into an output: the key, the index or the field."""
+    for name in ("key", "idx", "name"):
+        if hasattr(key, name):
+            return str(getattr(key, name))
+    return str(key)
 
 
 def worst_site(errors: Mapping[str, ErrorMeasure], bound: Bound) -> str | None:
