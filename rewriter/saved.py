@@ -45,7 +45,7 @@ def save(
     """
     with output_folder(directory, force=force) as part:
         write_result(optimized, part, source=source)
-        seal(part, source=source)
+        seal(part, source=source, training=optimized.training)
     return Path(directory)
 
 
@@ -62,8 +62,11 @@ def write_result(
     _write_json(folder / "report.json", optimized.report.to_json())
 
 
-def seal(folder: Path, *, source: LoadedModel | None = None) -> None:
-    """Write the manifest of ``folder``: call it last, it hashes every file that is there."""
+def seal(folder: Path, *, source: LoadedModel | None = None, training: bool = False) -> None:
+    """Write the manifest of ``folder``: call it last, it hashes every file that is there.
+
+    ``training`` is the mode the model was captured in, which a program does not say itself.
+    """
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     origin = None
     if source is not None:
@@ -74,6 +77,7 @@ def seal(folder: Path, *, source: LoadedModel | None = None) -> None:
             "format": FORMAT,
             "versions": versions(),
             "source": origin,
+            "training": training,
             "files": {path.relative_to(folder).as_posix(): sha256(path) for path in files},
         },
     )
@@ -109,7 +113,7 @@ def load(directory: str | Path) -> OptimizedModule:
     is incomplete.
     """
     folder = Path(directory)
-    check_result(folder)
+    manifest = check_result(folder)
     importlib.import_module("attn_rewrite.ops")  # a saved program refers to these operators by name
     from attn_rewrite.optimized import OptimizedModule
     from attn_rewrite.plan import Plan
@@ -119,7 +123,9 @@ def load(directory: str | Path) -> OptimizedModule:
     program = read_program(folder / "model.pt2")
     plan = Plan.from_json(read_json(folder / "plan.json"))
     report = Report.from_json(read_json(folder / "report.json"))
-    return OptimizedModule.from_program(program, plan=plan, report=report)
+    module = OptimizedModule.from_program(program, plan=plan, report=report)
+    module.training = bool(manifest.get("training", False))
+    return module
 
 
 def check_result(folder: Path) -> dict[str, Any]:

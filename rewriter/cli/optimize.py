@@ -68,7 +68,7 @@ def optimize(model: Model, rewriting: Rewriting, options: ModelOptions, terminal
         with terminal.stage("writing model.pt2"):
             write_result(optimized, part, source=loaded)
         artifacts = _export(optimized, part, request.onnx, terminal)
-        seal(part, source=loaded)
+        seal(part, source=loaded, training=optimized.training)
     document = {
         "output": str(rewriting.output),
         "files": sorted(str(p.relative_to(rewriting.output)) for p in _files(rewriting.output)),
