@@ -9,6 +9,7 @@ from torch import fx
 
 from attn_rewrite.graph import module_path
 from attn_rewrite.passes.find.anchor import is_anchor
+from attn_rewrite.passes.find.families import recognise
 from attn_rewrite.passes.find.match import match
 from attn_rewrite.site import Findings, Refusal, Site
 
@@ -31,7 +32,10 @@ def find(module: fx.GraphModule) -> Findings:
             if not is_anchor(node):
                 continue
             path = module_path(node) or "attention"
-            found = match(node, graph, f"{path}#{counts[path]}")
+            name = f"{path}#{counts[path]}"
+            found = match(node, graph, name)
+            if isinstance(found, Refusal):
+                found = recognise(node, found, graph, name) or found
             if isinstance(found, Site):
                 counts[path] += 1
                 sites.append(found)

@@ -27,6 +27,8 @@ from attn_rewrite.passes.find.product import Product, product_of
 
 # An expression larger than this is read as a tensor instead.
 MAX_NODES = 120
+# ... but for a score, in which the product must stay visible beside a long mask.
+MAX_SCORE_NODES = 1200
 MAX_DEPTH = 64
 # Stands for a known extent while a size is solved for its symbol.
 _WHOLE = sympy.Symbol("whole")
@@ -99,13 +101,20 @@ class Lifter:
             expr = simplify(expr)
             atoms = {a for d in pure(dims) or () for a in self.axes.resolve(d)}
             covers = len(atoms) == len({r for n in walk(expr) if isinstance(n, Read) for r in n.index})
-            if (self._is_plain_data(expr) and covers) or sum(1 for _ in walk(expr)) > MAX_NODES:
+            if (self._is_plain_data(expr) and covers) or self._is_too_large(expr):
                 expr = None
         if expr is None:
             atoms = pure(dims)
             expr = None if atoms is None else self._leaf(node, atoms)
         self._memo[key] = expr
         return expr
+
+    def _is_too_large(self, expr: Expr) -> bool:
+        size = sum(1 for _ in walk(expr))
+        if size <= MAX_NODES:
+            return False
+        reads_product = any(isinstance(n, Read) and n.tensor in self.dots for n in walk(expr))
+        return not reads_product or size > MAX_SCORE_NODES
 
     def _is_plain_data(self, expr: Expr) -> bool:
         """No position and no product in it, and no smaller than what it reads: better read as it is."""
