@@ -28,6 +28,7 @@ from attn_rewrite.passes.cascade import (
 )
 from attn_rewrite.passes.cascade.algebra import evaluate
 from attn_rewrite.passes.cascade.separability import (
+    NotProved,
     Separation,
     is_range_guard,
     leaves_of,
@@ -397,6 +398,12 @@ def test_range_guards_are_exponentials_of_states() -> None:
     assert not is_range_guard(call("exp", X), STATES)
 
 
+def test_numbers_that_agree_are_not_a_proof() -> None:
+    """The clamp binds nowhere near the probes; only algebra tells that it may bind."""
+    found = separate(leaves_of(call("exp", call("max", X - S, -100.0)), "m", STATES), "mul")
+    assert isinstance(found, NotProved)
+
+
 # --- Rules beyond softmax, each on the smallest cascade that needs it
 
 
@@ -521,6 +528,27 @@ def test_upstream_through_zero_defers_instead_of_dividing() -> None:
     assert [p.rule for p in result.proofs] == ["D (deferral)"]
     x = {"A": torch.tensor([1.0, -1.0, 3.0]).double(), "B": torch.tensor([2.0, 2.0, 5.0]).double()}
     assert_close(interpret(result.cascade, x), interpret(NAMED["dependent-sums"], x))
+
+
+def test_a_filtered_map_counts_with_its_default() -> None:
+    """Outside its guard A is 0, so the sum still gets Y there."""
+    text = """
+        GM[p] = X[m, p] :: reduce_m max
+        A[m, p] = exp(X[m, p] - GM[p]) where m <= p
+        T[p] = (1.0 + A[m, p]) * Y[m]
+        """
+    check(text, {"X": draw(1, 8, 3, scale=300), "Y": draw(2, 8)}, "D (finite rank, K=")
+
+
+def test_a_factor_of_unknown_sign_does_not_leave_a_maximum() -> None:
+    text = """
+        S[p] = X[m, p]
+        T[p] = X[m, p] * S[p] :: reduce_m max
+        """
+    found = refused(parse(text))
+    assert (found.code, found.rule) == ("unproved-sign", "stability")
+    positive = text.replace("S[p] = X[m, p]", "S[p] = exp(X[m, p])")
+    check(positive, XMP, "D (deferral)")
 
 
 def test_correction_that_differs_along_a_folded_rank() -> None:

@@ -290,47 +290,63 @@ def deferred_terms(flow: Flow, e: Einsum) -> Deferred | None:
     if groups is None or not 1 < len(groups) <= _MOST_TERMS:
         return None
     leaves = {symbol: leaf for leaf, symbol in symbols.items()}
-    return _many_steps(flow, whole, e, {h: from_sympy(h, leaves) for h in groups}, {
-        h: from_sympy(sympy.Add(*g), leaves) for h, g in groups.items()
-    })  # fmt: skip
+    pairs = [
+        (from_sympy(factor, leaves), from_sympy(sympy.Add(*group), leaves))
+        for (factor, _), group in groups.items()
+    ]
+    return _many_steps(flow, whole, e, pairs)
 
 
 def _groups(
     terms: Sequence[Term], states: set[sympy.Symbol], items: set[sympy.Symbol]
-) -> dict[Term, list[Term]] | None:
-    """Terms by their state factor; None if a state is mixed with items outside an exponential."""
-    groups: dict[Term, list[Term]] = {}
+) -> dict[tuple[Term, Term], list[Term]] | None:
+    """Terms by state factor and by what states their range guards hold.
+
+    None if a state is mixed with items outside an exponential.
+    """
+    groups: dict[tuple[Term, Term], list[Term]] = {}
     for term in terms:
-        still, moving = [], []
+        still, moving, guards = [], [], []
         for factor in sympy.Mul.make_args(term):
-            guard = factor.has(sympy.exp)
-            if factor.free_symbols & states and not guard:
+            stateful = bool(factor.free_symbols & states)
+            if stateful and not factor.has(sympy.exp):
                 if factor.free_symbols & items:
                     return None
                 still.append(factor)
-            else:
-                moving.append(factor)
-        groups.setdefault(sympy.Mul(*still), []).append(sympy.Mul(*moving))
+                continue
+            moving.append(factor)
+            guards += _guard_states(factor, states) if stateful else []
+        key = (sympy.Mul(*still), sympy.Add(*guards))
+        groups.setdefault(key, []).append(sympy.Mul(*moving))
     return groups
 
 
+def _guard_states(factor: Term, states: set[sympy.Symbol]) -> list[Term]:
+    """The terms of an exponent that hold states: sums with different ones do not separate."""
+    if not isinstance(factor, sympy.exp):
+        return [factor]
+    parts = sympy.Add.make_args(sympy.expand(factor.exp))
+    return [p for p in parts if p.free_symbols & states]
+
+
 def _many_steps(
-    flow: Flow, whole: Einsum, e: Einsum, factors: dict[Term, Expr], bodies: dict[Term, Expr]
+    flow: Flow, whole: Einsum, e: Einsum, pairs: Sequence[tuple[Expr, Expr]]
 ) -> Deferred:
+    """An accumulator for each (factor, body), then the sum of what the factors make of them."""
     partials: list[Einsum] = []
     taken = flow
-    for rest in bodies.values():
+    for _, rest in pairs:
         partials.append(accumulator(taken, whole, rest))
         taken = taken.with_einsums([*taken.einsums, partials[-1]])
     total: Expr | None = None
-    for partial, factor in zip(partials, factors.values(), strict=True):
+    for partial, (factor, _) in zip(partials, pairs, strict=True):
         one = factor == Const(1) or factor == Const(1.0)
         product = partial.out if one else partial.out * factor
         total = product if total is None else total + product
     assert total is not None
     last = Einsum(e.out, total, (), _row_guard(flow, whole, frozenset()))
     states = tuple(dict.fromkeys(s.tensor for s in flow.states(whole.expr)))
-    terms = " + ".join(f"({g}) * ({factors[h]})" for h, g in bodies.items())
+    terms = " + ".join(f"({rest}) * ({factor})" for factor, rest in pairs)
     proof = Proof(
         f"D (finite rank, K={len(partials)})", e.out.tensor, flow.rank, states,
         G=whole.expr, H=Const(1.0), side_conditions=(f"body = {terms}",), cancellation_risk=True,

@@ -17,6 +17,7 @@ from attn_rewrite.cascade.expr import (
     ranks_of,
     substitute,
     walk,
+    where,
 )
 from attn_rewrite.cascade.ir import Cascade, Einsum, Loop, RankDecl, TensorDecl
 from attn_rewrite.cascade.unroll import accesses, unrolled
@@ -230,7 +231,8 @@ def inlined(flow: Flow, e: Einsum, read: Read) -> Einsum | None:
     """``e`` with ``read`` replaced by the expression that made it; None where that changes values.
 
     A producer that sums another rank may be inlined into a sum in which it is a factor (sums are
-    exchanged); its guard moves along when an untouched point contributes nothing.
+    exchanged); its guard moves along when an untouched point contributes nothing, and becomes a
+    choice of the default otherwise.
     """
     made = flow.producer.get(read.tensor)
     if made is None or not all(isinstance(i, Rank) for i in made.out.index):
@@ -246,9 +248,13 @@ def inlined(flow: Flow, e: Einsum, read: Read) -> Einsum | None:
     have = conjuncts(e.guard)
     moved = tuple(t for t in conjuncts(substitute(made.guard, at)) if t not in have)
     neutral = flow.default(read.tensor) == IDENTITY[op] and absorbs(e.expr, read, op)
+    value = substitute(made.expr, at)
     if moved and not neutral:
-        return None
-    expr = substitute(e.expr, {read: substitute(made.expr, at)})
+        if local:
+            return None
+        value = where(conjunction(moved), value, flow.default(read.tensor))
+        moved = ()
+    expr = substitute(e.expr, {read: value})
     return replace(e, expr=expr, guard=conjunction(have + moved))
 
 

@@ -186,7 +186,11 @@ def _acted(flow: Flow, e: Einsum, whole: Einsum, body: Body, found: Separation) 
     """A proved split becomes a deferral where that is legal, else a correction."""
     extremum = flow.operation(e) in ("max", "min")
     if extremum and found.action == "mul" and sign(flow, found.H) != "positive":
-        return None  # a negative factor would turn the extremum around
+        reason = (
+            f"{e.out.tensor} is separable, but its factor {found.H} is not proved positive: a "
+            "negative one would turn the extremum around"
+        )
+        return FusionRefusal("unproved-sign", reason, rule="stability", tensor=e.out.tensor)
     guards, free = product_parts(found.H, lambda p: is_range_guard(p, flow.complete))
     if found.action == "add" or guards is None:
         split = _deferred_split(flow, e, whole, found.G, found.H, found.action)
