@@ -17,8 +17,9 @@ from attn_rewrite.budget import Budget
 from attn_rewrite.capture import Captured
 from attn_rewrite.costs import before_and_after
 from attn_rewrite.driver import Decision, Stopwatch, lowered, spliced
+from attn_rewrite.passes.keep import Keep
 from attn_rewrite.passes.transform import Exactness
-from attn_rewrite.plan import Plan
+from attn_rewrite.plan import Plan, Step
 from attn_rewrite.report import ErrorMeasure, Report, SiteReport
 from attn_rewrite.saved import versions
 from attn_rewrite.site import Findings, Refusal
@@ -58,13 +59,14 @@ def accept(
             checks = _check(captured, host, decisions, budget)
     decisions = [_after(d, checks.get(d.site.name)) for d in decisions]
     plan = plan.without([n for n, c in checks.items() if c.verdict == "reverted"])
+    plan = _keeping(plan, {n for n, c in checks.items() if c.verdict == "kept"})
     with watch.stage("splice"):
         graph = spliced(captured, decisions)
     end_to_end: dict[str, ErrorMeasure] = {}
     if verify:
         with watch.stage("end to end"):
             end_to_end, graph, plan, checks, decisions = _whole(
-                captured, graph, plan, checks, decisions, budget
+                captured, host, graph, plan, checks, decisions, budget
             )
     with watch.stage("cost"):
         sites = tuple(_site_report(d, plan, checks.get(d.site.name), budget) for d in decisions)
@@ -75,9 +77,7 @@ def accept(
         end_to_end=end_to_end,
         timings=dict(watch.seconds),
         versions=versions(),
-        notes=captured.notes
-        if verify
-        else (*captured.notes, "not verified: verify=False was asked for"),
+        notes=(*captured.notes, *_notes(checks, verify)),
         budget="" if budget is None else str(budget),
     )
     return Outcome(graph, plan, report)
@@ -128,6 +128,7 @@ Whole = tuple[dict[str, ErrorMeasure], fx.GraphModule, Plan, dict[str, SiteCheck
 
 def _whole(
     captured: Captured,
+    host: fx.GraphModule,
     graph: fx.GraphModule,
     plan: Plan,
     checks: dict[str, SiteCheck],
@@ -151,10 +152,39 @@ def _whole(
         worst = worst_site(left, bound)
         if worst is None:
             return errors, graph, plan, checks, decisions
-        checks = {**checks, worst: replace(checks[worst], verdict="reverted")}
+        gone = replace(checks[worst], verdict="reverted")
+        decisions = [_after(d, gone) if d.site.name == worst else d for d in decisions]
+        exact = _check(captured, host, [d for d in decisions if d.site.name == worst], None)
+        checks = {**checks, worst: _merged(gone, exact.get(worst))}
         plan = plan.without([worst])
-        decisions = [_after(d, checks[worst]) if d.site.name == worst else d for d in decisions]
         graph = spliced(captured, decisions)
+
+
+def _notes(checks: Mapping[str, SiteCheck], verify: bool) -> tuple[str, ...]:
+    if not verify:
+        return ("not verified: verify=False was asked for",)
+    return tuple(f"{name}: {check.note}" for name, check in checks.items() if check.note)
+
+
+def _merged(gone: SiteCheck, exact: SiteCheck | None) -> SiteCheck:
+    """The check of a site sent back: what its approximation cost, and how exact it is now."""
+    if exact is None:
+        return replace(gone, implementation=None, implementation_bound=None)
+    return replace(
+        gone,
+        implementation=exact.implementation,
+        implementation_bound=exact.implementation_bound,
+        seconds=gone.seconds + exact.seconds,
+    )
+
+
+def _keeping(plan: Plan, names: set[str]) -> Plan:
+    """The plan with the steps of sites that verification kept replaced by ``keep``."""
+    if not names:
+        return plan
+    steps = [s for s in plan.steps if s.site not in names]
+    kept = [Step(n, (Keep(),), note="verification kept it") for n in sorted(names)]
+    return replace(plan, steps=(*steps, *kept))
 
 
 def _run(graph: fx.GraphModule, captured: Captured) -> Any:
@@ -188,7 +218,7 @@ def _site_report(
     return SiteReport(
         name=site.name,
         facts=site.facts(),
-        steps=tuple(s.text if s.heads is None else str(s).partition(": ")[2] for s in steps),
+        steps=tuple(s.label for s in steps),
         kernel=None if item.kernel is None else item.kernel.name,
         exactness=max(
             (s.exactness for s in steps), default=Exactness.EXACT, key=list(Exactness).index

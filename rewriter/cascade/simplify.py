@@ -290,7 +290,9 @@ def _comparison(node: Call) -> Expr | None:
     if op != "le" and min(difference.items(), key=_term_order)[1] < 0:
         difference = {t: -c for t, c in difference.items()}
         constant = -constant
-    result = call(op, _sum(difference, -1, 0), _sum(difference, 1, constant))
+    bare = all(c > 0 for c in difference.values())  # nothing on the left: put the constant there
+    moved = constant if bare and constant < 0 else 0
+    result = call(op, _sum(difference, -1, -moved), _sum(difference, 1, constant - moved))
     return None if result == node else result
 
 
