@@ -211,10 +211,24 @@ def live_users(node: fx.Node) -> list[fx.Node]:
     return [u for u in node.users if not _is_dead(u)]
 
 
+# Something that is not used after so many nodes counts as used: looking further would make every question
+# about users as long as the graph.
+_DEAD_NODES = 64
+
+
 def _is_dead(node: fx.Node) -> bool:
-    if op_name(node) in ("_assert_tensor_metadata", "_guards_fn"):
-        return True
-    return node.op == "call_function" and not node.is_impure() and all(map(_is_dead, node.users))
+    """True if nothing that follows from ``node`` is an output or has an effect."""
+    seen, queue = {node}, [node]
+    while queue:
+        here = queue.pop()
+        if op_name(here) in ("_assert_tensor_metadata", "_guards_fn"):
+            continue
+        if here.op != "call_function" or here.is_impure() or len(seen) > _DEAD_NODES:
+            return False
+        new = [u for u in here.users if u not in seen]
+        seen.update(new)
+        queue.extend(new)
+    return True
 
 
 # --------------------------------------------------------------------------------------------------

@@ -48,9 +48,8 @@ class InPlace(Canonicalization):
         if functional is None:
             return None
         new = build.call(functional, *node.args, **node.kwargs)
-        order = {n: i for i, n in enumerate(node.graph.nodes)}
         for user in list(source.users):
-            if user is not new and order[user] > order[node]:
+            if user is not new and node < user:
                 user.replace_input_with(source, new)
         return new  # type: ignore[no-any-return]
 

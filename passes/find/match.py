@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from attn_rewrite.passes.find.forward import Forward, follow
 from attn_rewrite.passes.find.layout import pull, pure
 from attn_rewrite.passes.find.lift import Dot
 from attn_rewrite.passes.find.region import region
-from attn_rewrite.passes.find.roles import Roles, assign, groups, in_ranks, operand
+from attn_rewrite.passes.find.roles import Roles, assign, from_features, groups, in_ranks, operand
 from attn_rewrite.site import Operand, Refusal, Site
 from attn_rewrite.sizes import as_size, same_size
 
@@ -86,7 +86,9 @@ def _site(anchor: Anchor, dot: Dot, forward: Forward, module: fx.GraphModule, na
     raised = _raise(anchor, dot, forward, roles, factor * factor_k)
     if isinstance(raised, Refusal):
         return raised
-    return _assemble(anchor, forward, roles, (query, key, value), raised, module, name)
+    site = _assemble(anchor, forward, roles, (query, key, value), raised, module, name)
+    channels = all(from_features(*t, roles.kv, axes) for t in (key, value))
+    return replace(site, family="channel") if channels else site
 
 
 def _trim(node: fx.Node, dims: tuple[Atoms, ...], axes: Any, *, scale: bool = True) -> tuple[float, Tensor]:

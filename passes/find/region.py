@@ -24,4 +24,4 @@ def region(output: fx.Node, operands: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
             flow.add_edge(source, node)
     # A node that does not lie behind an operand (a mask made from shapes) is not the site's own.
     behind = {n for n in flow if any(a in stop or a in flow for a in n.all_input_nodes)}
-    return tuple(n for n in output.graph.nodes if n in behind) if len(behind) < 512 else (output,)
+    return tuple(sorted(behind)) if len(behind) < 512 else (output,)  # nodes compare by place

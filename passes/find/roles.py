@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from attn_rewrite.cascade.expr import Const, Expr, Extent, Rank, call, transform
+from attn_rewrite.cascade.expr import Const, Expr, Extent, Rank, call, ranks_of, transform
 from attn_rewrite.graph import is_call, is_parameter, is_tensor, shape_of
 from attn_rewrite.passes.find.axes import Atoms, Axes
 from attn_rewrite.sizes import as_size, same_size
-from attn_rewrite.passes.find.layout import pull, pure
+from attn_rewrite.passes.find.layout import Dims, pull, pure
 from attn_rewrite.passes.find.lift import Dot
 from attn_rewrite.site import Factor, Operand
 
@@ -83,6 +83,29 @@ def _back(node: fx.Node, dims: tuple[Atoms, ...], axes: Axes) -> tuple[fx.Node, 
                 if all(same_size(as_size(a), as_size(b)) for a, b in pairs):
                     return source, dims  # type: ignore[return-value]
     return None
+
+
+def from_features(node: fx.Node, dims: tuple[Atoms, ...], wanted: Atoms, axes: Axes) -> bool:
+    """True if the atoms come from the feature axis of a projection: they are channels, not positions."""
+    for _ in range(24):
+        if is_call(node, "linear", "addmm", "conv2d", "conv1d"):
+            place = len(dims) - 1 if is_call(node, "linear", "addmm") else 1
+            return set(axes.resolve(wanted)) <= set(axes.resolve(dims[place]))
+        moved = pull(node, dims, axes)
+        step = _back(node, dims, axes) if moved is None else (moved[0], _as_atoms(*moved, axes))
+        if step is None:
+            return False
+        node, dims = step
+    return False
+
+
+def _as_atoms(node: fx.Node, dims: Dims, axes: Axes) -> tuple[Atoms, ...]:
+    """Coordinates as the atoms they vary with; an axis read at one place only is an atom of its own."""
+    return tuple(
+        d if not isinstance(d, Expr)
+        else tuple(sorted(int(n[1:]) for n in ranks_of(d))) or axes.fresh(size)
+        for d, size in zip(dims, shape_of(node), strict=True)
+    )  # fmt: skip
 
 
 def assign(

@@ -1,0 +1,190 @@
+"""Families of attention by name, near misses, and the time the finder takes."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from attn_rewrite.passes.canonicalize import canonicalize
+from attn_rewrite.passes.find import find
+from torch import Tensor, fx, nn
+
+from tests.test_find_spellings import Module, capture, findings
+
+WIDTH, HEADS, LENGTH = 16, 4, 6
+
+
+class Heads(nn.Module):
+    """Projections to [3, batch, heads, length, width]; subclasses attend."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.mix = nn.Linear(HEADS, HEADS)
+        self.gate = nn.Parameter(torch.ones(HEADS, 1, 1))
+        self.register_buffer("distances", torch.randn(1, HEADS, LENGTH, LENGTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, HEADS, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.attend(q, k, v)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        raise AssertionError("a subclass attends")
+
+
+class TalkingBefore(Heads):
+    def attend(self, q, k, v):
+        s = self.mix((q @ k.mT).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return s.softmax(-1) @ v
+
+
+class TalkingAfter(Heads):
+    def attend(self, q, k, v):
+        p = (q @ k.mT).softmax(-1)
+        return self.mix(p.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) @ v
+
+
+class GatedSum(Heads):
+    def attend(self, q, k, v):
+        gate = self.gate.sigmoid()
+        p = (1 - gate) * (q @ k.mT).softmax(-1) + gate * self.distances.softmax(-1)
+        return (p / p.sum(-1, keepdim=True)) @ v
+
+
+class KeySoftmax(Heads):
+    def attend(self, q, k, v):
+        return q @ (k.softmax(2).mT @ v)
+
+
+class BothSoftmax(Heads):
+    def attend(self, q, k, v):
+        context = torch.einsum("bhnd,bhne->bhde", k.softmax(dim=2), v)
+        return torch.einsum("bhnd,bhde->bhne", q.softmax(dim=-1), context)
+
+
+class Channels(Heads):
+    def attend(self, q, k, v):
+        q, k = (nn.functional.normalize(x, dim=2) for x in (q, k))
+        return ((q.mT @ k).softmax(-1) @ v.mT).mT
+
+
+CASES = {
+    TalkingBefore: ("softmax", "talking-heads"),
+    TalkingAfter: ("softmax", "talking-heads"),
+    GatedSum: ("softmax", "probabilities-summed"),
+    KeySoftmax: ("linear", "linear-attention"),
+    BothSoftmax: ("linear", "linear-attention"),
+    Channels: ("channel", None),
+}
+
+
+@pytest.mark.parametrize("kind", CASES, ids=lambda k: k.__name__)
+def test_family(kind: type[nn.Module]) -> None:
+    found = findings(kind(), (torch.randn(2, LENGTH, WIDTH),))
+    (site,) = found.sites
+    family, code = CASES[kind]
+    assert (site.family, [r.code for r in site.refusals]) == (family, [code] if code else [])
+    assert (site.hq, site.kind) == (HEADS, "self")
+    lengths = (WIDTH // HEADS,) * 2 if family == "channel" else (LENGTH,) * 2
+    assert (site.q_len, site.kv_len) == lengths
+    assert (site.d_qk, site.d_v) == ((LENGTH,) * 2 if family == "channel" else (WIDTH // HEADS,) * 2)
+
+
+class Excitation(nn.Module):
+    """Attention pooling over positions, as a gate of the channels: no query."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = nn.Linear(WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (self.score(x).softmax(1).mT @ x)
+
+
+class SoftMoE(nn.Module):
+    """Dispatch and combine weights from one product with parameters; experts between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots = nn.Linear(WIDTH, 5)
+        self.expert = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.slots(x)
+        inside = self.expert(logits.softmax(1).mT @ x)
+        return logits.softmax(2) @ inside
+
+
+def _mixed_axes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The probabilities are transposed: the product contracts queries."""
+    return (q @ k.mT).softmax(-1).mT @ v
+
+
+def _padded_axis(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Normalised over keys and padding, contracted over the keys alone."""
+    p = nn.functional.pad(q @ k.mT, (0, 3)).softmax(-1)
+    return p[..., :-3] @ v
+
+
+def _distillation(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The map itself is the result."""
+    return (q @ k.mT).softmax(-1) - (k @ v.mT).softmax(-1)
+
+
+@pytest.mark.parametrize("decoy", [Excitation, SoftMoE], ids=lambda k: k.__name__)
+def test_decoy_modules(decoy: type[nn.Module]) -> None:
+    found = findings(decoy(), (torch.randn(2, LENGTH, WIDTH),))
+    assert not found.sites
+    assert found.refusals
+    assert all(r.code and r.reason and r.node and r.source for r in found.refusals)
+
+
+@pytest.mark.parametrize("decoy", [_mixed_axes, _padded_axis, _distillation], ids=lambda f: f.__name__)
+def test_decoy_functions(decoy) -> None:
+    found = findings(decoy)
+    assert not found.sites
+    assert found.refusals
+
+
+def _deep(layers: int) -> fx.GraphModule:
+    """A captured attention layer repeated: layer n reads what layer n - 1 gives."""
+
+    def layer(x: Tensor) -> Tensor:
+        q, k, v = x * 2.0, x + 1.0, x - 1.0
+        s = q @ k.mT
+        s.div_(4.0)
+        keep = torch.ones(6, 6, dtype=torch.bool).tril()
+        p = s.masked_fill(~keep, -torch.inf).softmax(-1)
+        x = x + (p @ v)
+        for _ in range(15):  # what is no attention in a layer
+            x = (x * 1.01 + 0.1).tanh()
+        return x
+
+    one = capture(Module(layer), (torch.randn(2, 4, 6, 8),))
+    graph = fx.Graph()
+    value = graph.node_copy(next(n for n in one.graph.nodes if n.op == "placeholder"))
+    for _ in range(layers):
+        copies = {n: value for n in one.graph.nodes if n.op == "placeholder"}
+        for node in one.graph.nodes:
+            if node.op in ("call_function", "get_attr"):
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+        output = next(n for n in one.graph.nodes if n.op == "output").args[0]
+        value = copies[output[0] if isinstance(output, (list, tuple)) else output]
+    graph.output(value)
+    return fx.GraphModule(one, graph)
+
+
+@pytest.mark.parametrize("layers", [100, pytest.param(1800, marks=pytest.mark.slow)])
+def test_time_is_linear_in_the_graph(layers: int) -> None:
+    """Ten times the layers take about ten times as long; the larger graph has 100,000 nodes."""
+    seconds = []
+    for count in (layers // 10, layers):
+        module = _deep(count)
+        start = time.process_time()
+        found = find(canonicalize(module))
+        seconds.append(time.process_time() - start)
+        assert len(found.sites) == count
+    assert len(module.graph.nodes) > 55 * layers
+    assert seconds[1] < 25 * seconds[0]
