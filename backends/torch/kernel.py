@@ -33,8 +33,9 @@ def attend(problem: Problem, dtype: torch.dtype) -> Tensor:
     out = torch.zeros(shape, dtype=dtype, device=problem.q.device)
     if 0 in (*shape, problem.k.shape[2]):
         return out
-    kernel = _Kernel(problem)
-    for job in jobs(problem):
+    planned = list(jobs(problem))
+    kernel = _Kernel(problem, planned)
+    for job in planned:
         _store(problem, job, out, kernel)
     return out
 
@@ -58,20 +59,15 @@ def _store(problem: Problem, job: Job, out: Tensor, kernel: _Kernel) -> None:
 class _Kernel:
     """Runs tiles one after the other in the same memory."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, planned: Sequence[Job]) -> None:
         self.problem, self.form = problem, problem.form
         self.linear = linear_score(problem.form.score)
         self.guard = _GuardBounds(problem)
-        self._memory: dict[str, Tensor] = {}
-
-    def memory(self, name: str, count: int) -> Tensor:
-        """``count`` elements that keep their place from tile to tile."""
-        have = self._memory.get(name)
-        if have is None or have.numel() < count:
-            self._memory.pop(name, None)
-            q = self.problem.q
-            have = self._memory[name] = torch.empty(count, dtype=q.dtype, device=q.device)
-        return have[:count]
+        # Taken once, at the largest size: growing from tile to tile would fragment the heap.
+        areas = [j.items * problem.group * j.row.height * j.row.width for j in planned]
+        self._scores_memory = problem.q.new_empty(max(areas, default=0))
+        gathered = [gather_size(problem, j) for j in planned]
+        self._keys_memory = problem.q.new_empty(max(gathered, default=0))
 
     def run(self, job: Job, out: Tensor | None = None) -> Tensor:
         """The output of a tile, [items, group * queries, f], in ``out`` if given."""
@@ -98,7 +94,7 @@ class _Kernel:
         """Scores before the guard, [items, group * queries, width]."""
         q = queries_of(self.problem, job)
         shape = (job.items, q.shape[1], job.row.width)
-        s = self.memory("scores", math.prod(shape)).view(shape)
+        s = self._scores_memory[: math.prod(shape)].view(shape)
         scale = 1.0 if self.linear is None else self.linear.scale
         for (start, stop), k in self._parts(job, self.problem.k):
             columns = s[:, :, start:stop]
@@ -123,8 +119,7 @@ class _Kernel:
     def _parts(self, job: Job, tensor: Tensor) -> Iterator[tuple[Span, Tensor]]:
         """Parts of K or V and the columns of the tile they belong to."""
         start = 0
-        memory = self.memory("keys", gather_size(self.problem, job))
-        for part in keys_of(self.problem, tensor, job, memory):
+        for part in keys_of(self.problem, tensor, job, self._keys_memory):
             yield (start, start + part.shape[1]), part
             start += part.shape[1]
 
@@ -174,6 +169,7 @@ class _GuardBounds:
         if not self.shared or job.stack:
             return self._evaluate(job)
         if self._last is None or self._last[0] != key:
+            self._last = None  # gives its memory back first
             self._last = (key, self._evaluate(job))
         return self._last[1]
 

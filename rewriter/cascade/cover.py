@@ -31,8 +31,8 @@ Table = npt.NDArray[np.generic]
 # Boxes evaluated beyond one per block before open blocks are left PARTIAL.
 REFINE_BUDGET = 4_000_000
 # Boxes followed to count kept pairs.
-COUNT_BUDGET = 1_000_000
-_CHUNK = 1 << 20  # blocks decided at a time; bounds memory to some tens of MB
+COUNT_BUDGET = 2_500_000
+_CHUNK = 1 << 16  # boxes evaluated at a time; bounds memory, and intermediates stay in the cache
 
 
 class Cover(enum.IntEnum):
@@ -181,9 +181,14 @@ class _Boxes:
 
     def truth(self, question: _Question) -> Interval:
         """The mask over each box."""
-        found = question.ask((self.q_lo, self.q_hi), (self.kv_lo, self.kv_hi))
-        shape = (len(self),)
-        return Interval(np.broadcast_to(found.lo, shape), np.broadcast_to(found.hi, shape))
+        low, high = np.empty(len(self)), np.empty(len(self))
+        for start in range(0, len(self), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            held = question.ask(
+                (self.q_lo[part], self.q_hi[part]), (self.kv_lo[part], self.kv_hi[part])
+            )
+            low[part], high[part] = held.lo, held.hi
+        return Interval(low, high)
 
     def quarters(self) -> _Boxes:
         """Halves of both sides; sides of length one stay whole."""
