@@ -61,12 +61,32 @@ def splice(host: fx.GraphModule, replacements: Iterable[Replacement]) -> fx.Grap
             k: item.site.anchor.meta[k] for k in _PROVENANCE if k in item.site.anchor.meta
         }
         build.at(output, attn_rewrite_site=item.site.name, **provenance)
-        output.replace_all_uses_with(compute(build, item, twins))
+        result = compute(build, item, twins)
+        output.replace_all_uses_with(result)
+        relax_views(result)
     for module in twins.modules.values():
         sweep(module.graph)
         module.graph.lint()
         module.recompile()
     return root
+
+
+def relax_views(node: fx.Node) -> None:
+    """Turn ``view`` into ``reshape`` behind ``node``: a kernel's output may have other strides."""
+    queue = [node]
+    while queue:
+        for user in queue.pop().users:
+            if user.target is aten.view.default:
+                user.target = aten.reshape.default
+            if op_name(user) in _VIEWS:
+                queue.append(user)
+
+
+# Operators whose result has the strides of their input.
+_VIEWS = frozenset(
+    "reshape transpose permute unsqueeze squeeze expand slice select split chunk unbind getitem t "
+    "detach alias dropout to _to_copy mul add sub div".split()
+)
 
 
 def sweep(graph: fx.Graph) -> None:
