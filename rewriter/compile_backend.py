@@ -1,10 +1,10 @@
 """The torch.compile front end: rewrite each graph Dynamo captures, then compile it.
 
 ``torch.compile(model, backend="attn_rewrite", options={"policy": "window(size=256)"})``.  Options:
-``policy`` (text, path of a policy file, or `Policy`), ``compiler`` (``"inductor"``, the default, or
-``"eager"``), ``session`` (a `Session` that collects what happened).  Gradients survive: AOTAutograd
-and Inductor run after the rewrite.  Nothing is measured here, because the graphs hold no values: a
-policy with a budget is refused.
+``policy`` (text, path of a policy file, or `Policy`), ``compiler`` (``"inductor"``, the default,
+``"aot_eager"`` or ``"eager"``), ``session`` (a `Session` that collects what happened).  Gradients
+survive: AOTAutograd and Inductor run after the rewrite.  Nothing is measured here, as the graphs
+hold no values: a policy with a budget is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from attn_rewrite.optimized import OptimizedModule
 from attn_rewrite.policy import Policy
 from attn_rewrite.site import Refusal, Site
 
-COMPILERS = ("inductor", "eager")
+COMPILERS = ("inductor", "aot_eager", "eager")
 OPTIONS = ("policy", "compiler", "session")
 
 
@@ -74,6 +74,11 @@ def attn_rewrite(
         session.graphs.append(record)
     if compiler == "eager":
         return rewritten.forward
+    if compiler == "aot_eager":
+        from torch._dynamo.backends.debugging import aot_eager
+
+        traced: Callable[..., Any] = aot_eager(rewritten, example_inputs)
+        return traced
     from torch._inductor.compile_fx import compile_fx
 
     inner: Callable[..., Any] = compile_fx(rewritten, example_inputs)  # type: ignore[assignment]

@@ -161,7 +161,7 @@ def _table(title: str, *columns: str) -> Table:
 
     table = Table(title=title)
     for name in columns:
-        table.add_column(name, no_wrap=True)
+        table.add_column(name, no_wrap=True, min_width=12 if name == "design" else None)
     return table
 
 
