@@ -96,6 +96,19 @@ def soft_cap(q, k, v):
     return torch.where(j <= i, s, -math.inf).softmax(-1) @ v
 
 
+def vmapped_documents(q, k, v, mask):
+    ids = (mask == 0).cumsum(-1)
+
+    def keep(b, i, j):
+        read = torch.ops.aten.index.Tensor  # ids[b, i] asks for numbers, which vmap has not
+        return (read(ids, [b, i]) == read(ids, [b, j])) & (j <= i)
+
+    n, b = torch.arange(q.shape[2]), torch.arange(q.shape[0])
+    over_keys = torch.vmap(keep, (None, None, 0))
+    every = torch.vmap(torch.vmap(over_keys, (None, 0, None)), (0, None, None))
+    return _attend(q, k, v, every(b, n, n)[:, None])
+
+
 STRUCTURAL = (
     window, window_by_triangles, window_added, symmetric_window, chunked, block_diagonal, prefix, strided,
     sinks_and_window, vmapped, alibi, soft_cap,
@@ -128,7 +141,7 @@ def documents(q, k, v, mask):
     return _attend(q, k, v, (ids[:, None, :, None] == ids[:, None, None, :]) & (j <= i))
 
 
-DATA = (padding, causal_padding, additive_padding, cumulated_padding, documents)
+DATA = (padding, causal_padding, additive_padding, cumulated_padding, documents, vmapped_documents)
 
 
 def _mask(length: int) -> Tensor:
@@ -201,5 +214,5 @@ def test_mask_from_data(function: Callable[..., Tensor]) -> None:
     """The part that depends on data stays a read, at most [b, kv] (and [b, q]) large."""
     text = _agrees(function, with_mask=True)
     assert "M0[b" in text
-    if function in (causal_padding, documents):
+    if function in (causal_padding, documents, vmapped_documents):
         assert "kv <= q" in text

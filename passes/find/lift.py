@@ -24,6 +24,7 @@ from attn_rewrite.passes.find.axes import Atoms, Axes
 from attn_rewrite.sizes import as_size, same_size
 from attn_rewrite.passes.find.layout import Coord, Dims, atom_rank, coordinate, pull, pure
 from attn_rewrite.passes.find.product import Product, product_of
+from attn_rewrite.passes.find.vmapped import ENTER, LEAVE, varies
 
 # An expression larger than this is read as a tensor instead.
 MAX_NODES = 120
@@ -69,6 +70,7 @@ class Lifter:
         self.dots: dict[str, Dot] = {}
         self._memo: dict[tuple[Any, ...], Expr | None] = {}
         self._symbols: dict[Any, Expr] = {}
+        self._levels: dict[int, Coord] = {}  # coordinate of each open level of vmap
 
     def know_sizes(self, dims: tuple[Atoms, ...]) -> None:
         """Let symbolic sizes that are the extent of an axis be written as that extent."""
@@ -93,7 +95,7 @@ class Lifter:
 
         None only where ``dims`` are not pure and the node is not understood.
         """
-        key = (node, dims)
+        key = (node, dims, tuple(self._levels.items()))
         if key in self._memo:
             return self._memo[key]
         expr = self._open(node, dims, depth) if depth < MAX_DEPTH else None
@@ -105,7 +107,8 @@ class Lifter:
                 expr = None
         if expr is None:
             atoms = pure(dims)
-            expr = None if atoms is None else self._leaf(node, atoms)
+            hidden = self._levels and varies(node)
+            expr = None if atoms is None or hidden else self._leaf(node, atoms)
         self._memo[key] = expr
         return expr
 
@@ -153,6 +156,8 @@ class Lifter:
         moved = pull(node, dims, self.axes)
         if moved is not None:
             return self.lift(*moved, depth + 1)
+        if name in (ENTER, LEAVE):
+            return (self._enter if name == ENTER else self._leave)(node, dims, depth)
         if name == "dropout":
             return self._dropout(node, dims, depth)
         product = product_of(node)
@@ -160,6 +165,32 @@ class Lifter:
             return self._dot(product, dims)
         rule = _RULES.get(name.removesuffix("_") if name not in ("__and__", "__or__") else name)
         return None if rule is None else rule(self, node, dims, depth)
+
+    def _leave(self, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+        """A mapped value: the coordinate that ``vmap`` puts in belongs to the level from here on."""
+        source, level, _, place = node.args
+        place = int(place) % len(dims)  # type: ignore[call-overload]
+        if not isinstance(source, fx.Node) or not isinstance(level, int):
+            return None
+        before = dict(self._levels)
+        self._levels[level] = dims[place]
+        try:
+            return self.lift(source, (*dims[:place], *dims[place + 1 :]), depth + 1)
+        finally:
+            self._levels = before
+
+    def _enter(self, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+        """What a function is mapped over: the level's coordinate is a dimension again."""
+        source, place, level = node.args
+        if not isinstance(source, fx.Node) or level not in self._levels or not isinstance(place, int):
+            return None
+        place %= len(dims) + 1
+        before = dict(self._levels)
+        inner = (*dims[:place], self._levels.pop(level), *dims[place:])  # type: ignore[call-overload]
+        try:
+            return self.lift(source, inner, depth + 1)
+        finally:
+            self._levels = before
 
     def _dot(self, product: Product, dims: Dims) -> Expr | None:
         out = pure(dims)

@@ -72,7 +72,11 @@ def build(kind: str, spelling: str, batch: int = 2, length: int = 16) -> Any:
     for parameter in model.parameters():  # many a gate starts at zero and would hide the attention
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[-1]))
-    return model, (), generate_inputs(model, batch=batch, length=length).kwargs
+    inputs = generate_inputs(model, batch=batch, length=length).kwargs
+    latents = inputs.get("hidden_states")
+    if "3D" in kind and isinstance(latents, torch.Tensor) and latents.dim() == 4:
+        inputs["hidden_states"] = latents.unsqueeze(2).repeat(1, 1, 2, 1, 1)  # [B, C, F, H, W]
+    return model, (), inputs
 
 
 def rows() -> Iterator[Row]:
