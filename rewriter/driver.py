@@ -201,15 +201,17 @@ def optimize_captured(
     with watch.stage("find"):
         findings = find(host)
     for site in findings.sites:
-        dump(f"found-{site.name}", partial(str, site.cascade), suffix=".cascade")
+        dump(f"found-{site.name}", partial(str, site.cascade), suffix=".cascade", of=site.name)
     plan, decisions = decide(findings, policy, plan, watch)
     for item in decisions:
+        name = item.site.name
         if item.cascade is not None and item.cascade is not item.site.cascade:
-            dump(f"rewritten-{item.site.name}", partial(str, item.cascade), suffix=".cascade")
+            dump(f"rewritten-{name}", partial(str, item.cascade), suffix=".cascade", of=name)
         if item.kernel is not None:
-            dump(f"kernel-{item.site.name}", partial(getattr, item.kernel, "source"), suffix=".py")
+            dump(f"kernel-{name}", partial(getattr, item.kernel, "source"), suffix=".py", of=name)
     outcome = accept(captured, host, findings, plan, decisions, policy.budget, watch, verify=verify)
     graph = outcome.graph
+    knobs.tell(2, lambda: "\n".join(["refusals", *map(str, outcome.report.all_refusals())]))
     dump("spliced", lambda: graph_text(graph), suffix=".fx")
     return OptimizedModule(
         graph,

@@ -23,6 +23,8 @@ DUMP = "ATTN_REWRITE_DUMP"
 DEBUG = "ATTN_REWRITE_DEBUG"
 CACHE = "ATTN_REWRITE_CACHE"
 DEBUG_LEVELS = ("silent", "plan", "refusals", "stages", "source")
+# The debug level from which each kind of stage is told as well.
+_LEVELS = {".json": 1, ".fx": 3, ".cascade": 3, ".py": 4}
 
 
 @dataclass(frozen=True)
@@ -90,36 +92,46 @@ def tell(level: int, text: str | Callable[[], str]) -> None:
 
 @dataclass
 class Dumper:
-    """Writes the stages of one run as ``00-capture.txt``, ``01-...``: a stage that changed nothing
-    writes nothing.
+    """Writes the stages of one run as ``00-capture.fx``, ``01-...``, and tells them when asked to.
 
-    With ``directory=None`` it does nothing, and texts given as functions are never made.
+    A stage that changed nothing writes nothing.  With ``directory=None`` no file is written, and
+    texts given as functions are made only where the debug level asks for them.
     """
 
     directory: Path | None = None
     _count: int = field(default=0, init=False)
-    _last: dict[str, str] = field(default_factory=dict, init=False)
+    _last: dict[tuple[str, str], str] = field(default_factory=dict, init=False)
 
-    def write(self, stage: str, text: str | Callable[[], str], *, suffix: str = ".txt") -> None:
-        """Write ``text`` unless the last stage with this suffix was the same.
+    def write(
+        self, stage: str, text: str | Callable[[], str], *, suffix: str = ".txt", of: str = ""
+    ) -> None:
+        """Write ``text`` unless it is what the last stage of the same subject and suffix had.
 
-        ``suffix`` says what kind of text it is: ``.fx`` a graph, ``.cascade``, ``.json``, ``.py``.
-        Raises `ToolError` where the folder cannot be written.
+        ``suffix`` says what kind of text it is: ``.fx`` a graph, ``.cascade``, ``.json``, ``.py``;
+        ``of`` is the subject, a Site's name, or empty for the whole model.  Raises `ToolError`
+        where the folder cannot be written.
         """
-        if self.directory is None:
+        told = debug_level() >= _LEVELS.get(suffix, 3)
+        if self.directory is None and not told:
             return
         content = text if isinstance(text, str) else text()
-        if self._last.get(suffix) == content:
+        if self._last.get((of, suffix)) == content:
             return
-        self._last[suffix] = content
+        self._last[of, suffix] = content
+        if told:
+            tell(0, f"{stage}\n{content}")
+        if self.directory is not None:
+            self._save(self.directory, stage + suffix, content)
+
+    def _save(self, directory: Path, stage: str, content: str) -> None:
         name = re.sub(r"[^\w.=-]+", "-", stage).strip("-")
-        path = self.directory / f"{self._count:02}-{name}{suffix}"
+        path = directory / f"{self._count:02}-{name}"
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(parents=True, exist_ok=True)
             path.write_text(content if content.endswith("\n") else content + "\n", "utf-8")
         except OSError as error:
             raise ToolError(
-                f"the stage {stage!r} cannot be written to {path}: {error.strerror or error}; "
+                f"the stage {stage} cannot be written to {path}: {error.strerror or error}; "
                 f"point {DUMP} at a writable folder",
                 stage="dump",
             ) from error

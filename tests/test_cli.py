@@ -329,13 +329,33 @@ def test_dumper_writes_what_changed(tmp_path: Path) -> None:
     dumper.write("capture", "a", suffix=".fx")
     dumper.write("fold scale", "a", suffix=".fx")
     dumper.write("plan", lambda: "a", suffix=".json")
+    dumper.write("found-other", "a", suffix=".fx", of="other")
     dumper.write("fold/mask", "b\n", suffix=".fx")
     written = {p.name: p.read_text() for p in (tmp_path / "dump").iterdir()}
-    assert written == {"00-capture.fx": "a\n", "01-plan.json": "a\n", "02-fold-mask.fx": "b\n"}
+    assert written == {
+        "00-capture.fx": "a\n",
+        "01-plan.json": "a\n",
+        "02-found-other.fx": "a\n",
+        "03-fold-mask.fx": "b\n",
+    }
 
 
 def test_dumper_without_folder_makes_no_text() -> None:
     knobs.Dumper(None).write("capture", lambda: pytest.fail("the text was made"))
+
+
+@pytest.mark.parametrize(
+    ("level", "suffixes"),
+    [(0, []), (2, [".json"]), (3, [".json", ".fx"]), (4, [".json", ".fx", ".py"])],
+)
+def test_stages_are_told_from_their_level_on(
+    level: int, suffixes: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with knobs.override(debug=level):
+        for suffix in (".json", ".fx", ".py"):
+            knobs.Dumper(None).write("stage" + suffix, "text", suffix=suffix)
+    told = [f"[attn-rewrite] stage{suffix}\ntext\n" for suffix in suffixes]
+    assert capsys.readouterr().err == "".join(told)
 
 
 def test_dump_that_cannot_be_written(tmp_path: Path) -> None:
