@@ -1,6 +1,7 @@
 """One attention in many spellings: every function computes softmax(q k^T / sqrt(d)) v.
 
-q, k, v are [batch, heads, length, width]; each returns the same values up to rounding.  The finder must
+q, k, v are [batch, heads, length, width]; each returns the same values up to rounding.  The finder
+must
 bring all of them to one cascade.
 """
 
@@ -10,7 +11,7 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -237,7 +238,7 @@ def nan_guard(q, k, v):
 
 @plain
 def five_dimensions(q, k, v):
-    b, h, s, d = q.shape
+    h = q.shape[1]
     q, k, v = (x.unflatten(1, (2, h // 2)) for x in (q, k, v))
     return ((q @ k.mT / root(q)).softmax(-1) @ v).flatten(1, 2)
 
@@ -245,7 +246,7 @@ def five_dimensions(q, k, v):
 @plain
 def log_two(q, k, v):
     """Scores doubled and halved again around a view."""
-    b, h, s, d = q.shape
+    b, h, s, _ = q.shape
     scores = (q @ k.mT * (2 / root(q))).view(b, h * s, -1) * 0.5
     return scores.view(b, h, s, -1).softmax(-1) @ v
 

@@ -6,10 +6,10 @@ import time
 
 import pytest
 import torch
-from attn_rewrite.passes.canonicalize import canonicalize
-from attn_rewrite.passes.find import find
 from torch import Tensor, fx, nn
 
+from attn_rewrite.passes.canonicalize import canonicalize
+from attn_rewrite.passes.find import find
 from tests.test_find_spellings import Module, capture, findings
 
 WIDTH, HEADS, LENGTH = 16, 4, 6
@@ -89,7 +89,9 @@ def test_family(kind: type[nn.Module]) -> None:
     assert (site.hq, site.kind) == (HEADS, "self")
     lengths = (WIDTH // HEADS,) * 2 if family == "channel" else (LENGTH,) * 2
     assert (site.q_len, site.kv_len) == lengths
-    assert (site.d_qk, site.d_v) == ((LENGTH,) * 2 if family == "channel" else (WIDTH // HEADS,) * 2)
+    assert (site.d_qk, site.d_v) == (
+        (LENGTH,) * 2 if family == "channel" else (WIDTH // HEADS,) * 2
+    )
 
 
 class Excitation(nn.Module):
@@ -141,7 +143,9 @@ def test_decoy_modules(decoy: type[nn.Module]) -> None:
     assert all(r.code and r.reason and r.node and r.source for r in found.refusals)
 
 
-@pytest.mark.parametrize("decoy", [_mixed_axes, _padded_axis, _distillation], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "decoy", [_mixed_axes, _padded_axis, _distillation], ids=lambda f: f.__name__
+)
 def test_decoy_functions(decoy) -> None:
     found = findings(decoy)
     assert not found.sites

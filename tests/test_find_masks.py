@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor, fx
+
 from attn_rewrite.cascade import interpret
 from attn_rewrite.graph import EagerBuilder, arrange, extents, restore
 from attn_rewrite.passes.canonicalize import canonicalize
 from attn_rewrite.passes.find import find
-from torch import Tensor, fx
-
 from tests.test_find_spellings import DYNAMIC, Module, capture
 
 LENGTHS = (1, 2, 5, 9, 12)
@@ -57,7 +57,9 @@ def chunked(q, k, v):
 
 def block_diagonal(q, k, v):
     i, j = _positions(q)
-    return _attend(q, k, v, torch.div(i, 3, rounding_mode="floor") == torch.div(j, 3, rounding_mode="floor"))
+    return _attend(
+        q, k, v, torch.div(i, 3, rounding_mode="floor") == torch.div(j, 3, rounding_mode="floor")
+    )
 
 
 def prefix(q, k, v):
@@ -110,7 +112,8 @@ def vmapped_documents(q, k, v, mask):
 
 
 STRUCTURAL = (
-    window, window_by_triangles, window_added, symmetric_window, chunked, block_diagonal, prefix, strided,
+    window, window_by_triangles, window_added, symmetric_window, chunked, block_diagonal, prefix,
+    strided,
     sinks_and_window, vmapped, alibi, soft_cap,
 )  # fmt: skip
 
@@ -126,12 +129,16 @@ def causal_padding(q, k, v, mask):
 
 def additive_padding(q, k, v, mask):
     s = q @ k.mT / math.sqrt(q.shape[-1])
-    return (s + (1.0 - mask[:, None, None, :].to(q.dtype)) * torch.finfo(q.dtype).min).softmax(-1) @ v
+    return (s + (1.0 - mask[:, None, None, :].to(q.dtype)) * torch.finfo(q.dtype).min).softmax(
+        -1
+    ) @ v
 
 
 def cumulated_padding(q, k, v, mask):
     """Keys before the first padding token, by a running product."""
-    return _attend(q, k, v, (mask.cumsum(-1) == torch.arange(1, mask.shape[1] + 1))[:, None, None, :])
+    return _attend(
+        q, k, v, (mask.cumsum(-1) == torch.arange(1, mask.shape[1] + 1))[:, None, None, :]
+    )
 
 
 def documents(q, k, v, mask):
@@ -164,7 +171,8 @@ class _Values(fx.Interpreter):
 
 
 def _raised(site, host: fx.GraphModule, args: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """(value of the raised cascade by the oracle, value the graph computes), in the site's layout."""
+    """(value of the raised cascade by the oracle, value the graph computes), in the site's
+    layout."""
     run = _Values(host)
     run.run(*args)
     build = EagerBuilder()
@@ -172,7 +180,9 @@ def _raised(site, host: fx.GraphModule, args: tuple[Tensor, ...]) -> tuple[Tenso
     sizes = extents(build, values)
     inputs = {n: arrange(build, o, v, site.groups(n), sizes) for n, (o, v) in values.items()}
     result = interpret(site.cascade, inputs)["AV"]
-    return restore(build, result, site.groups("AV"), site.output, sizes), run.values[site.output.node]
+    return restore(build, result, site.groups("AV"), site.output, sizes), run.values[
+        site.output.node
+    ]
 
 
 def _agrees(function: Callable[..., Tensor], with_mask: bool) -> str:
@@ -190,7 +200,12 @@ def _agrees(function: Callable[..., Tensor], with_mask: bool) -> str:
         args = [torch.randn(2, 4, length, 8, dtype=torch.float64) for _ in range(3)]
         args += [_mask(length)] if with_mask else []
         value, own = _raised(site, host, tuple(args))
-        torch.testing.assert_close(value, own, rtol=0, atol=4 * torch.finfo(torch.float64).eps * float(own.abs().max()) * length)
+        torch.testing.assert_close(
+            value,
+            own,
+            rtol=0,
+            atol=4 * torch.finfo(torch.float64).eps * float(own.abs().max()) * length,
+        )
         torch.testing.assert_close(own, function(*args), rtol=0, atol=1e-12)
     score = site.cascade.producer("S")
     return f"{score.expr} where {score.guard}"
@@ -198,14 +213,20 @@ def _agrees(function: Callable[..., Tensor], with_mask: bool) -> str:
 
 @pytest.mark.parametrize("function", STRUCTURAL, ids=lambda f: f.__name__)
 def test_structural_mask(function: Callable[..., Tensor]) -> None:
-    """A mask of positions alone is an expression: nothing is read as a tensor (but learned slopes)."""
+    """A mask of positions alone is an expression: nothing is read as a tensor (but learned
+    slopes)."""
     text = _agrees(function, with_mask=False)
-    reads = [word for word in text.replace("(", " ").split() if word.startswith("M") and "[" in word]
+    reads = [
+        word for word in text.replace("(", " ").split() if word.startswith("M") and "[" in word
+    ]
     assert [r for r in reads if not r.startswith("M0[h]")] == [], text
 
 
 def test_spellings_of_a_window_have_one_normal_form() -> None:
-    texts = {_agrees(f, with_mask=False).partition(" where ")[2] for f in (window, window_by_triangles, vmapped)}
+    texts = {
+        _agrees(f, with_mask=False).partition(" where ")[2]
+        for f in (window, window_by_triangles, vmapped)
+    }
     assert len(texts) == 1, texts
 
 

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
+from torch import nn
+
 from attn_rewrite.passes.canonicalize import canonicalize
 from attn_rewrite.passes.find import find
 from attn_rewrite.site import Findings
-from torch import nn
-
 from tests.spellings import CAUSAL, PLAIN
 
 SHAPE = (2, 4, 6, 8)
@@ -119,7 +119,8 @@ def test_softmax_over_queries_is_not_softmax_attention() -> None:
 
 
 def test_permuted_keys_are_not_a_transpose() -> None:
-    """K given as [b, s, h, d] and permuted (0, 2, 3, 1): the same shape when square, another meaning."""
+    """K given as [b, s, h, d] and permuted (0, 2, 3, 1): the same shape when square, another
+    meaning."""
     args = tuple(torch.randn(4, 4, 4, 4) for _ in range(3))
     found = findings(lambda q, k, v: (q @ k.permute(0, 2, 3, 1)).softmax(-1) @ v, args)
     (site,) = found.sites

@@ -18,12 +18,15 @@ def graphs(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
     """The module and every graph called from it by a higher-order operator (autocast, no_grad)."""
     yield module
     for node in module.graph.nodes:
-        if node.op == "get_attr" and isinstance(inner := getattr(module, str(node.target), None), fx.GraphModule):
+        if node.op == "get_attr" and isinstance(
+            inner := getattr(module, str(node.target), None), fx.GraphModule
+        ):
             yield from graphs(inner)
 
 
 def find(module: fx.GraphModule) -> Findings:
-    """Every attention in a canonicalised graph, and every softmax that is not one, with the reason."""
+    """Every attention in a canonicalised graph, and every softmax that is not one, with the
+    reason."""
     sites: list[Site] = []
     refusals: list[Refusal] = []
     counts: Counter[str] = Counter()

@@ -1,7 +1,9 @@
 """Anchors: where a softmax over keys starts, in one normal form.
 
-A softmax node and a ``scaled_dot_product_attention`` node both become an `Anchor`: the lifted score, the
-axes of the score tensor, and either the probabilities (to be followed forward) or the value product.
+A softmax node and a ``scaled_dot_product_attention`` node both become an `Anchor`: the lifted
+score, the
+axes of the score tensor, and either the probabilities (to be followed forward) or the value
+product.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ from torch import fx
 from attn_rewrite.cascade.expr import TRUE, Expr, Read, call, where
 from attn_rewrite.graph import arguments, is_tensor, op_name, shape_of, source_line, value_of
 from attn_rewrite.passes.find.axes import Atoms, Axes
-from attn_rewrite.sizes import as_size, same_size
 from attn_rewrite.passes.find.layout import coordinate
 from attn_rewrite.passes.find.lift import Dot, Lifter
 from attn_rewrite.passes.find.product import Product
 from attn_rewrite.site import Refusal
+from attn_rewrite.sizes import as_size, same_size
 
 SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
 SDPA = "scaled_dot_product_attention"
@@ -39,7 +41,8 @@ class ValueProduct:
 
 @dataclass(frozen=True, eq=False)
 class Anchor:
-    """A normalisation over keys, lifted: the score expression over atoms, and the axes around it."""
+    """A normalisation over keys, lifted: the score expression over atoms, and the axes around
+    it."""
 
     node: fx.Node
     axes: Axes
@@ -107,19 +110,31 @@ def _open_sdpa(node: fx.Node, module: torch.nn.Module) -> Anchor | Refusal:
     named = arguments(node)
     q, k, v = (named[n] for n in ("query", "key", "value"))
     if not all(map(is_tensor, (q, k, v))):
-        return refuse("not-tensors", "an operand of scaled_dot_product_attention is not a tensor", node)
+        return refuse(
+            "not-tensors", "an operand of scaled_dot_product_attention is not a tensor", node
+        )
     axes = Axes()
     shared = _sdpa_axes(axes, q, k, v, named["enable_gqa"])
     if shared is None:
-        return refuse("sdpa-shapes", "the batch dimensions of query, key and value do not broadcast", node)
+        return refuse(
+            "sdpa-shapes", "the batch dimensions of query, key and value do not broadcast", node
+        )
     batch_q, batch_k, batch_v = shared
     rows, keys = axes.fresh(shape_of(q)[-2]), axes.line(shape_of(k)[-2])
     width, features = axes.fresh(shape_of(q)[-1]), axes.fresh(shape_of(v)[-1])
     dims = (*batch_q, rows, keys)
     labels_q = tuple(f"q{i}" for i in range(len(batch_q)))
     labels_k = tuple(f"k{i}" for i in range(len(batch_k)))
-    product = Product(node, q, k, (*labels_q, "m", "k"), (*labels_k, "n", "k"), (*labels_q, "m", "n"))
-    atoms = dict(zip((*labels_q, *labels_k, "m", "n", "k"), (*batch_q, *batch_k, rows, keys, width), strict=True))
+    product = Product(
+        node, q, k, (*labels_q, "m", "k"), (*labels_k, "n", "k"), (*labels_q, "m", "n")
+    )
+    atoms = dict(
+        zip(
+            (*labels_q, *labels_k, "m", "n", "k"),
+            (*batch_q, *batch_k, rows, keys, width),
+            strict=True,
+        )
+    )
     lifter = Lifter(axes, module)
     lifter.know_sizes(dims)
     lifter.dots["D0"] = Dot("D0", product, dims, atoms)
@@ -165,7 +180,11 @@ def _sdpa_axes(
     whole_dims = [next((d[i] for d in dims if d[i]), ()) for i in range(rank)]
     full_q = tuple(a or b for a, b in zip(dims[0], whole_dims, strict=True))
     trim = [tuple(d[rank - len(s) :]) for d, s in zip(dims, shapes, strict=True)]
-    return (trim[0] if full_q == tuple(dims[0]) and len(shapes[0]) == rank else full_q), trim[1], trim[2]
+    return (
+        (trim[0] if full_q == tuple(dims[0]) and len(shapes[0]) == rank else full_q),
+        trim[1],
+        trim[2],
+    )
 
 
 def _sdpa_mask(
@@ -190,5 +209,3 @@ def _sdpa_mask(
     if value_of(mask).dtype == torch.bool:
         return where(lifted, score, -math.inf), guard
     return score + lifted, guard
-
-

@@ -1,4 +1,5 @@
-"""Facts about a site that do not change what it computes: its kind, whether rope was seen, its layout."""
+"""Facts about a site that do not change what it computes: its kind, whether rope was seen, its
+layout."""
 
 from __future__ import annotations
 
@@ -7,9 +8,9 @@ from collections.abc import Iterator
 from torch import fx
 
 from attn_rewrite.graph import arguments, is_call, is_parameter, is_tensor, op_name, shape_of
-from attn_rewrite.sizes import as_size, same_size
 from attn_rewrite.passes.find.roles import Roles
 from attn_rewrite.site import Operand
+from attn_rewrite.sizes import as_size, same_size
 
 PROJECTIONS = frozenset({"linear", "addmm", "conv1d", "conv2d", "convolution", "conv3d"})
 _STEPS = 64
@@ -39,7 +40,8 @@ def _is_weight(node: fx.Node) -> bool:
 
 
 def origins(node: fx.Node) -> tuple[set[fx.Node], list[fx.Node]]:
-    """What a tensor was projected from, and the nodes between: the activations nearest behind it."""
+    """What a tensor was projected from, and the nodes between: the activations nearest behind
+    it."""
     found: set[fx.Node] = set()
     between: list[fx.Node] = []
     queue, seen = [node], {node}
@@ -83,7 +85,10 @@ def kind_of(query: Operand, key: Operand, roles: Roles) -> tuple[str, bool]:
             return "joint", rope
     if from_q & from_k:
         return "self", rope
-    extents = [{str(f.extent) for d in o.dims for f in d if f.role == r} for o, r in ((query, "q"), (key, "kv"))]
+    extents = [
+        {str(f.extent) for d in o.dims for f in d if f.role == r}
+        for o, r in ((query, "q"), (key, "kv"))
+    ]
     same_length = bool(extents[0]) and extents[0] == extents[1]
     raw = all(n.op == "placeholder" for n in from_q | from_k)
     return ("self" if same_length and raw else "cross"), rope

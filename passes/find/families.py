@@ -1,4 +1,5 @@
-"""Attention that is not one softmax between two products: recognised and named, with facts, not raised.
+"""Attention that is not one softmax between two products: recognised and named, with facts, not
+raised.
 
 ===========  ====================================================================================
 ``softmax``  scores or probabilities mixed between the products: talking heads (Shazeer et al. 2020,
@@ -21,7 +22,17 @@ from torch import fx
 from attn_rewrite.cascade.ir import Cascade
 from attn_rewrite.cascade.named import NAMED
 from attn_rewrite.cascade.text import parse
-from attn_rewrite.graph import arguments, is_call, is_parameter, is_tensor, live_users, module_path, op_name, shape_of, source_line  # fmt: skip
+from attn_rewrite.graph import (  # fmt: skip
+    arguments,
+    is_call,
+    is_parameter,
+    is_tensor,
+    live_users,
+    module_path,
+    op_name,
+    shape_of,
+    source_line,
+)
 from attn_rewrite.passes.find.anchor import SDPA, refuse
 from attn_rewrite.passes.find.axes import Atoms, Axes
 from attn_rewrite.passes.find.facts import kind_of, layout_text
@@ -33,7 +44,9 @@ from attn_rewrite.site import Factor, Operand, Refusal, Site
 from attn_rewrite.sizes import as_size, same_size
 
 _STEPS = 24
-_ELEMENTWISE = frozenset("add sub mul div to dropout neg where masked_fill clamp nan_to_num".split())
+_ELEMENTWISE = frozenset(
+    "add sub mul div to dropout neg where masked_fill clamp nan_to_num".split()
+)
 Dims = tuple[Atoms, ...]
 
 _LINEAR = """cascade site
@@ -53,7 +66,8 @@ AV[b, h, q, f] = Q[b, h, q, d] * KV[b, h, d, f]
 
 @dataclass(frozen=True, eq=False)
 class _Way:
-    """A tensor on the way between softmax and product; ``mixed`` names what was done to it there."""
+    """A tensor on the way between softmax and product; ``mixed`` names what was done to it
+    there."""
 
     node: fx.Node
     dims: Dims
@@ -64,7 +78,12 @@ def recognise(node: fx.Node, refusal: Refusal, module: fx.GraphModule, name: str
     """The Site around a softmax that `match` refused, if it is an attention after all."""
     if op_name(node) == SDPA or not is_tensor(node) or not shape_of(node):
         return None
-    if refusal.code in ("no-score-product", "probabilities-summed", "not-a-value-product", "no-key-axis"):
+    if refusal.code in (
+        "no-score-product",
+        "probabilities-summed",
+        "not-a-value-product",
+        "no-key-axis",
+    ):
         found = _mixed(node, module, name)
         if found is not None:
             return found
@@ -167,7 +186,11 @@ def _backward(node: fx.Node, dims: Dims, axes: Axes, keys: Atoms) -> _Way | None
             return None
         place = len(dims) - 1 if is_call(node, "linear") else 1
         shape = shape_of(source)
-        return _Way(source, tuple(axes.fresh(shape[i]) if i == place else d for i, d in enumerate(dims)), "heads")
+        return _Way(
+            source,
+            tuple(axes.fresh(shape[i]) if i == place else d for i, d in enumerate(dims)),
+            "heads",
+        )
     moved = pull(node, dims, axes)
     if moved is not None:
         atoms = pure(moved[1])
@@ -180,7 +203,9 @@ def _backward(node: fx.Node, dims: Dims, axes: Axes, keys: Atoms) -> _Way | None
 
 def _same_shape(left: Any, right: fx.Node) -> bool:
     a, b = shape_of(left), shape_of(right)
-    return len(a) == len(b) and all(same_size(as_size(x), as_size(y)) for x, y in zip(a, b, strict=True))
+    return len(a) == len(b) and all(
+        same_size(as_size(x), as_size(y)) for x, y in zip(a, b, strict=True)
+    )
 
 
 # Softmax between mixed maps
@@ -210,7 +235,18 @@ def _mixed(node: fx.Node, module: fx.GraphModule, name: str) -> Site | None:
         return None
     mixing = after[0].mixed or before[0].mixed
     cascade, refusal = _MIXED[mixing](node)
-    return _site(node, module, name, "softmax", (query, key, value), (after[1].node, out_dims), roles, axes, cascade, refusal)  # fmt: skip
+    return _site(
+        node,
+        module,
+        name,
+        "softmax",
+        (query, key, value),
+        (after[1].node, out_dims),
+        roles,
+        axes,
+        cascade,
+        refusal,
+    )
 
 
 def _heads(node: fx.Node) -> tuple[Cascade, Refusal]:
@@ -233,7 +269,9 @@ def _labelled(product: Product, dims: Dims, axes: Axes) -> dict[str, Atoms]:
 
 
 def _operand_atoms(product: Product, left: bool, atoms: dict[str, Atoms]) -> tuple[fx.Node, Dims]:
-    node, labels = (product.left, product.left_labels) if left else (product.right, product.right_labels)
+    node, labels = (
+        (product.left, product.left_labels) if left else (product.right, product.right_labels)
+    )
     return node, tuple(atoms[x] if x else () for x in labels)
 
 
@@ -244,7 +282,8 @@ def _touches(dims: Dims, wanted: Atoms, axes: Axes) -> bool:
 def _value(
     way: _Way, product: Product, axes: Axes, keys: Atoms
 ) -> tuple[tuple[fx.Node, Dims], Atoms, Dims] | None:
-    """(V with its atoms, feature atoms, atoms of the output) of a product that contracts the keys."""
+    """(V with its atoms, feature atoms, atoms of the output) of a product that contracts the
+    keys."""
     on_left = product.left is way.node
     if product.left is product.right or not (on_left or product.right is way.node):
         return None
@@ -275,14 +314,21 @@ def _roles(
     out_dims: Dims,
     axes: Axes,
 ) -> Roles | None:
-    """Roles by place: mixing makes new head axes, so every axis of an operand that is shared and sits
+    """Roles by place: mixing makes new head axes, so every axis of an operand that is shared and
+    sits
     with the width in a projection is a head."""
-    related = siblings(*query, width, axes) | siblings(*key, width, axes) | siblings(*value, features, axes)
+    related = (
+        siblings(*query, width, axes)
+        | siblings(*key, width, axes)
+        | siblings(*value, features, axes)
+    )
 
     def atoms(dims: Dims) -> Atoms:
         return tuple(a for d in dims for a in axes.resolve(d))
 
-    everything = tuple(dict.fromkeys((*atoms(query[1]), *atoms(key[1]), *atoms(value[1]), *atoms(out_dims))))
+    everything = tuple(
+        dict.fromkeys((*atoms(query[1]), *atoms(key[1]), *atoms(value[1]), *atoms(out_dims)))
+    )
     keys, width, features = (axes.resolve(x) for x in (keys, width, features))
     rest = [a for a in everything if a not in {*keys, *width, *features}]
     in_query, in_key = set(atoms(query[1])), set(atoms(key[1]))
@@ -318,7 +364,11 @@ def _linear(node: fx.Node, module: fx.GraphModule, name: str) -> Site | None:
         return None
     query, rows, out_dims = found
     scores = arguments(node)["self"]
-    batch = tuple(a for a in dict.fromkeys(a for d in way.dims for a in axes.resolve(d)) if a in shared and a not in axes.resolve(keys))  # fmt: skip
+    batch = tuple(
+        a
+        for a in dict.fromkeys(a for d in way.dims for a in axes.resolve(d))
+        if a in shared and a not in axes.resolve(keys)
+    )
     heads = set(axes.resolve(tuple(siblings(scores, way.dims, width, axes))))
     own = Roles(
         tuple(a for a in axes.resolve(batch) if a not in heads),
@@ -327,12 +377,27 @@ def _linear(node: fx.Node, module: fx.GraphModule, name: str) -> Site | None:
     )  # fmt: skip
     if not own.h and len(own.b) > 1:
         own = Roles(own.b[:1], own.b[1:], (), own.q, own.kv, own.d, own.f)
-    reason = "the softmax is taken of the keys before K^T V; this family is recognised, not rewritten"
+    reason = (
+        "the softmax is taken of the keys before K^T V; this family is recognised, not rewritten"
+    )
     refusal = refuse("linear-attention", reason, node)
-    return _site(node, module, name, "linear", (query, (scores, way.dims), value), (second[1].node, out_dims), own, axes, parse(_LINEAR), refusal)  # fmt: skip
+    return _site(
+        node,
+        module,
+        name,
+        "linear",
+        (query, (scores, way.dims), value),
+        (second[1].node, out_dims),
+        own,
+        axes,
+        parse(_LINEAR),
+        refusal,
+    )
 
 
-def _query(way: _Way, product: Product, axes: Axes, width: Atoms) -> tuple[tuple[fx.Node, Dims], Atoms, Dims] | None:
+def _query(
+    way: _Way, product: Product, axes: Axes, width: Atoms
+) -> tuple[tuple[fx.Node, Dims], Atoms, Dims] | None:
     """(Q with its atoms, its rows, atoms of the output) of a product that contracts the width."""
     found = _value(way, product, axes, width)
     if found is None or not found[1]:
@@ -387,9 +452,11 @@ def _site(
         nodes=region(result.node, [o.node for o in inputs.values()]),
         inputs=inputs,
         output=result,
-        factors=tuple(Factor(r, a, axes.size(a)) for r in ("b", "h", "q", "kv", "d", "f") for a in getattr(roles, r)),
+        factors=tuple(
+            Factor(r, a, axes.size(a))
+            for r in ("b", "h", "q", "kv", "d", "f")
+            for a in getattr(roles, r)
+        ),
         source=source_line(node),
         refusals=(refusal,),
     )
-
-

@@ -30,7 +30,8 @@ class Probabilities:
 
 @dataclass(frozen=True, eq=False)
 class Forward:
-    """The end of the way: the value product, the post-softmax factor and the dropout probability."""
+    """The end of the way: the value product, the post-softmax factor and the dropout
+    probability."""
 
     value: ValueProduct
     weight: Expr | None
@@ -61,9 +62,13 @@ def follow(anchor: Anchor) -> Forward | Refusal:
 def _escape(users: list[fx.Node], node: fx.Node) -> Refusal:
     out = next((u for u in users if u.op == "output"), None)
     if out is not None:
-        return refuse("probabilities-escape", "the probabilities are returned as an output of the model", node)
+        return refuse(
+            "probabilities-escape", "the probabilities are returned as an output of the model", node
+        )
     names = ", ".join(u.name for u in users)
-    return refuse("probabilities-escape", f"the probabilities are used in {len(users)} places: {names}", node)
+    return refuse(
+        "probabilities-escape", f"the probabilities are used in {len(users)} places: {names}", node
+    )
 
 
 def _step(anchor: Anchor, here: Probabilities, user: fx.Node) -> Probabilities | Refusal:
@@ -87,7 +92,11 @@ def _step(anchor: Anchor, here: Probabilities, user: fx.Node) -> Probabilities |
     if name in ("add", "add_", "sub"):
         reason = "the probabilities are added to another tensor before the value product"
         return refuse("probabilities-summed", reason, user)
-    return refuse("not-a-value-product", f"the probabilities go into {name or user.op}, not into a product", user)
+    return refuse(
+        "not-a-value-product",
+        f"the probabilities go into {name or user.op}, not into a product",
+        user,
+    )
 
 
 def _drops_last_key(anchor: Anchor, here: Probabilities, user: fx.Node) -> bool:
@@ -139,7 +148,11 @@ def _finish(anchor: Anchor, here: Probabilities, product: Product) -> Forward | 
     axes = anchor.axes
     on_left = product.left is here.node
     if product.left is product.right:
-        return refuse("squared-probabilities", "the probabilities are multiplied with themselves", product.node)
+        return refuse(
+            "squared-probabilities",
+            "the probabilities are multiplied with themselves",
+            product.node,
+        )
     p_labels = product.left_labels if on_left else product.right_labels
     v_labels = product.right_labels if on_left else product.left_labels
     value = product.right if on_left else product.left

@@ -20,6 +20,7 @@ from attn_rewrite.sizes import as_size, same_size
 Coord = Atoms | Expr
 Dims = tuple[Coord, ...]
 
+
 def atom_rank(atom: int) -> Rank:
     """The rank that stands for an atom while a site is being read."""
     return Rank(f"@{atom}")
@@ -41,7 +42,11 @@ def coordinate(coord: Coord, axes: Axes) -> Expr | None:
 
 def pure(dims: Sequence[Coord]) -> tuple[Atoms, ...] | None:
     """The dims if every coordinate is atoms, else None."""
-    return None if any(isinstance(d, Expr) for d in dims) else tuple(d for d in dims if not isinstance(d, Expr))
+    return (
+        None
+        if any(isinstance(d, Expr) for d in dims)
+        else tuple(d for d in dims if not isinstance(d, Expr))
+    )
 
 
 def _axis(value: Any, rank: int) -> int:
@@ -64,7 +69,9 @@ def pull(node: fx.Node, dims: Dims, axes: Axes) -> tuple[fx.Node, Dims] | None:
     return None if result is None else (source, tuple(result))
 
 
-def _pull_view(node: fx.Node, dims: Dims, axes: Axes, shape: tuple[Any, ...]) -> Sequence[Coord] | None:
+def _pull_view(
+    node: fx.Node, dims: Dims, axes: Axes, shape: tuple[Any, ...]
+) -> Sequence[Coord] | None:
     atoms = pure(dims)
     return None if atoms is None else axes.regroup(atoms, shape)
 
@@ -91,12 +98,16 @@ def permutation(node: fx.Node, rank: int) -> list[int]:
     return order
 
 
-def _pull_unsqueeze(node: fx.Node, dims: Dims, axes: Axes, shape: tuple[Any, ...]) -> Sequence[Coord]:
+def _pull_unsqueeze(
+    node: fx.Node, dims: Dims, axes: Axes, shape: tuple[Any, ...]
+) -> Sequence[Coord]:
     position = _axis(arguments(node)["dim"], len(dims))
     return [d for i, d in enumerate(dims) if i != position]
 
 
-def _pull_squeeze(node: fx.Node, dims: Dims, axes: Axes, shape: tuple[Any, ...]) -> Sequence[Coord] | None:
+def _pull_squeeze(
+    node: fx.Node, dims: Dims, axes: Axes, shape: tuple[Any, ...]
+) -> Sequence[Coord] | None:
     if len(shape) == len(dims):
         return dims
     dropped = arguments(node).get("dim")
@@ -114,7 +125,9 @@ def _pull_expand(node: fx.Node, dims: Dims, axes: Axes, shape: tuple[Any, ...]) 
     return [() if same_size(as_size(s), 1) else d for s, d in zip(shape, inner, strict=True)]
 
 
-def _pull_repeat(node: fx.Node, dims: Dims, axes: Axes, shape: tuple[Any, ...]) -> Sequence[Coord] | None:
+def _pull_repeat(
+    node: fx.Node, dims: Dims, axes: Axes, shape: tuple[Any, ...]
+) -> Sequence[Coord] | None:
     out: list[Coord] = []
     inner = dims[len(dims) - len(shape) :]
     repeats = arguments(node)["repeats"][len(dims) - len(shape) :]
@@ -154,7 +167,9 @@ def _shifted(coord: Coord, start: Any, step: int, axes: Axes) -> Coord | None:
     return (place if step == 1 else place * step) + start if start or step != 1 else place
 
 
-def _pull_slice(node: fx.Node, dims: Dims, axes: Axes, shape: tuple[Any, ...]) -> Sequence[Coord] | None:
+def _pull_slice(
+    node: fx.Node, dims: Dims, axes: Axes, shape: tuple[Any, ...]
+) -> Sequence[Coord] | None:
     named = arguments(node)
     position = _axis(named["dim"], len(dims))
     if same_size(as_size(shape[position]), as_size(shape_of(node)[position])):
@@ -165,7 +180,9 @@ def _pull_slice(node: fx.Node, dims: Dims, axes: Axes, shape: tuple[Any, ...]) -
     return [place if i == position else d for i, d in enumerate(dims)]
 
 
-def _pull_select(node: fx.Node, dims: Dims, axes: Axes, shape: tuple[Any, ...]) -> Sequence[Coord] | None:
+def _pull_select(
+    node: fx.Node, dims: Dims, axes: Axes, shape: tuple[Any, ...]
+) -> Sequence[Coord] | None:
     named = arguments(node)
     position, index = _axis(named["dim"], len(shape)), named["index"]
     if not isinstance(index, int) or (index < 0 and not isinstance(shape[position], int)):
@@ -199,10 +216,34 @@ def _pull_part(node: fx.Node, dims: Dims, axes: Axes) -> tuple[fx.Node, Dims] | 
 
 
 _PULL: dict[str, Callable[[fx.Node, Dims, Axes, tuple[Any, ...]], Sequence[Coord] | None]] = {
-    **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as",
-                     "_reshape_alias"), _pull_view),
-    **dict.fromkeys(("permute", "transpose", "transpose_", "swapaxes", "swapdims", "t", "numpy_T", "mT", "mH",
-                     "adjoint"), _pull_permute),
+    **dict.fromkeys(
+        (
+            "view",
+            "reshape",
+            "_unsafe_view",
+            "flatten",
+            "unflatten",
+            "view_as",
+            "reshape_as",
+            "_reshape_alias",
+        ),
+        _pull_view,
+    ),
+    **dict.fromkeys(
+        (
+            "permute",
+            "transpose",
+            "transpose_",
+            "swapaxes",
+            "swapdims",
+            "t",
+            "numpy_T",
+            "mT",
+            "mH",
+            "adjoint",
+        ),
+        _pull_permute,
+    ),
     "unsqueeze": _pull_unsqueeze,
     "unsqueeze_": _pull_unsqueeze,
     "squeeze": _pull_squeeze,
@@ -212,7 +253,7 @@ _PULL: dict[str, Callable[[fx.Node, Dims, Axes, tuple[Any, ...]], Sequence[Coord
     "repeat_interleave": _pull_repeat_interleave,
     "slice": _pull_slice,
     "select": _pull_select,
-}  # fmt: skip
+}
 
 
 def push(node: fx.Node, dims: tuple[Atoms, ...], axes: Axes) -> tuple[Atoms, ...] | None:

@@ -1,8 +1,10 @@
 """Lift nodes to expressions: what each element of a tensor is, as a function of its coordinates.
 
 `Lifter.lift(node, dims)` pulls the coordinates of ``node`` back through elementwise and layout
-operators to index arithmetic (``arange``, ``tril``, comparisons), products, constants, and *leaves*:
-tensors read as they are.  Masks and scores are both lifted this way, so that a mask is recognised by
+operators to index arithmetic (``arange``, ``tril``, comparisons), products, constants, and
+*leaves*:
+tensors read as they are.  Masks and scores are both lifted this way, so that a mask is recognised
+by
 what it computes.
 """
 
@@ -21,10 +23,10 @@ from attn_rewrite.cascade.expr import Call, Const, Expr, Extent, Rank, Read, cal
 from attn_rewrite.cascade.simplify import is_boolean, simplify
 from attn_rewrite.graph import arguments, is_tensor, op_name, shape_of, value_of
 from attn_rewrite.passes.find.axes import Atoms, Axes
-from attn_rewrite.sizes import as_size, same_size
 from attn_rewrite.passes.find.layout import Coord, Dims, atom_rank, coordinate, pull, pure
 from attn_rewrite.passes.find.product import Product, product_of
 from attn_rewrite.passes.find.vmapped import ENTER, LEAVE, varies
+from attn_rewrite.sizes import as_size, same_size
 
 # An expression larger than this is read as a tensor instead.
 MAX_NODES = 120
@@ -101,8 +103,10 @@ class Lifter:
         expr = self._open(node, dims, depth) if depth < MAX_DEPTH else None
         if expr is not None:
             expr = simplify(expr)
-            atoms = {a for d in pure(dims) or () for a in self.axes.resolve(d)}
-            covers = len(atoms) == len({r for n in walk(expr) if isinstance(n, Read) for r in n.index})
+            own = {a for d in pure(dims) or () for a in self.axes.resolve(d)}
+            covers = len(own) == len(
+                {r for n in walk(expr) if isinstance(n, Read) for r in n.index}
+            )
             if (self._is_plain_data(expr) and covers) or self._is_too_large(expr):
                 expr = None
         if expr is None:
@@ -120,12 +124,15 @@ class Lifter:
         return not reads_product or size > MAX_SCORE_NODES
 
     def _is_plain_data(self, expr: Expr) -> bool:
-        """No position and no product in it, and no smaller than what it reads: better read as it is."""
+        """No position and no product in it, and no smaller than what it reads: better read as it
+        is."""
         inside = list(walk(expr))
         reads = [n for n in inside if isinstance(n, Read)]
         if not isinstance(expr, Call) or any(r.tensor in self.dots for r in reads):
             return False
-        if any(isinstance(a, (Rank, Extent)) for n in inside if isinstance(n, Call) for a in n.args):
+        if any(
+            isinstance(a, (Rank, Extent)) for n in inside if isinstance(n, Call) for a in n.args
+        ):
             return False
         every = {a for r in reads for a in r.index}
         return any(set(r.index) == every for r in reads) and bool(every)
@@ -145,7 +152,8 @@ class Lifter:
         """Read a product as a tensor after all."""
         return self._leaf(dot.product.node, dot.dims)
 
-    # -- one level ----------------------------------------------------------------------------------
+    # -- one level
+    # ----------------------------------------------------------------------------------
 
     def _open(self, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
         name = op_name(node)
@@ -167,11 +175,12 @@ class Lifter:
         return None if rule is None else rule(self, node, dims, depth)
 
     def _leave(self, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
-        """A mapped value: the coordinate that ``vmap`` puts in belongs to the level from here on."""
+        """A mapped value: the coordinate that ``vmap`` puts in belongs to the level from here
+        on."""
         source, level, _, place = node.args
-        place = int(place) % len(dims)  # type: ignore[call-overload]
-        if not isinstance(source, fx.Node) or not isinstance(level, int):
+        if not (isinstance(source, fx.Node) and isinstance(level, int) and isinstance(place, int)):
             return None
+        place %= len(dims)
         before = dict(self._levels)
         self._levels[level] = dims[place]
         try:
@@ -182,11 +191,13 @@ class Lifter:
     def _enter(self, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
         """What a function is mapped over: the level's coordinate is a dimension again."""
         source, place, level = node.args
-        if not isinstance(source, fx.Node) or level not in self._levels or not isinstance(place, int):
+        if not (isinstance(source, fx.Node) and isinstance(level, int) and isinstance(place, int)):
+            return None
+        if level not in self._levels:
             return None
         place %= len(dims) + 1
         before = dict(self._levels)
-        inner = (*dims[:place], self._levels.pop(level), *dims[place:])  # type: ignore[call-overload]
+        inner = (*dims[:place], self._levels.pop(level), *dims[place:])
         try:
             return self.lift(source, inner, depth + 1)
         finally:
@@ -245,17 +256,24 @@ class Lifter:
 
     def _triangle(self, value: torch.Tensor, dims: Dims) -> Expr | None:
         """A stored lower-triangular buffer, recognised by its elements."""
-        if value.dtype not in (torch.bool, torch.uint8) or value.dim() < 2 or value.device.type == "meta":
+        if (
+            value.dtype not in (torch.bool, torch.uint8)
+            or value.dim() < 2
+            or value.device.type == "meta"
+        ):
             return None
         rows, columns = value.shape[-2:]
         if value.numel() != rows * columns or rows != columns or rows < 2:
             return None
-        if not torch.equal(value.reshape(rows, columns).bool(), torch.ones(rows, columns).tril().bool()):
+        if not torch.equal(
+            value.reshape(rows, columns).bool(), torch.ones(rows, columns).tril().bool()
+        ):
             return None
         row, column = (coordinate(d, self.axes) for d in dims[-2:])
         return None if row is None or column is None else call("le", column, row)
 
-    # -- operands -----------------------------------------------------------------------------------
+    # -- operands
+    # -----------------------------------------------------------------------------------
 
     def operand(self, arg: Any, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
         """Lift an argument of an elementwise operator, with broadcasting."""
@@ -442,9 +460,15 @@ def _index(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None
 
 
 def _covers(size: Any, symbol: Any) -> bool:
-    """Two lone symbols: an index over one axis of the model into another (``s72`` rows, ``s43`` mask)."""
+    """Two lone symbols: an index over one axis of the model into another (``s72`` rows, ``s43``
+    mask)."""
     other = as_size(symbol)
-    return not isinstance(size, int) and not isinstance(other, int) and size.is_Symbol and other.is_Symbol
+    return (
+        not isinstance(size, int)
+        and not isinstance(other, int)
+        and size.is_Symbol
+        and other.is_Symbol
+    )
 
 
 def _logical_not(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
@@ -469,7 +493,9 @@ def _clamp(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None
     low, high = named.get("min"), named.get("max")
     if inner is None or any(isinstance(v, fx.Node) for v in (low, high)):
         return None
-    return call("clip", inner, -math.inf if low is None else low, math.inf if high is None else high)
+    return call(
+        "clip", inner, -math.inf if low is None else low, math.inf if high is None else high
+    )
 
 
 _RULES: dict[str, Rule] = {
@@ -491,10 +517,29 @@ _RULES: dict[str, Rule] = {
     **{n: _filled("full") for n in ("full", "full_like", "new_full", "scalar_tensor")},
     **{n: _logical("and") for n in ("logical_and", "bitwise_and", "__and__")},
     **{n: _logical("or") for n in ("logical_or", "bitwise_or", "__or__")},
-    **{ours: _elementwise(op) for ours, op in (
-        ("mul", "mul"), ("floor_divide", "floordiv"), ("remainder", "mod"), ("neg", "neg"), ("exp", "exp"),
-        ("tanh", "tanh"), ("sigmoid", "sigmoid"), ("relu", "relu"), ("abs", "abs"), ("sqrt", "sqrt"),
-        ("log", "log"), ("maximum", "max"), ("minimum", "min"), ("eq", "eq"), ("ne", "ne"), ("lt", "lt"),
-        ("le", "le"), ("gt", "gt"), ("ge", "ge"), ("multiply", "mul"),
-    )},
-}  # fmt: skip
+    **{
+        ours: _elementwise(op)
+        for ours, op in (
+            ("mul", "mul"),
+            ("floor_divide", "floordiv"),
+            ("remainder", "mod"),
+            ("neg", "neg"),
+            ("exp", "exp"),
+            ("tanh", "tanh"),
+            ("sigmoid", "sigmoid"),
+            ("relu", "relu"),
+            ("abs", "abs"),
+            ("sqrt", "sqrt"),
+            ("log", "log"),
+            ("maximum", "max"),
+            ("minimum", "min"),
+            ("eq", "eq"),
+            ("ne", "ne"),
+            ("lt", "lt"),
+            ("le", "le"),
+            ("gt", "gt"),
+            ("ge", "ge"),
+            ("multiply", "mul"),
+        )
+    },
+}

@@ -9,10 +9,32 @@ import torch
 from torch import fx
 
 from attn_rewrite.cascade.attention import QK, SoftmaxAttention, softmax_cascade
-from attn_rewrite.cascade.expr import TRUE, Call, Const, Expr, Extent, Rank, Read, call, conjunction, conjuncts, substitute, walk
+from attn_rewrite.cascade.expr import (
+    TRUE,
+    Call,
+    Const,
+    Expr,
+    Extent,
+    Rank,
+    Read,
+    call,
+    conjunction,
+    conjuncts,
+    substitute,
+    walk,
+)
 from attn_rewrite.cascade.ir import TensorDecl
 from attn_rewrite.cascade.simplify import is_causal_term, mask_value, rows_kept, simplify
-from attn_rewrite.graph import ROLE_ORDER, arguments, canonical_groups, is_call, module_path, shape_of, source_line, value_of
+from attn_rewrite.graph import (
+    ROLE_ORDER,
+    arguments,
+    canonical_groups,
+    is_call,
+    module_path,
+    shape_of,
+    source_line,
+    value_of,
+)
 from attn_rewrite.passes.find.anchor import Anchor, open_anchor, refuse
 from attn_rewrite.passes.find.axes import Atoms
 from attn_rewrite.passes.find.facts import appended_to_cache, kind_of, layout_text
@@ -63,7 +85,9 @@ def _score_product(anchor: Anchor) -> Dot | Refusal:
     for dot in dots:
         if not keys <= {a for d in dot.dims for a in axes.resolve(d)}:
             continue
-        sides = [{a for d in dot.operand(left)[1] for a in axes.resolve(d)} for left in (True, False)]
+        sides = [
+            {a for d in dot.operand(left)[1] for a in axes.resolve(d)} for left in (True, False)
+        ]
         on = [bool(keys & side) for side in sides]
         if on != [True, True] and keys <= sides[on.index(True)]:
             return dot
@@ -71,7 +95,9 @@ def _score_product(anchor: Anchor) -> Dot | Refusal:
     return refuse("no-key-axis", reason, anchor.node)
 
 
-def _site(anchor: Anchor, dot: Dot, forward: Forward, module: fx.GraphModule, name: str) -> Site | Refusal:
+def _site(
+    anchor: Anchor, dot: Dot, forward: Forward, module: fx.GraphModule, name: str
+) -> Site | Refusal:
     axes = anchor.axes
     keys = set(axes.resolve(anchor.keys))
     left_has_keys = bool(keys & {a for d in dot.operand(True)[1] for a in axes.resolve(d)})
@@ -91,31 +117,58 @@ def _site(anchor: Anchor, dot: Dot, forward: Forward, module: fx.GraphModule, na
     return replace(site, family="channel") if channels else site
 
 
-def _trim(node: fx.Node, dims: tuple[Atoms, ...], axes: Any, *, scale: bool = True) -> tuple[float, Tensor]:
+def _constant_factor(node: fx.Node) -> float | None:
+    """c of ``x * c`` and 1 / c of ``x / c``; None for anything else."""
+    if not is_call(node, "mul", "mul_", "div", "div_") or not isinstance(node.args[0], fx.Node):
+        return None
+    by = node.args[1]
+    if not isinstance(by, (int, float)) or arguments(node).get("rounding_mode") is not None:
+        return None
+    return float(by) if is_call(node, "mul", "mul_") else 1.0 / by
+
+
+def _trim(
+    node: fx.Node, dims: tuple[Atoms, ...], axes: Any, *, scale: bool = True
+) -> tuple[float, Tensor]:
     """Walk an operand back through layout operators (and constant factors) to where it is made."""
     factor = 1.0
     while True:
-        if scale and is_call(node, "mul", "mul_", "div", "div_") and isinstance(node.args[1], (int, float)):
-            if arguments(node).get("rounding_mode") is None and isinstance(node.args[0], fx.Node):
-                times = float(node.args[1])
-                factor *= times if is_call(node, "mul", "mul_") else 1.0 / times
-                node = node.args[0]
-                continue
+        if scale and _scales(node):
+            times = float(node.args[1])  # type: ignore[arg-type]
+            factor *= times if is_call(node, "mul", "mul_") else 1.0 / times
+            node = node.args[0]  # type: ignore[assignment]
+            continue
         moved = pull(node, dims, axes)
         atoms = None if moved is None else pure(moved[1])
         if moved is None or atoms is None or value_of(moved[0]).dtype != value_of(node).dtype:
             return factor, (node, dims)
-        if len({a for d in atoms for a in axes.resolve(d)}) != sum(len(axes.resolve(d)) for d in atoms):
+        if len({a for d in atoms for a in axes.resolve(d)}) != sum(
+            len(axes.resolve(d)) for d in atoms
+        ):
             return factor, (node, dims)
         node, dims = moved[0], atoms
 
 
-def _check(anchor: Anchor, roles: Roles, query: Tensor, key: Tensor, value: Tensor) -> Refusal | None:
+def _scales(node: fx.Node) -> bool:
+    """True for a tensor times, or divided by, a number."""
+    return (
+        is_call(node, "mul", "mul_", "div", "div_")
+        and isinstance(node.args[1], (int, float))
+        and isinstance(node.args[0], fx.Node)
+        and arguments(node).get("rounding_mode") is None
+    )
+
+
+def _check(
+    anchor: Anchor, roles: Roles, query: Tensor, key: Tensor, value: Tensor
+) -> Refusal | None:
     """Every operand has the axes its place asks for, and no other."""
     axes = anchor.axes
     for what, (node, dims), allowed in (
-        ("query", query, "bhgqd"), ("key", key, ("b", "h", "kv", "d")), ("value", value, ("b", "h", "kv", "f")),
-    ):  # fmt: skip
+        ("query", query, "bhgqd"),
+        ("key", key, ("b", "h", "kv", "d")),
+        ("value", value, ("b", "h", "kv", "f")),
+    ):
         for atom in (a for d in dims for a in axes.resolve(d)):
             if not roles.knows((atom,)) or roles.of(atom) not in allowed:
                 has = roles.of(atom) if roles.knows((atom,)) else "an axis outside the scores"
@@ -123,18 +176,24 @@ def _check(anchor: Anchor, roles: Roles, query: Tensor, key: Tensor, value: Tens
     needed = set(roles.kv)
     for what, (node, dims) in (("key", key), ("value", value)):
         if not needed <= {a for d in dims for a in axes.resolve(d)}:
-            return refuse("axes-inconsistent", f"the {what} does not depend on the normalised axis", node)
+            return refuse(
+                "axes-inconsistent", f"the {what} does not depend on the normalised axis", node
+            )
     if not isinstance(axes.extent(roles.h + roles.g), int):
         return refuse("dynamic-heads", "the number of heads is not static", anchor.node)
     return None
 
 
-def _raise(anchor: Anchor, dot: Dot, forward: Forward, roles: Roles, factor: float) -> Raised | Refusal:
+def _raise(
+    anchor: Anchor, dot: Dot, forward: Forward, roles: Roles, factor: float
+) -> Raised | Refusal:
     """Score, guard and factor over ranks, with reads named M0, M1, ... in order of use."""
     lifter, axes = anchor.lifter, anchor.axes
-    others = {Read(d.name): lifter.as_leaf(d) for d in lifter.dots.values() if d is not dot}
+    others: dict[Expr, Expr] = {
+        Read(d.name): lifter.as_leaf(d) for d in lifter.dots.values() if d is not dot
+    }
     product: Expr = Read(dot.name) if factor == 1.0 else Read(dot.name) * factor
-    parts = []
+    parts: list[Expr | None] = []
     for expr in (anchor.score, anchor.guard, forward.weight, anchor.sink):
         if expr is None:
             parts.append(None)
@@ -142,11 +201,17 @@ def _raise(anchor: Anchor, dot: Dot, forward: Forward, roles: Roles, factor: flo
         expr = substitute(substitute(expr, others), {Read(dot.name): product})
         parts.append(in_ranks(expr, roles, axes))
         if parts[-1] is None:
-            return refuse("symbolic-axes", "a mask or bias splits an axis of dynamic length", anchor.node)
+            return refuse(
+                "symbolic-axes", "a mask or bias splits an axis of dynamic length", anchor.node
+            )
     reads: dict[str, Operand] = {}
     mapping: dict[Expr, Expr] = {Read(dot.name): QK}
     for expr in parts:
-        for read in (n for n in walk(TRUE if expr is None else expr) if isinstance(n, Read) and n.tensor in lifter.leaves):
+        for read in (
+            n
+            for n in walk(TRUE if expr is None else expr)
+            if isinstance(n, Read) and n.tensor in lifter.leaves
+        ):
             if read in mapping:
                 continue
             leaf = lifter.leaves[read.tensor]
@@ -155,7 +220,9 @@ def _raise(anchor: Anchor, dot: Dot, forward: Forward, roles: Roles, factor: flo
             name = f"M{len(reads)}"
             reads[name] = own
             mapping[read] = Read(name, tuple(Rank(r) for r in ranks))
-    score, guard, weight, sink = (None if e is None else simplify(substitute(e, mapping)) for e in parts)
+    score, guard, weight, sink = (
+        None if e is None else simplify(substitute(e, mapping)) for e in parts
+    )
     assert score is not None
     assert guard is not None
     score, extra = split_guard(score)
@@ -172,7 +239,8 @@ def _ranks(own: Operand) -> tuple[str, ...]:
 def split_guard(score: Expr) -> tuple[Expr, tuple[Expr, ...]]:
     """Split ``where(mask, s, -inf)`` and ``s + where(mask, 0, -inf)`` into (s, kept terms).
 
-    A finite mask value is moved to the guard only where every row is proved to keep a key: on an empty
+    A finite mask value is moved to the guard only where every row is proved to keep a key: on an
+    empty
     row it gives the mean of V, which a guard would not.
     """
     match score:
@@ -198,7 +266,8 @@ def _removes(value: Expr, condition: Expr) -> bool:
 
 
 def causal_offset(raised: Raised) -> Expr | None:
-    """The offset of a proved causal mask (in the guard, or as a removing term of the score), or None."""
+    """The offset of a proved causal mask (in the guard, or as a removing term of the score), or
+    None."""
     terms = list(conjuncts(raised.guard))
     for node in walk(raised.score):
         if isinstance(node, Call) and node.op == "where":
@@ -213,7 +282,12 @@ def causal_offset(raised: Raised) -> Expr | None:
 def scale_of(score: Expr) -> float:
     """The constant factor on the product (1.0 where it is not a constant)."""
     for node in walk(score):
-        if isinstance(node, Call) and node.op == "mul" and node.args[0] == QK and isinstance(node.args[1], Const):
+        if (
+            isinstance(node, Call)
+            and node.op == "mul"
+            and node.args[0] == QK
+            and isinstance(node.args[1], Const)
+        ):
             return float(node.args[1].value)
     return 1.0
 
@@ -229,7 +303,9 @@ def _assemble(
 ) -> Site:
     axes = anchor.axes
     group = axes.extent(roles.g)
-    inputs = {n: operand(*t, roles, axes) for n, t in zip("QKV", tensors, strict=True)} | raised.reads
+    inputs = {
+        n: operand(*t, roles, axes) for n, t in zip("QKV", tensors, strict=True)
+    } | raised.reads
     form = SoftmaxAttention(
         raised.score,
         raised.guard,
@@ -288,5 +364,3 @@ def _dtype(node: fx.Node) -> str:
     if dtype == torch.bool:
         return "bool"
     return "float" if dtype.is_floating_point else "i64"
-
-

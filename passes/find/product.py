@@ -101,7 +101,15 @@ def _einsum(node: fx.Node) -> Product | None:
         out = ("..." if "." in inputs else "") + "".join(
             c for c in sorted(set(letters)) if letters.count(c) == 1
         )
-    dots = max(len(shape_of(t)) - len(s.replace(".", "")) for t, s in ((left, a), (right, b)) if "..." in s) if "." in inputs else 0  # fmt: skip
+    dots = (
+        max(
+            len(shape_of(t)) - len(s.replace(".", ""))
+            for t, s in ((left, a), (right, b))
+            if "..." in s
+        )
+        if "." in inputs
+        else 0
+    )
     labels = [_letters(s, shape_of(t), dots) for s, t in ((a, left), (b, right))]
     if any(len(set(x) - {""}) != len([c for c in x if c]) for x in labels):
         return None  # a repeated letter is a diagonal
@@ -145,7 +153,8 @@ def _tensordot(node: fx.Node) -> Product | None:
 
 
 def _linear(node: fx.Node) -> Product | None:
-    """``F.linear(q, k)`` with an activation as the weight is a product; with a parameter it is not."""
+    """``F.linear(q, k)`` with an activation as the weight is a product; with a parameter it is
+    not."""
     named = arguments(node)
     weight = named["weight"]
     if named["bias"] is not None or not is_tensor(weight) or is_parameter(weight):

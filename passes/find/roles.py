@@ -1,6 +1,7 @@
 """Roles of axes: which atoms are batch, heads, query heads per key head, positions and widths.
 
-Decided by what depends on what: key axes are normalised and contracted, query axes belong to Q alone,
+Decided by what depends on what: key axes are normalised and contracted, query axes belong to Q
+alone,
 batch-like axes are shared.  Heads are the shared axes that a projection's feature axis splits into;
 where no such split is visible, the batch-like axis next to the positions.
 """
@@ -14,21 +15,23 @@ from torch import fx
 from attn_rewrite.cascade.expr import Const, Expr, Extent, Rank, call, ranks_of, transform
 from attn_rewrite.graph import is_call, is_parameter, is_tensor, shape_of
 from attn_rewrite.passes.find.axes import Atoms, Axes
-from attn_rewrite.sizes import as_size, same_size
 from attn_rewrite.passes.find.layout import Dims, pull, pure
 from attn_rewrite.passes.find.lift import Dot
 from attn_rewrite.site import Factor, Operand
+from attn_rewrite.sizes import as_size, same_size
 
 # Operators that keep every axis where it is: position embeddings, norms, activations.
 KEEPS_AXES = frozenset(
     "add sub mul div neg cat layer_norm rms_norm native_layer_norm tanh pow softmax index_put "
-    "to _to_copy rotary dropout sigmoid silu gelu relu elu normalize linalg_vector_norm where".split()
+    "to _to_copy rotary dropout sigmoid silu gelu relu elu normalize linalg_vector_norm "
+    "where".split()
 )
 
 
 @dataclass(frozen=True)
 class Roles:
-    """Atoms of each role, outermost first; ``h`` shared heads, ``g`` query heads per shared head."""
+    """Atoms of each role, outermost first; ``h`` shared heads, ``g`` query heads per shared
+    head."""
 
     b: Atoms
     h: Atoms
@@ -66,27 +69,38 @@ def siblings(node: fx.Node, dims: tuple[Atoms, ...], width: Atoms, axes: Axes) -
     return set()
 
 
-def _back(node: fx.Node, dims: tuple[Atoms, ...], axes: Axes) -> tuple[fx.Node, tuple[Atoms, ...]] | None:
+def _back(
+    node: fx.Node, dims: tuple[Atoms, ...], axes: Axes
+) -> tuple[fx.Node, tuple[Atoms, ...]] | None:
     part = node.args[0] if is_call(node, "getitem") else node
     if is_call(part, "split", "chunk", "split_with_sizes", "slice"):
-        source = part.args[0]  # type: ignore[union-attr]
-        return (source, dims) if is_tensor(source) else None  # type: ignore[return-value]
+        assert isinstance(part, fx.Node)
+        source = part.args[0]
+        return (source, dims) if isinstance(source, fx.Node) and is_tensor(source) else None
     moved = pull(node, dims, axes)
     if moved is not None:
         atoms = pure(moved[1])
         return None if atoms is None else (moved[0], atoms)
     if is_call(node, *KEEPS_AXES):
-        inputs = node.args[0] if isinstance(node.args[0], (list, tuple)) else node.args
-        for source in inputs:
-            if is_tensor(source) and len(shape_of(source)) == len(dims) and not is_parameter(source):  # type: ignore[arg-type,union-attr]
-                pairs = zip(shape_of(source)[:-1], shape_of(node)[:-1], strict=True)  # type: ignore[arg-type]
-                if all(same_size(as_size(a), as_size(b)) for a, b in pairs):
-                    return source, dims  # type: ignore[return-value]
+        source = next((a for a in node.all_input_nodes if _carries_axes(a, node)), None)
+        return None if source is None else (source, dims)
     return None
 
 
+def _carries_axes(source: fx.Node, node: fx.Node) -> bool:
+    """An activation of the rank of ``node`` whose axes, but for the last, are as long."""
+    if not is_tensor(source) or is_parameter(source):
+        return False
+    shapes = shape_of(source), shape_of(node)
+    if len(shapes[0]) != len(shapes[1]):
+        return False
+    pairs = zip(shapes[0][:-1], shapes[1][:-1], strict=True)
+    return all(same_size(as_size(a), as_size(b)) for a, b in pairs)
+
+
 def from_features(node: fx.Node, dims: tuple[Atoms, ...], wanted: Atoms, axes: Axes) -> bool:
-    """True if the atoms come from the feature axis of a projection: they are channels, not positions."""
+    """True if the atoms come from the feature axis of a projection: they are channels, not
+    positions."""
     for _ in range(24):
         if is_call(node, "linear", "addmm", "conv2d", "conv1d"):
             place = len(dims) - 1 if is_call(node, "linear", "addmm") else 1
@@ -100,7 +114,8 @@ def from_features(node: fx.Node, dims: tuple[Atoms, ...], wanted: Atoms, axes: A
 
 
 def _as_atoms(node: fx.Node, dims: Dims, axes: Axes) -> tuple[Atoms, ...]:
-    """Coordinates as the atoms they vary with; an axis read at one place only is an atom of its own."""
+    """Coordinates as the atoms they vary with; an axis read at one place only is an atom of its
+    own."""
     return tuple(
         d if not isinstance(d, Expr)
         else tuple(sorted(int(n[1:]) for n in ranks_of(d))) or axes.fresh(size)
@@ -120,7 +135,11 @@ def assign(
 ) -> Roles:
     """Give every atom of a site its role; ``rows`` are the score's atoms without the keys."""
     width = tuple(a for x in dot.product.contracted for a in dot.atoms[x])
-    related = siblings(*query, width, axes) | siblings(*key, width, axes) | siblings(*value, features, axes)
+    related = (
+        siblings(*query, width, axes)
+        | siblings(*key, width, axes)
+        | siblings(*value, features, axes)
+    )
     keys, width, features = (axes.resolve(x) for x in (keys, width, features))
     rows = axes.resolve(rows)  # after the walks: they may split atoms
     related = set(axes.resolve(tuple(related)))
@@ -166,10 +185,13 @@ def operand(node: fx.Node, dims: tuple[Atoms, ...], roles: Roles, axes: Axes) ->
     return Operand(node, factors)
 
 
-def groups(roles: Roles, axes: Axes, wanted: tuple[tuple[str, ...], ...]) -> tuple[tuple[Factor, ...], ...]:
+def groups(
+    roles: Roles, axes: Axes, wanted: tuple[tuple[str, ...], ...]
+) -> tuple[tuple[Factor, ...], ...]:
     """Factors of canonical dimensions, one tuple of roles each."""
     return tuple(
-        tuple(Factor(role, a, axes.size(a)) for role in group for a in getattr(roles, role)) for group in wanted
+        tuple(Factor(role, a, axes.size(a)) for role in group for a in getattr(roles, role))
+        for group in wanted
     )
 
 
@@ -183,7 +205,9 @@ def in_ranks(expr: Expr, roles: Roles, axes: Axes) -> Expr | None:
             if not name.startswith("@"):
                 return None
             atom = int(name[1:])
-            new = _place(atom, roles, axes) if isinstance(node, Rank) else _length(atom, roles, axes)
+            new = (
+                _place(atom, roles, axes) if isinstance(node, Rank) else _length(atom, roles, axes)
+            )
             if new is None:
                 failed.append(atom)
             return new

@@ -15,9 +15,15 @@ def main() -> None:
     """Run the rows that match a pattern (the rows of the suite without one)."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("patterns", nargs="*", help="such as 'timm/*' or '*/llama/eager'")
-    parser.add_argument("--all", action="store_true", help="the whole registries, not the suite's rows")
+    parser.add_argument(
+        "--all", action="store_true", help="the whole registries, not the suite's rows"
+    )
     options = parser.parse_args()
-    names = [n for library in LIBRARIES for n in rows(library)] if options.all else chosen("fast") + chosen("slow")
+    names = (
+        [n for library in LIBRARIES for n in rows(library)]
+        if options.all
+        else chosen("fast") + chosen("slow")
+    )
     patterns = options.patterns or ["*"]
     with Bench() as bench:
         for name in names:

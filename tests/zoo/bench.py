@@ -16,7 +16,8 @@ LIMIT = 300.0
 
 
 class Bench:
-    """One worker process at a time, for one library: stubs and patches of one never reach another."""
+    """One worker process at a time, for one library: stubs and patches of one never reach
+    another."""
 
     def __init__(self) -> None:
         self._worker: subprocess.Popen[str] | None = None
@@ -26,7 +27,10 @@ class Bench:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._stop()
 

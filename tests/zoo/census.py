@@ -1,9 +1,12 @@
 """Count the attention of a model by running it, independently of the finder.
 
 A `TorchDispatchMode` marks tensors while the model runs eagerly.  The product of two activations is
-marked as *scores*; elementwise operators and views hand the mark on; a softmax of marked scores makes
-*probabilities*; a product of probabilities with another activation completes one attention.  The fused
-operators that PyTorch dispatches ``scaled_dot_product_attention`` and ``nn.MultiheadAttention`` to count
+marked as *scores*; elementwise operators and views hand the mark on; a softmax of marked scores
+makes
+*probabilities*; a product of probabilities with another activation completes one attention.  The
+fused
+operators that PyTorch dispatches ``scaled_dot_product_attention`` and ``nn.MultiheadAttention`` to
+count
 one each.  A softmax over a sequence that no product precedes, but that is contracted with another
 activation, is counted apart (``factorised``: attention without a score product, or a router).
 """
@@ -21,12 +24,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 _FUSED = (
     "_scaled_dot_product_", "_native_multi_head_attention", "_transformer_encoder_layer_fwd",
 )  # fmt: skip
-_PRODUCTS = frozenset({"bmm", "mm", "baddbmm", "addmm", "mv", "dot", "matmul", "linear", "baddbmm_"})
+_PRODUCTS = frozenset(
+    {"bmm", "mm", "baddbmm", "addmm", "mv", "dot", "matmul", "linear", "baddbmm_"}
+)
 _SOFTMAX = frozenset({"_softmax", "_safe_softmax", "softmax"})
 # What makes something new of its input: marks end here.
 _ENDS = frozenset(
     "convolution native_layer_norm native_group_norm native_batch_norm embedding argmax topk sort "
-    "_fft_r2c cumsum upsample_bilinear2d max_pool2d_with_indices _adaptive_avg_pool2d mean rsqrt".split()
+    "_fft_r2c cumsum upsample_bilinear2d max_pool2d_with_indices _adaptive_avg_pool2d mean "
+    "rsqrt".split()
 )
 
 
@@ -41,7 +47,8 @@ class Mark:
 
 @dataclass
 class Census(TorchDispatchMode):
-    """``attentions`` completed in softmax calls that a product precedes; ``factorised`` the others."""
+    """``attentions`` completed in softmax calls that a product precedes; ``factorised`` the
+    others."""
 
     model: torch.nn.Module
     marks: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tests.zoo.registry import rows
 
-# Of so many consecutive rows of a registry one is run (rows of transformers and timm come in pairs of
+# Of so many consecutive rows of a registry one is run (rows of transformers and timm come in
+# pairs of
 # spellings, and an architecture is run in both).
 _STRIDES = {
     "fast": {"torch": 8, "transformers": 70},

@@ -18,6 +18,7 @@ def bench() -> Iterator[Bench]:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write the table of all rows run so far, once, when the processes of a parallel run are done."""
+    """Write the table of all rows run so far, once, when the processes of a parallel run are
+    done."""
     if not hasattr(session.config, "workerinput") and (results := recorded()):
         write(results, session.config.rootpath / "build" / "zoo.md")

@@ -9,26 +9,48 @@ from functools import partial
 from typing import Any
 
 import torch
-from attn_rewrite.checkpoints.inputs import generate_inputs
 
+from attn_rewrite.checkpoints.inputs import generate_inputs
 from tests.zoo.rows import Row
 
 _LAYERS = ("layers", "depth", "layers_per_block", "num_blocks")
 _TEXT = (
-    "joint_attention_dim", "text_embed_dim", "text_dim", "caption_channels", "pooled_projection_dim",
-    "cross_attention_dim", "cap_feat_dim", "cross_attention_dim_t5", "pooled_projection_dim",
-)  # fmt: skip
-_FIXED = {"sample_size": 8, "sample_width": 8, "sample_height": 8, "sample_frames": 5, "ffn_dim": 64,
-          "max_text_seq_length": 8, "pos_embed_max_size": 16, "norm_num_groups": 8,
-          "time_embed_dim": 32, "intermediate_size": 64}  # fmt: skip
+    "joint_attention_dim",
+    "text_embed_dim",
+    "text_dim",
+    "caption_channels",
+    "pooled_projection_dim",
+    "cross_attention_dim",
+    "cap_feat_dim",
+    "cross_attention_dim_t5",
+    "pooled_projection_dim",
+)
+_FIXED = {
+    "sample_size": 8,
+    "sample_width": 8,
+    "sample_height": 8,
+    "sample_frames": 5,
+    "ffn_dim": 64,
+    "max_text_seq_length": 8,
+    "pos_embed_max_size": 16,
+    "norm_num_groups": 8,
+    "time_embed_dim": 32,
+    "intermediate_size": 64,
+}
 HEADS = 2
 
 
 def small_arguments(signature: inspect.Signature) -> dict[str, Any]:
     """Arguments of a constructor, made small: two heads, and every width that the heads decide."""
     default = {n: p.default for n, p in signature.parameters.items() if p.default is not p.empty}
-    heads = next((default[n] for n in ("num_attention_heads", "num_heads", "n_heads")
-                  if isinstance(default.get(n), int)), None)  # fmt: skip
+    heads = next(
+        (
+            default[n]
+            for n in ("num_attention_heads", "num_heads", "n_heads")
+            if isinstance(default.get(n), int)
+        ),
+        None,
+    )
     width = default.get("attention_head_dim", default.get("head_dim"))
     inner = heads * width if heads and isinstance(width, int) else None
     out: dict[str, Any] = {}

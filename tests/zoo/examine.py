@@ -7,14 +7,14 @@ import time
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
+
 from attn_rewrite.capture import capture_model
 from attn_rewrite.driver import Stopwatch, decide, spliced
 from attn_rewrite.errors import AttnRewriteError
 from attn_rewrite.passes.canonicalize import canonicalize
 from attn_rewrite.passes.find import find
 from attn_rewrite.policy import Policy
-from torch.utils import _pytree as pytree
-
 from tests.zoo.census import census
 from tests.zoo.rows import Result, Row
 
@@ -55,7 +55,7 @@ def _in_dtype(result: Result, row: Row, dtype: torch.dtype) -> None:
     model, args, kwargs = made(row, dtype)
     captured = capture_model(model, args, kwargs)
     findings = find(canonicalize(captured.graph))
-    plan, decisions = decide(findings, Policy.parse("exact"), None, Stopwatch())
+    _, decisions = decide(findings, Policy.parse("exact"), None, Stopwatch())
     if dtype == torch.float32:
         result.found = len(findings.sites)
         result.rewritten = sum(d.kernel is not None for d in decisions)
@@ -77,18 +77,25 @@ def compare(
 ) -> tuple[float, float] | None:
     """(greatest error of the rewritten model, bound) against the model in float64.
 
-    The weights and inputs of the reference are those of ``dtype``, widened.  The bound is the greater
-    of twice the original's own error and 4 eps of the greatest value.  Values that are not finite in
+    The weights and inputs of the reference are those of ``dtype``, widened.  The bound is the
+    greater
+    of twice the original's own error and 4 eps of the greatest value.  Values that are not finite
+    in
     the reference are left out.
     """
     _, args, kwargs = made(row, dtype)
     with torch.no_grad():
         original = floats(model(*copy.deepcopy(args), **copy.deepcopy(kwargs)))
         again = floats(model(*copy.deepcopy(args), **copy.deepcopy(kwargs)))
-        if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(original, again, strict=True)):
+        if not all(
+            torch.equal(a.nan_to_num(), b.nan_to_num())
+            for a, b in zip(original, again, strict=True)
+        ):
             return None  # it draws random numbers (masked autoencoders): nothing to compare
         got = floats(rewritten(*copy.deepcopy(args), **copy.deepcopy(kwargs)))
-        wide = made(row, torch.float64)[0] if dtype == torch.float32 else made(row, dtype)[0].double()
+        wide = (
+            made(row, torch.float64)[0] if dtype == torch.float32 else made(row, dtype)[0].double()
+        )
         args, kwargs = cast((args, kwargs), torch.float64)
         reference = floats(wide(*args, **kwargs))
     assert len(reference) == len(original) == len(got), "the rewritten model has other outputs"

@@ -18,11 +18,10 @@ _HEAD = """# Results of the zoo
 Written by the suite (`python -m tests.zoo` runs rows and writes this file); do not edit.
 
 *expected* counts attention by running the model eagerly under a dispatch mode (`census.py`): fused
-attention calls, and softmax calls between two products of activations.  The finder has no part in it.
-*found* counts Sites; *exact* is the greatest error of the exactly rewritten model against float64, over
-its bound (twice the original's own error, or 4 eps of the greatest value).  A row that is not captured
-counts as not found; rows that the library itself cannot build or run here are listed and left out of
-the rate.
+calls, and softmax calls between two products of activations.  The finder has no part in it.
+*found* counts Sites.  *exact* is the greatest error of the exactly rewritten model against float64
+over its bound: twice the original's own error, or 4 eps of the greatest value.  A row that is not
+captured counts as not found; rows that the library cannot build or run here are left out of the rate.
 """
 
 
@@ -42,12 +41,20 @@ def write(results: Iterable[Result], path: Path = HERE / "RESULTS.md") -> None:
     """Write the rates and the table."""
     results = sorted(results, key=lambda r: r.row)
     counted = [r for r in results if r.stage != "build" and (r.expected or r.stage != "done")]
-    text = [_HEAD, "| library | rows | all found | rate | Sites / expected | rewritten exactly | not run here |",
-            "|---|---|---|---|---|---|---|"]  # fmt: skip
+    text = [
+        _HEAD,
+        "| library | rows | all found | rate | Sites / expected | "
+        "rewritten exactly | not run here |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for library in dict.fromkeys(r.row.partition("/")[0] for r in results):
         text.append(_rate(library, results, counted))
-    text += ["", "| architecture | spelling | expected | found | families | refused (code) | exact | not captured, or why |",
-             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    text += [
+        "",
+        "| architecture | spelling | expected | found | families | refused (code) | "
+        "exact | not captured, or why |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     text += [_line(r) for r in results]
     path.write_text("\n".join(text) + "\n")
 
@@ -60,7 +67,8 @@ def _rate(library: str, results: list[Result], counted: list[Result]) -> str:
     skipped = sum(r.stage == "build" and r.row.startswith(f"{library}/") for r in results)
     rate = f"{len(full) / len(own):.1%}" if own else "-"
     expected = sum(r.expected for r in own)
-    return f"| {library} | {len(own)} | {len(full)} | {rate} | {sites} / {expected} | {exact} of {len(full)} | {skipped} |"
+    cells = (library, len(own), len(full), rate, f"{sites} / {expected}", f"{exact} of {len(full)}")
+    return _cells(*cells, skipped)
 
 
 def _line(result: Result) -> str:
@@ -69,5 +77,14 @@ def _line(result: Result) -> str:
     refused = ", ".join(f"{code} x{n}" for code, n in codes.items())
     families = ", ".join(f"{f} x{n}" for f, n in result.families.items())
     exact = ", ".join(f"{d} {e / b if b else 0.0:.2f}" for d, (e, b) in result.errors.items())
-    problem = "" if result.stage == "done" else f"{result.stage}: {result.problem[:160]}".replace("|", "/")
-    return f"| {architecture} | {spelling} | {result.expected} | {result.found} | {families} | {refused} | {exact} | {problem} |"
+    problem = (
+        ""
+        if result.stage == "done"
+        else f"{result.stage}: {result.problem[:160]}".replace("|", "/")
+    )
+    counts = (result.expected, result.found)
+    return _cells(architecture, spelling, *counts, families, refused, exact, problem)
+
+
+def _cells(*values: object) -> str:
+    return f"| {' | '.join(map(str, values))} |"

@@ -32,7 +32,8 @@ class Result:
     """What came of a row.
 
     ``stage`` is where it ended: ``build`` (the library cannot make or run it here), ``capture`` or
-    ``done``.  ``refused`` are (code, reason, source line) of anchors that are no Site; ``errors`` are
+    ``done``.  ``refused`` are (code, reason, source line) of anchors that are no Site; ``errors``
+    are
     (error of the rewritten model, bound) by dtype, against float64.
     """
 

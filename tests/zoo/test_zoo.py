@@ -24,7 +24,8 @@ def _check(bench: Bench, name: str, dtypes: tuple[str, ...]) -> None:
 
 def _why(result: Result) -> str:
     reasons = "; ".join(f"[{code}] {reason} at {where}" for code, reason, where in result.refused)
-    return f"found {result.found} of {result.expected}: {result.problem or reasons or 'no reason given'}"
+    why = result.problem or reasons or "no reason given"
+    return f"found {result.found} of {result.expected}: {why}"
 
 
 @pytest.mark.parametrize("name", chosen("fast"))

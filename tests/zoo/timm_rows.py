@@ -17,7 +17,21 @@ import torch
 
 from tests.zoo.rows import Row
 
-_SIZES = ("test", "atto", "femto", "pico", "nano", "xxtiny", "xxs", "xtiny", "tiny", "xs", "mini", "_t", "small")
+_SIZES = (
+    "test",
+    "atto",
+    "femto",
+    "pico",
+    "nano",
+    "xxtiny",
+    "xxs",
+    "xtiny",
+    "tiny",
+    "xs",
+    "mini",
+    "_t",
+    "small",
+)
 
 
 class _Named(type):

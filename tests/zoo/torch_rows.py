@@ -1,4 +1,5 @@
-"""Rows of torch.nn: multi-head attention and transformer layers with every option of their signature."""
+"""Rows of torch.nn: multi-head attention and transformer layers with every option of their
+signature."""
 
 from __future__ import annotations
 
@@ -93,9 +94,15 @@ def rows() -> Iterator[Row]:
                             "nested": {"src_key_padding_mask": _padding()}}.items():  # fmt: skip
             yield Row("torch", f"TransformerEncoder.{name}.{call}", "sdpa",
                       partial(_layers, "encoder", options, masks, 1))  # fmt: skip
-        for call, masks in {"plain": {}, "causal": {"tgt_mask": _causal()},
-                            "padding": {"memory_key_padding_mask": _padding()}}.items():  # fmt: skip
+        for call, masks in {
+            "plain": {},
+            "causal": {"tgt_mask": _causal()},
+            "padding": {"memory_key_padding_mask": _padding()},
+        }.items():
             yield Row("torch", f"TransformerDecoder.{name}.{call}", "sdpa",
                       partial(_layers, "decoder", options, masks, 2))  # fmt: skip
-    for call, masks in {"plain": {}, "causal": {"tgt_mask": _causal(), "tgt_is_causal": True}}.items():
+    for call, masks in {
+        "plain": {},
+        "causal": {"tgt_mask": _causal(), "tgt_is_causal": True},
+    }.items():
         yield Row("torch", f"Transformer.{call}", "sdpa", partial(_transformer, masks))

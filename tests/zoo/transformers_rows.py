@@ -8,12 +8,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from attn_rewrite.checkpoints.inputs import generate_inputs
 
+from attn_rewrite.checkpoints.inputs import generate_inputs
 from tests.zoo.rows import Row
 
 _WIDTHS = (
-    r"hidden_size|d_model|n_embd|embed_dim|embedding_size|^dim$|hidden_dim|projection_dim|d_embed|width$"
+    r"hidden_size|d_model|n_embd|embed_dim|embedding_size|^dim$|hidden_dim|projection_dim|"
+    r"d_embed|width$"
 )
 
 # One rule for every configuration: (pattern of an attribute that is a number, its new value).
@@ -52,7 +53,9 @@ def shrink(config: Any, seen: set[int] | None = None) -> Any:
                 _assign(config, name, _small(name, value, vars(config)))
         elif name in ("depths", "num_layers") and isinstance(value, (list, tuple)):
             _assign(config, name, [min(v, 2) for v in value])
-        elif name in ("layer_types", "mlp_layer_types", "attention_types") and isinstance(value, list):
+        elif name in ("layer_types", "mlp_layer_types", "attention_types") and isinstance(
+            value, list
+        ):
             _assign(config, name, _mixed(value))
     _ordinary_tokens(config)
     return config
