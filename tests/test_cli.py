@@ -140,7 +140,7 @@ def test_inspect(bert: Path) -> None:
     assert expected.items() <= site.items()
     assert site["rewritable"] is True
     table = attn_rewrite("inspect", bert, env={"COLUMNS": "160"})
-    assert (table.code, "1 attention sites" in table.out) == (0, True)
+    assert (table.code, "1 attention site in" in table.out) == (0, True)
     assert "encoder.layer.0" in table.out
 
 
@@ -161,6 +161,17 @@ def test_inspect_without_attention_is_1(tmp_path: Path) -> None:
     (refusal,) = done.document["refusals"]
     assert refusal["code"]
     assert "plain.py" in refusal["source"]
+
+
+def test_explain_without_attention_is_1(tmp_path: Path) -> None:
+    (tmp_path / "plain.py").write_text(
+        "import torch\n"
+        "def make():\n"
+        "    return torch.nn.Softmax(-1).eval(), (torch.ones(2, 4),), {}, None\n"
+    )
+    done = attn_rewrite("explain", "plain:make", "--json", cwd=tmp_path)
+    assert done.code == 1, done.err
+    assert len(done.document["refusals"]) == 1
 
 
 def test_explain(bert: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from attn_rewrite.cli.cascade import analysis_document
-from attn_rewrite.cli.inspect import site_document
+from attn_rewrite.cli.inspect import no_sites, site_document
 from attn_rewrite.cli.options import Model, ModelOptions
 from attn_rewrite.cli.terminal import Terminal
 
@@ -17,12 +17,10 @@ if TYPE_CHECKING:
 
     from attn_rewrite.backends.torch.schedule import TileCounts
     from attn_rewrite.cascade import Cascade
+    from attn_rewrite.driver import Decision
     from attn_rewrite.passes.transform import Transform
     from attn_rewrite.policy import Policy
     from attn_rewrite.site import Findings, Refusal, Site
-
-# Side of the tiles that are counted: the one the torch backend works in.
-TILE = 128
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,8 @@ def explain(model: Model, question: Question, options: ModelOptions, terminal: T
         findings = find_attention(
             loaded.model, loaded.args, loaded.kwargs, dynamic_shapes=loaded.dynamic_shapes
         )
+    if not findings.sites:
+        return no_sites(terminal, model, findings)
     site = _chosen(findings, question.site)
     if asked is not None:
         verdicts = _verdicts(site, asked)
@@ -91,6 +91,7 @@ def _chosen(findings: Findings, name: str | None) -> Site:
 def _document(
     findings: Findings, site: Site, policy: Policy, options: ModelOptions
 ) -> dict[str, Any]:
+    from attn_rewrite.driver import lowered
     from attn_rewrite.plan import make_plan, rewritten
     from attn_rewrite.site import Refusal
 
@@ -100,14 +101,15 @@ def _document(
     refusals = [r for r in plan.refusals if r.site == site.name]
     if isinstance(after, Refusal):
         after = site.cascade
-    extents = _extents(site, options.length)
+    extents, decision = _extents(site, options.length), lowered(site, after)
+    before = _cascade(lowered(site, site.cascade), extents, options, decision.block)
     return {
         "site": site_document(site),
         "policy": str(policy),
         "steps": [str(step) for step in steps],
         "extents": extents,
-        "before": _cascade(site, site.cascade, extents, options),
-        "after": _cascade(site, after, extents, options),
+        "before": before,
+        "after": _cascade(decision, extents, options, decision.block),
         "changed": after != site.cascade,
         "refusals": [refusal.to_json() for refusal in refusals],
         "rules": _verdicts(site, None),
@@ -126,21 +128,28 @@ def _extents(site: Site, length: int | None) -> dict[str, int]:
 
 
 def _cascade(
-    site: Site, cascade: Cascade, extents: dict[str, int], options: ModelOptions
+    decision: Decision, extents: dict[str, int], options: ModelOptions, block: int
 ) -> dict[str, Any]:
+    """A cascade with its passes, kernel and cost; tiles are of side ``block`` before and after."""
     from attn_rewrite.cascade import pass_analysis
 
-    tiles = _tiles(site, cascade, extents)
+    cascade = decision.cascade or decision.site.cascade
+    tiles = _tiles(decision.site, cascade, extents, block)
+    kernel, refusal = decision.kernel, decision.refusal
+    if kernel is not None:
+        lowering = {"name": kernel.name, "why": kernel.why}
+    else:
+        lowering = {"name": "none", "why": str(refusal)}
     return {
         "cascade": str(cascade),
         "passes": analysis_document(pass_analysis(cascade, "kv")),
-        "kernel": _kernel(site, cascade),
-        "tiles": {"executed": tiles.executed, "total": tiles.total, "block": TILE},
+        "kernel": lowering,
+        "tiles": {"executed": tiles.executed, "total": tiles.total, "block": block},
         "cost": _cost(cascade, extents, options, tiles.density),
     }
 
 
-def _tiles(site: Site, cascade: Cascade, extents: dict[str, int]) -> TileCounts:
+def _tiles(site: Site, cascade: Cascade, extents: dict[str, int], block: int) -> TileCounts:
     """Tiles that the guards leave, over all heads of one batch entry."""
     from attn_rewrite.backends.torch.schedule import make_schedule
     from attn_rewrite.cascade.expr import conjunction
@@ -149,22 +158,10 @@ def _tiles(site: Site, cascade: Cascade, extents: dict[str, int]) -> TileCounts:
         conjunction(cascade.guard_terms()),
         q_len=extents["q"],
         kv_len=extents["kv"],
-        block=TILE,
+        block=block,
         heads=site.hq,
         group=site.hq // site.hkv,
     ).counts()
-
-
-def _kernel(site: Site, cascade: Cascade) -> dict[str, str]:
-    """What the cascade is lowered to on the torch backend, and why."""
-    from attn_rewrite.backends.torch.lower import lower
-    from attn_rewrite.site import Refusal
-
-    fixed = {n: v if isinstance(v, int) else None for n, v in site.extents().items()}
-    kernel = lower(cascade, dropout=site.dropout, extents=fixed, block=TILE)
-    if isinstance(kernel, Refusal):
-        return {"name": "none", "why": f"[{kernel.code}] {kernel.reason}"}
-    return {"name": kernel.name, "why": kernel.why}
 
 
 def _cost(
@@ -218,7 +215,7 @@ def _refusal(site: Site, transform: Transform, kinds: tuple[str, ...]) -> Refusa
     """The first condition that failed."""
     from attn_rewrite.site import Refusal
 
-    if site.refusals:
+    if site.refusals and transform.name != "keep":
         return site.refusals[0]
     refused = transform.admits(site, kinds)
     if refused is not None:
@@ -264,7 +261,8 @@ def _view_costs(console: Console, document: dict[str, Any]) -> None:
     console.print(f"\nlower bounds on {parts[0]['cost']['target']} at {sizes}", markup=False)
     table = Table("", "before", "after")
     tiles = [f"{p['tiles']['executed']} of {p['tiles']['total']}" for p in parts]
-    table.add_row(f"tiles of {TILE} x {TILE}", *tiles)
+    block = parts[1]["tiles"]["block"]
+    table.add_row(f"tiles of {block} x {block}", *tiles)
     for name in ("flops", "dram_bytes", "live_bytes", "kept", "bound", "time_s"):
         values = [part["cost"][name] for part in parts]
         table.add_row(name, *(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def inspect(model: Model, options: ModelOptions, terminal: Terminal) -> int:
     """Show every attention found in MODEL, and what was not recognised and why."""
-    from attn_rewrite.cli.app import DONE, NOTHING_DONE
+    from attn_rewrite.cli.app import DONE
 
     loaded = options.load(model, terminal)
     with terminal.stage("capturing the graph and finding attention"):
@@ -25,6 +25,8 @@ def inspect(model: Model, options: ModelOptions, terminal: Terminal) -> int:
         findings = find_attention(
             loaded.model, loaded.args, loaded.kwargs, dynamic_shapes=loaded.dynamic_shapes
         )
+    if not findings.sites:
+        return no_sites(terminal, model, findings)
     document = {
         "model": model,
         "sites": [site_document(site) for site in findings.sites],
@@ -32,7 +34,17 @@ def inspect(model: Model, options: ModelOptions, terminal: Terminal) -> int:
         "notes": list(loaded.notes),
     }
     terminal.show(document, lambda console: _view(console, model, findings))
-    return DONE if findings.sites else NOTHING_DONE
+    return DONE
+
+
+def no_sites(terminal: Terminal, model: str, findings: Findings) -> int:
+    """Show the near misses of a model without attention; exit code 1."""
+    from attn_rewrite.cli.app import NOTHING_DONE
+
+    refusals = [refusal.to_json() for refusal in findings.refusals]
+    document = {"model": model, "sites": [], "refusals": refusals, "notes": []}
+    terminal.show(document, lambda console: _view(console, model, findings))
+    return NOTHING_DONE
 
 
 def site_document(site: Site) -> dict[str, Any]:
@@ -52,7 +64,8 @@ def _view(console: Console, model: str, findings: Findings) -> None:
     if sites:
         _sites(console, sites)
     ready = sum(site.rewritable for site in sites)
-    console.print(f"{len(sites)} attention sites in {model}, {ready} rewritable", markup=False)
+    noun = "site" if len(sites) == 1 else "sites"
+    console.print(f"{len(sites)} attention {noun} in {model}, {ready} rewritable", markup=False)
     reasons = [(site.name, refusal) for site in sites for refusal in site.refusals]
     if reasons:
         refusal_table(console, reasons, title="recognised, but not rewritable")
