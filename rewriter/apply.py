@@ -107,7 +107,8 @@ def _has_effect(node: fx.Node) -> bool:
     )
 
 
-_RANDOM = frozenset({"dropout", "native_dropout", "alpha_dropout"})
+# Random only where they drop; unused, they have no effect that a caller could see.
+_RANDOM = frozenset({"dropout", "native_dropout", "alpha_dropout", "scaled_dot_product_attention"})
 
 
 def compute(build: GraphBuilder, item: Replacement, twins: _Twins) -> Any:

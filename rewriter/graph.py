@@ -211,8 +211,8 @@ def live_users(node: fx.Node) -> list[fx.Node]:
     return [u for u in node.users if not _is_dead(u)]
 
 
-# Something that is not used after so many nodes counts as used: looking further would make every question
-# about users as long as the graph.
+# Something that is not used after so many nodes counts as used: looking further would make every
+# question about users as long as the graph.
 _DEAD_NODES = 64
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import attn_rewrite as ar
 import pytest
 import torch
+
+import attn_rewrite as ar
 from attn_rewrite.compile_backend import Session, attn_rewrite, compiled, read_options
 from attn_rewrite.errors import PolicyError
-
 from tests.test_optimize import Block, reference
 
 transformers = pytest.importorskip("transformers")

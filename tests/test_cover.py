@@ -93,7 +93,7 @@ EXACT = {
     "dilated, shifted": eq((d + 20) % 4, 1),
     "dilated window": eq(d % 2, 0) & (d >= 0) & (d < 8),
     "prefix": (KV < 6) | (d >= 0),
-    "suffix rows": (Q + 4 >= Extent("q")) | (d < 3),
+    "suffix rows": (Extent("q") <= Q + 4) | (d < 3),
     "strided sum that never vanishes": eq(2 * Q - 4 * KV, 1),
     "disc on a grid of 4": (
         (Q // 4 - KV // 4) * (Q // 4 - KV // 4) + (Q % 4 - KV % 4) * (Q % 4 - KV % 4) <= 5

@@ -192,3 +192,24 @@ def test_time_is_linear_in_the_graph(layers: int) -> None:
         assert len(found.sites) == count
     assert len(module.graph.nodes) > 55 * layers
     assert seconds[1] < 25 * seconds[0]
+
+
+class ImageAttention(nn.Module):
+    """Keys and queries of an image [b, c, h, w], flattened at the products; one head, no head axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Conv2d(WIDTH, 3 * WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=1)
+        p = (q.flatten(2).mT @ k.flatten(2)).softmax(-1)
+        return (v.flatten(2) @ p.mT).view_as(x)
+
+
+def test_rows_and_columns_of_an_image_are_positions() -> None:
+    found = findings(ImageAttention(), (torch.randn(2, WIDTH, 5, 7),))
+    (site,) = found.sites
+    assert (site.hq, site.hkv, site.q_len, site.kv_len, site.d_qk) == (1, 1, 35, 35, WIDTH)
+    axes = [f.axis for f in site.factors]
+    assert len(axes) == len(set(axes))

@@ -6,13 +6,13 @@ import copy
 import json
 import math
 
-import attn_rewrite as ar
 import pytest
 import torch
-from attn_rewrite.errors import AttnRewriteError, PolicyError
-from attn_rewrite.plan import Plan
 from torch import nn
 
+import attn_rewrite as ar
+from attn_rewrite.errors import AttnRewriteError, PolicyError
+from attn_rewrite.plan import Plan
 from tests.spellings import CAUSAL, PLAIN
 from tests.test_find_spellings import Classifier, Module
 
@@ -260,6 +260,27 @@ def test_every_spelling_is_rewritten_exactly(name: str) -> None:
         if "softmax" in str(n.target) or "exp.default" in str(n.target)
     ]
     assert left == []
+
+
+@pytest.mark.parametrize("policy", ["exact", "window(size=3)"])
+def test_nothing_of_a_replaced_site_is_left(policy: str) -> None:
+    """The original attention does not run beside the kernel."""
+    args = tuple(torch.randn(2, 4, 20, 8) for _ in range(3))
+    for name in ("sdpa", "sdpa_causal", "upcast", "eval_dropout"):
+        function = {**PLAIN, **CAUSAL}[name]
+        module = ar.optimize(Module(function).eval(), policy, args)
+        nodes = [n for n in module.graph_module.graph.nodes if n.op == "call_function"]
+        assert all(n.users for n in nodes), name
+
+
+def test_narrow_windows_of_long_inputs_verify() -> None:
+    """Few keys per row round more than many: the bound is that of the rewritten attention."""
+    for seed in range(4):
+        torch.manual_seed(seed)
+        args = tuple(torch.randn(2, 4, 512, 16) for _ in range(3))
+        module = ar.optimize(Module(PLAIN["sdpa"]).eval(), "window(size=65, sinks=1)", args)
+        site = module.report.sites[0]
+        assert site.implementation.max_abs <= site.implementation_bound
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -104,6 +104,7 @@ def _site(
     factor, query = _trim(*dot.operand(not left_has_keys), axes)
     factor_k, key = _trim(*dot.operand(left_has_keys), axes)
     _, value = _trim(forward.value.value, forward.value.value_dims, axes, scale=False)
+    keys = set(axes.resolve(anchor.keys))  # walking back may have split them
     rows = tuple(a for d in anchor.dims for a in axes.resolve(d) if a not in keys)
     roles = assign(rows, anchor.keys, dot, query, key, value, forward.value.features, axes)
     problem = _check(anchor, roles, query, key, value)

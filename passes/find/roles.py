@@ -153,13 +153,13 @@ def assign(
         group = group[:-1]  # a query axis is needed: the innermost
     batch = tuple(a for a in shared if a not in related)
     if not heads and not group:
-        batch, heads, group = _by_position(batch, alone, query[1], axes)
+        batch, heads, group = _by_position(batch, alone, keys, query[1], axes)
     query_axes = tuple(a for a in alone if a not in group)
     return Roles(batch, heads, group, query_axes, keys, width, features)
 
 
 def _by_position(
-    shared: Atoms, alone: Atoms, dims: tuple[Atoms, ...], axes: Axes
+    shared: Atoms, alone: Atoms, keys: Atoms, dims: tuple[Atoms, ...], axes: Axes
 ) -> tuple[Atoms, Atoms, Atoms]:
     """(batch, heads, group) from the dimensions of Q: the first batch-like one is the batch.
 
@@ -172,9 +172,20 @@ def _by_position(
     inside = {a for d in like for a in d}
     kept = tuple(a for a in shared if a in batch or a not in inside)
     heads = tuple(a for a in shared if a not in kept)
-    if not heads and not group and len(alone) >= 2:
-        group = alone[:-1]
+    if not heads and not group:
+        group = alone[: -_positions(alone, keys, axes)]
     return kept, heads, group
+
+
+def _positions(alone: Atoms, keys: Atoms, axes: Axes) -> int:
+    """How many of the innermost query axes are positions: as many as the keys have (rows and columns
+    of an image) where their lengths agree, else one."""
+    own = [axes.size(a) for a in alone[-len(keys) :]]
+    if len(own) == len(keys) and all(
+        same_size(s, axes.size(k)) for s, k in zip(own, keys, strict=True)
+    ):
+        return len(keys)
+    return 1
 
 
 def operand(node: fx.Node, dims: tuple[Atoms, ...], roles: Roles, axes: Axes) -> Operand:
