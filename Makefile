@@ -19,7 +19,7 @@ LINKS := build/typing/attn_rewrite
 RUN := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-all lint types format wheel clean
+.PHONY: help venv demo test test-slow zoo test-all lint types format wheel clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
@@ -42,11 +42,14 @@ demo: .venv/ready  ## rewrite a real checkpoint and compare embeddings
 	@$(RUN) $(BIN)/python examples/demo.py --output build/demo
 
 test: .venv/ready  ## tests but the slow ones, then lint and types
-	$(RUN) $(BIN)/python -m pytest -m "not slow" -n $(JOBS)
+	$(RUN) $(BIN)/python -m pytest -m "not slow and not zoo" -n $(JOBS)
 	@$(MAKE) --no-print-directory lint types
 
 test-slow: .venv/ready  ## only the slow tests
 	$(RUN) $(BIN)/python -m pytest -m slow -n $(JOBS) || test $$? -eq 5
+
+zoo: .venv/ready  ## many rows of the model libraries; writes tests/zoo/RESULTS.md
+	$(RUN) $(BIN)/python -m pytest -m zoo -n $(JOBS)
 
 test-all: test test-slow  ## every test
 
