@@ -178,8 +178,9 @@ def _by_position(
 
 
 def _positions(alone: Atoms, keys: Atoms, axes: Axes) -> int:
-    """How many of the innermost query axes are positions: as many as the keys have (rows and columns
-    of an image) where their lengths agree, else one."""
+    """How many of the innermost query axes are positions: as many as the keys have (rows and
+    columns of an image) where their lengths agree, else one.
+    """
     own = [axes.size(a) for a in alone[-len(keys) :]]
     if len(own) == len(keys) and all(
         same_size(s, axes.size(k)) for s, k in zip(own, keys, strict=True)
