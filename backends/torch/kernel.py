@@ -7,8 +7,7 @@ columns of partial blocks, and multiplies by the values.  Softmax statistics are
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from attn_rewrite.backends.torch.emit import Emitter
 from attn_rewrite.backends.torch.form import depends_only_on_distance, linear_score
-from attn_rewrite.backends.torch.lanes import run_in_lanes
 from attn_rewrite.backends.torch.schedule import Span
 from attn_rewrite.backends.torch.tiles import Job, Problem, gather_size, jobs, keys_of, queries_of
 from attn_rewrite.cascade.attention import QK
@@ -26,8 +24,6 @@ from attn_rewrite.graph import EagerBuilder
 _EAGER = EagerBuilder()
 # Points a guard is evaluated at in one go: its int64 temporaries stay in the cache.
 _GUARD_POINTS = 1 << 17
-# Scores below which a call runs on the calling thread.
-_WORTH_LANES = 1 << 22
 
 
 def attend(problem: Problem, dtype: torch.dtype) -> Tensor:
@@ -38,40 +34,10 @@ def attend(problem: Problem, dtype: torch.dtype) -> Tensor:
     if 0 in (*shape, problem.k.shape[2]):
         return out
     planned = list(jobs(problem))
-
-    def make() -> Callable[[Sequence[Job]], None]:
-        kernel = _Kernel(problem, planned)
-
-        def run(row: Sequence[Job]) -> None:
-            for job in row:
-                _store(problem, job, out, kernel)
-
-        return run
-
-    lanes = _lanes(problem)
-    rows = _by_row(planned, lanes)
-    if lanes > 1:
-        run_in_lanes(rows, make, lanes)
-        return out
-    with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
-        run = make()
-        for row in rows:
-            run(row)
+    kernel = _Kernel(problem, planned)
+    for job in planned:
+        _store(problem, job, out, kernel)
     return out
-
-
-def _lanes(problem: Problem) -> int:
-    """Threads to run tiles on: those torch may use, where the work is worth starting them."""
-    if problem.q.device.type != "cpu":
-        return 1
-    pairs = problem.q.shape[0] * problem.schedule.counts().pairs
-    return torch.get_num_threads() if pairs >= _WORTH_LANES else 1
-
-
-def _by_row(planned: Sequence[Job], lanes: int) -> list[list[Job]]:
-    """Tiles of one row together, as they share the bounds of its guard; alone if rows are few."""
-    rows = [list(g) for _, g in groupby(planned, lambda j: (j.row.queries, j.row.keys))]
-    return rows if len(rows) >= 4 * lanes else [[job] for job in planned]
 
 
 def _store(problem: Problem, job: Job, out: Tensor, kernel: _Kernel) -> None:
