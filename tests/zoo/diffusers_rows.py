@@ -108,5 +108,7 @@ def rows() -> Iterator[Row]:
 
     for module in (transformers, unets):
         for kind in sorted(n for n in dir(module) if n[0].isupper() and hasattr(diffusers, n)):
-            for spelling in ("sdpa", "eager"):
+            # Only classes that take the processors of U-Nets have an eager one.
+            old = hasattr(getattr(diffusers, kind), "set_default_attn_processor")
+            for spelling in ("sdpa", "eager") if old else ("sdpa",):
                 yield Row("diffusers", kind, spelling, partial(build, kind, spelling))
