@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,8 @@ LIMIT_BYTES = 256 << 20
 # Tensors over (q, kv) that live at once while the three-pass cascade is interpreted.
 _LIVE = 4
 
+Evaluate = Callable[[Cascade, Mapping[str, Tensor]], Tensor]
+
 
 def oracle(cascade: Cascade, inputs: Mapping[str, Tensor], limit: int = LIMIT_BYTES) -> Tensor:
     """AV[b, h, q, f] of ``cascade`` in float64, with at most about ``limit`` bytes of scores.
@@ -23,12 +25,21 @@ def oracle(cascade: Cascade, inputs: Mapping[str, Tensor], limit: int = LIMIT_BY
     Batch, heads and queries are independent of each other, so they are taken in slices; a cascade
     where one of them is reduced or stepped through is not cut there.
     """
-    return _outer(cascade, dict(inputs), ("b", "h", "q"), limit)
+
+    def interpreted(part: Cascade, held: Mapping[str, Tensor]) -> Tensor:
+        return interpret(part, held)["AV"].to(torch.float64)
+
+    return sliced(cascade, inputs, ("b", "h", "q"), limit, interpreted)
 
 
-def _outer(
-    cascade: Cascade, inputs: dict[str, Tensor], ranks: tuple[str, ...], limit: int
+def sliced(
+    cascade: Cascade,
+    inputs: Mapping[str, Tensor],
+    ranks: tuple[str, ...],
+    limit: int,
+    evaluate: Evaluate,
 ) -> Tensor:
+    """``evaluate`` on slices of the ranks, outermost first, where the scores exceed ``limit``."""
     need = _score_bytes(cascade, inputs)
     if need > limit and ranks:
         rank, rest = ranks[0], ranks[1:]
@@ -38,10 +49,10 @@ def _outer(
             parts = []
             for start in range(0, extent, step):
                 part, held = slicer.cut(inputs, start, min(start + step, extent))
-                parts.append(_outer(part, held, rest, limit))
+                parts.append(sliced(part, held, rest, limit, evaluate))
             return torch.cat(parts, dim=slicer.axis)
-        return _outer(cascade, inputs, rest, limit)
-    return interpret(cascade, inputs)["AV"].to(torch.float64)
+        return sliced(cascade, inputs, rest, limit, evaluate)
+    return evaluate(cascade, inputs)
 
 
 def _extent(cascade: Cascade, inputs: Mapping[str, Tensor], rank: str) -> int | None:

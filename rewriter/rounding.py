@@ -1,0 +1,93 @@
+"""Attention computed plainly in low precision: the yardstick of a rewritten attention.
+
+The error of the original computation says nothing about an attention that was rewritten: fewer keys
+round more, and an edited score adds roundings of its own.  The reference is what eager PyTorch
+would do (two matrix products and a softmax), with scores, factors and sinks from the float64 oracle:
+it shares no code with any kernel, so a kernel's bug does not widen its own bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from attn_rewrite.cascade.attention import POINT, as_softmax
+from attn_rewrite.cascade.expr import B, Expr, H, Q, Read
+from attn_rewrite.cascade.ir import Cascade, Einsum, TensorDecl
+from attn_rewrite.cascade.oracle import interpret
+from attn_rewrite.chunked import LIMIT_BYTES, sliced
+
+_ROW = (B, H, Q)
+
+
+def plain_attention(
+    cascade: Cascade, inputs: Mapping[str, Tensor], limit: int = LIMIT_BYTES
+) -> Tensor | None:
+    """AV[b, h, q, f] of a softmax attention in the dtype of Q; None for any other cascade.
+
+    Softmax statistics are float32 for half types, as eager models keep them.
+    """
+    form = as_softmax(cascade)
+    if form is None:
+        return None
+    group = form.group
+
+    def evaluate(part: Cascade, held: Mapping[str, Tensor]) -> Tensor:
+        return _eager(part, held, group)
+
+    return sliced(cascade, inputs, ("b", "q"), limit, evaluate)
+
+
+def _eager(cascade: Cascade, inputs: Mapping[str, Tensor], group: int) -> Tensor:
+    q, k, v = inputs["Q"], inputs["K"], inputs["V"]
+    if group > 1:
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    work = torch.float32 if q.dtype in (torch.float16, torch.bfloat16) else q.dtype
+    product = q @ k.transpose(-1, -2)
+    score = cascade.producer("S")
+    assert score is not None
+    s = _value(cascade, inputs, product, score).to(work)
+    top = s.amax(-1, keepdim=True)
+    sink = _sink(cascade, inputs, product)
+    if sink is not None:
+        top = torch.maximum(top, sink.to(work)[..., None])
+    top = top.masked_fill(top == -torch.inf, 0)
+    p = (s - top).exp()
+    total = p.sum(-1, keepdim=True)
+    if sink is not None:
+        total = total + (sink.to(work)[..., None] - top).exp()
+    p = torch.where(total > 0, p / total, 0)
+    factor = _factor(cascade)
+    if factor is not None:
+        one = Einsum(Read("S", POINT), factor)
+        p = p * _value(cascade, inputs, product, one).to(work)
+    return p.to(q.dtype) @ v
+
+
+def _value(
+    cascade: Cascade, inputs: Mapping[str, Tensor], product: Tensor, einsum: Einsum
+) -> Tensor:
+    """One Einsum of the cascade in float64, with the product QK as it was computed."""
+    given = TensorDecl("QK", ("b", "h", "q", "kv"))
+    reads = cascade.inputs[3:]
+    alone = replace(cascade, inputs=(given, *reads), body=(einsum,), outputs=(einsum.out.tensor,))
+    held = {"QK": product, **{t.name: inputs[t.name] for t in reads}}
+    return interpret(alone, held)[einsum.out.tensor].expand(product.shape[: len(einsum.out.index)])
+
+
+def _sink(cascade: Cascade, inputs: Mapping[str, Tensor], product: Tensor) -> Tensor | None:
+    top = cascade.producer("GM")
+    if top is None or cascade.producer("LM") is None:
+        return None
+    return _value(cascade, inputs, product, Einsum(Read("GM", _ROW), top.expr.children[1]))
+
+
+def _factor(cascade: Cascade) -> Expr | None:
+    """What multiplies the probabilities before the value product, if anything."""
+    last = cascade.producer("AV")
+    assert last is not None
+    weighted = last.expr.children[0]
+    return None if isinstance(weighted, Read) else weighted.children[1]
