@@ -48,7 +48,7 @@ def splice(host: fx.GraphModule, replacements: Iterable[Replacement]) -> fx.Grap
     The sites may have been found in a canonicalised copy: operands are looked up by origin, and
     what only exists in the copy is brought over.  Parameters are shared.
     """
-    replacements = sorted(replacements, key=lambda r: _position(r.site))
+    replacements = _in_graph_order(replacements)
     if not replacements:
         return host
     twins = _copy_all(host)
@@ -124,8 +124,12 @@ def compute(build: GraphBuilder, item: Replacement, twins: _Twins) -> Any:
     return restore(build, result, site.groups("AV"), site.output, sizes)
 
 
-def _position(site: Site) -> int:
-    return list(site.output.node.graph.nodes).index(site.output.node)
+def _in_graph_order(replacements: Iterable[Replacement]) -> list[Replacement]:
+    """Sorted by output, so that what one site builds stands before the next one that shares it."""
+    items = list(replacements)
+    graphs = dict.fromkeys(r.site.output.node.graph for r in items)
+    place = {n: i for graph in graphs for i, n in enumerate(graph.nodes)}
+    return sorted(items, key=lambda r: place[r.site.output.node])
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,8 +2,8 @@
 
 The error of the original computation says nothing about an attention that was rewritten: fewer keys
 round more, and an edited score adds roundings of its own.  The reference is what eager PyTorch
-would do (two matrix products and a softmax), with scores, factors and sinks from the float64 oracle:
-it shares no code with any kernel, so a kernel's bug does not widen its own bound.
+would do (two matrix products and a softmax), with scores, factors and sinks from the float64
+oracle: it shares no code with any kernel, so a kernel's bug does not widen its own bound.
 """
 
 from __future__ import annotations

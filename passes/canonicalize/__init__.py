@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
+import importlib
+
 from torch import fx
 
 from attn_rewrite.graph import GraphBuilder, copy_graph, op_name
-from attn_rewrite.passes.canonicalize.baddbmm import Baddbmm
 from attn_rewrite.passes.canonicalize.base import Canonicalization
-from attn_rewrite.passes.canonicalize.exponential import Exponential
-from attn_rewrite.passes.canonicalize.in_place import InPlace
-from attn_rewrite.passes.canonicalize.log_softmax import LogSoftmax
-from attn_rewrite.passes.canonicalize.norm_of_exponential import NormOfExponential
-from attn_rewrite.passes.canonicalize.product_sum import ProductSum
-from attn_rewrite.passes.canonicalize.safe_softmax import SafeSoftmax
-from attn_rewrite.passes.canonicalize.softmax_quotient import (
-    LateQuotient,
-    SoftmaxQuotient,
-    SoftmaxShift,
-)
-from attn_rewrite.passes.canonicalize.special_softmax import SpecialSoftmax
 
-# Every canonicalisation, in the order they are tried on a node.
-PIPELINE: tuple[Canonicalization, ...] = (
-    InPlace(),
-    Baddbmm(),
-    ProductSum(),
-    Exponential(),
-    NormOfExponential(),
-    SpecialSoftmax(),
-    LogSoftmax(),
-    SoftmaxQuotient(),
-    LateQuotient(),
-    SoftmaxShift(),
-    SafeSoftmax(),
+# "module:Class" of every canonicalisation, in the order they are tried on a node; a new spelling is
+# one line here.
+SPELLINGS: tuple[str, ...] = (
+    "in_place:InPlace",
+    "baddbmm:Baddbmm",
+    "product_sum:ProductSum",
+    "exponential:Exponential",
+    "norm_of_exponential:NormOfExponential",
+    "special_softmax:SpecialSoftmax",
+    "log_softmax:LogSoftmax",
+    "softmax_quotient:SoftmaxQuotient",
+    "softmax_quotient:LateQuotient",
+    "softmax_quotient:SoftmaxShift",
+    "safe_softmax:SafeSoftmax",
 )
+
+
+def _load(entry: str) -> Canonicalization:
+    module, _, name = entry.partition(":")
+    rule = getattr(importlib.import_module(f"{__name__}.{module}"), name)()
+    assert isinstance(rule, Canonicalization)
+    return rule
+
+
+PIPELINE: tuple[Canonicalization, ...] = tuple(map(_load, SPELLINGS))
 
 _PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn")
 

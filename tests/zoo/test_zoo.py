@@ -15,7 +15,8 @@ def _check(bench: Bench, name: str, dtypes: tuple[str, ...]) -> None:
     result = bench.examine(name, dtypes)
     record(result)
     if result.stage == "build":
-        return  # the library cannot make or run it: listed in the table, left out of the rate
+        # Listed in the table and left out of the rate: there is no model to find attention in.
+        pytest.skip(f"cannot be built or run here: {result.problem[:120]}")
     known = EXCEPTIONS.get(name.split("/")[1])
     if known is not None:
         assert not result.complete, f"it works now: take it out of the exceptions ({known})"
