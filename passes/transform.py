@@ -15,7 +15,18 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from attn_rewrite.cascade.expr import TRUE, Expr, H, Rank, call, conjunction, conjuncts, where
+from attn_rewrite.cascade.expr import (
+    TRUE,
+    Const,
+    Expr,
+    H,
+    Q,
+    Rank,
+    call,
+    conjunction,
+    conjuncts,
+    where,
+)
 
 if TYPE_CHECKING:
     from attn_rewrite.cascade.ir import Cascade
@@ -209,6 +220,14 @@ def outside(heads: tuple[int, ...], rank: Rank = H) -> Expr:
         for a, b in spans(heads)
     ]
     return conjunction(tuple(terms))
+
+
+def position(site: Site) -> Expr:
+    """The position of query ``q`` among the keys."""
+    from attn_rewrite.cascade.text import parse_expr
+
+    offset = parse_expr(site.offset)
+    return Q if offset == Const(0) else Q + offset
 
 
 @dataclass(frozen=True)

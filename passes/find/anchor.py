@@ -1,9 +1,8 @@
 """Anchors: where a softmax over keys starts, in one normal form.
 
 A softmax node and a ``scaled_dot_product_attention`` node both become an `Anchor`: the lifted
-score, the
-axes of the score tensor, and either the probabilities (to be followed forward) or the value
-product.
+score, the axes of the score tensor, and either the probabilities (to be followed forward) or the
+value product.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
 Every dimension of a tensor near a softmax is described by a tuple of *atoms*, outermost first.  An
 atom is an axis with an identity; two axes of equal length are never confused.  A view that splits a
 dimension splits atoms, for the whole site at once, so that any head packing, any permutation and
-any
-window partition end in the same description.  An empty tuple is a dimension of length 1.
+any window partition end in the same description.  An empty tuple is a dimension of length 1.
 """
 
 from __future__ import annotations

@@ -315,8 +315,7 @@ def _roles(
     axes: Axes,
 ) -> Roles | None:
     """Roles by place: mixing makes new head axes, so every axis of an operand that is shared and
-    sits
-    with the width in a projection is a head."""
+    sits with the width in a projection is a head."""
     related = (
         siblings(*query, width, axes)
         | siblings(*key, width, axes)

@@ -241,8 +241,7 @@ def split_guard(score: Expr) -> tuple[Expr, tuple[Expr, ...]]:
     """Split ``where(mask, s, -inf)`` and ``s + where(mask, 0, -inf)`` into (s, kept terms).
 
     A finite mask value is moved to the guard only where every row is proved to keep a key: on an
-    empty
-    row it gives the mean of V, which a guard would not.
+    empty row it gives the mean of V, which a guard would not.
     """
     match score:
         case Call("where", (condition, yes, no)):

@@ -1,9 +1,8 @@
 """Roles of axes: which atoms are batch, heads, query heads per key head, positions and widths.
 
 Decided by what depends on what: key axes are normalised and contracted, query axes belong to Q
-alone,
-batch-like axes are shared.  Heads are the shared axes that a projection's feature axis splits into;
-where no such split is visible, the batch-like axis next to the positions.
+alone, batch-like axes are shared.  Heads are the shared axes that a projection's feature axis
+splits into; where no such split is visible, the batch-like axis next to the positions.
 """
 
 from __future__ import annotations

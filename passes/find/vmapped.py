@@ -1,10 +1,9 @@
 """`torch.vmap` in a captured graph: which batch levels a value varies with.
 
 A predicate mapped over positions is captured with its scalars: ``_add_batch_dim(x, dim, level)``
-takes a
-dimension away, ``_remove_batch_dim(y, level, size, dim)`` puts one in.  Between the two the value
-of a
-node has no dimension for the level, so such a node cannot be read as a tensor from outside.
+takes a dimension away, ``_remove_batch_dim(y, level, size, dim)`` puts one in.  Between the two the
+value of a node has no dimension for the level, so such a node cannot be read as a tensor from
+outside.
 """
 
 from __future__ import annotations

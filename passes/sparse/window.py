@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from attn_rewrite.cascade.expr import KV, Const, Expr, Q, call
-from attn_rewrite.passes.transform import Option, SparsePattern
+from attn_rewrite.cascade.expr import KV, Expr, call
+from attn_rewrite.passes.transform import Option, SparsePattern, position
 
 if TYPE_CHECKING:
     from attn_rewrite.site import Refusal, Site
@@ -64,11 +64,3 @@ class Window(SparsePattern):
         sink = call("lt", KV, self.sinks)
         # Sinks never reach into the future of a causal window.
         return ahead & (near | sink) if causal else (ahead & near) | sink
-
-
-def position(site: Site) -> Expr:
-    """The position of query ``q`` among the keys."""
-    from attn_rewrite.cascade.text import parse_expr
-
-    offset = parse_expr(site.offset)
-    return Q if offset == Const(0) else Q + offset

@@ -1,0 +1,239 @@
+"""What each elementwise operator, and each maker of positions or constants, is as an expression.
+
+A rule takes the lifter, the node, the coordinates it is read at and the depth; None says that
+nothing is known, and the node is read as a tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from attn_rewrite.cascade.expr import Const, Expr, Rank, call, where
+from attn_rewrite.cascade.simplify import is_boolean
+from attn_rewrite.graph import arguments, is_tensor, op_name, shape_of, value_of
+from attn_rewrite.passes.find.layout import Coord, Dims, coordinate
+from attn_rewrite.sizes import as_size, same_size
+
+if TYPE_CHECKING:
+    from attn_rewrite.passes.find.lift import Lifter
+
+
+def literal(value: Any) -> Const:
+    """A Python number as a literal; numpy's and torch's scalars become floats."""
+    if isinstance(value, bool):
+        return Const(value)
+    return Const(value if isinstance(value, int) else float(value))
+
+
+Rule = Callable[["Lifter", fx.Node, Dims, int], Expr | None]
+
+
+def _elementwise(op: str) -> Rule:
+    def rule(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+        args = [lifter.operand(a, node, dims, depth) for a in node.args]
+        if any(a is None for a in args) or node.kwargs:
+            return None
+        return call(op, *(a for a in args if a is not None))
+
+    return rule
+
+
+def _scaled_sum(sign: str) -> Rule:
+    def rule(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+        named = arguments(node)
+        a = lifter.operand(named["self"], node, dims, depth)
+        b = lifter.operand(named["other"], node, dims, depth)
+        alpha = named.get("alpha")
+        if a is None or b is None:
+            return None
+        if alpha not in (None, 1):
+            b = b * alpha
+        if sign == "rsub":
+            return b - a
+        return call(sign, a, b)
+
+    return rule
+
+
+def _divide(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+    named = arguments(node)
+    a = lifter.operand(named["self"], node, dims, depth)
+    b = lifter.operand(named["other"], node, dims, depth)
+    if a is None or b is None:
+        return None
+    mode = named.get("rounding_mode")
+    if mode == "trunc":
+        return None
+    return call("div" if mode is None else "floordiv", a, b)
+
+
+def _where(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+    named = arguments(node)
+    if "self" not in named or "other" not in named:
+        return None
+    parts = [lifter.operand(named[n], node, dims, depth) for n in ("condition", "self", "other")]
+    return None if any(p is None for p in parts) else where(*(p for p in parts if p is not None))
+
+
+def _masked_fill(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+    named = arguments(node)
+    x, m, v = (lifter.operand(named[n], node, dims, depth) for n in ("self", "mask", "value"))
+    return None if x is None or m is None or v is None else where(m, v, x)
+
+
+def _arange(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+    named = arguments(node)
+    start = lifter.operand(named.get("start", 0) or 0, node, (), depth)
+    step = named.get("step", 1)
+    place = coordinate(dims[0], lifter.axes)
+    if start is None or place is None or not isinstance(step, int):
+        return None
+    return start + (place if step == 1 else place * step)
+
+
+def _filled(name: str) -> Rule:
+    def rule(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+        fixed = {"ones": 1, "zeros": 0}.get(name)
+        named = arguments(node)
+        value = fixed if fixed is not None else named.get("fill_value", named.get("s"))
+        if not isinstance(value, (bool, int, float)):
+            return lifter.operand(value, node, (), depth)
+        dtype = value_of(node).dtype
+        if dtype == torch.bool:
+            return Const(bool(value))
+        return Const(float(value) if dtype.is_floating_point else int(value))
+
+    return rule
+
+
+def _triangular(lower: bool) -> Rule:
+    def rule(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+        named = arguments(node)
+        row, column = (coordinate(d, lifter.axes) for d in dims[-2:])
+        inner = lifter.operand(named["self"], node, dims, depth)
+        diagonal = lifter.operand(named["diagonal"], node, (), depth)
+        if row is None or column is None or inner is None or diagonal is None:
+            return None
+        kept = call("le", column, row + diagonal) if lower else call("ge", column, row + diagonal)
+        zero: Expr = Const(False) if value_of(node).dtype == torch.bool else Const(0)
+        if is_boolean(inner):
+            return call("and", kept, inner)
+        return where(kept, inner, zero)
+
+    return rule
+
+
+def _index(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+    """Advanced indexing whose indices are plain coordinates: a read at other axes."""
+    named = arguments(node)
+    source, indices = named["self"], list(named["indices"])
+    if not is_tensor(source) or any(i is None for i in indices):
+        return None
+    shape = shape_of(source)
+    own: list[Coord] = []
+    for size, index in zip(shape, indices, strict=False):
+        place = lifter.operand(index, node, dims, depth)
+        if place is None:
+            return None
+        atom = int(place.name[1:]) if isinstance(place, Rank) else None
+        if atom is not None and same_size(lifter.axes.size(atom), as_size(size)):
+            own.append((atom,))
+        elif isinstance(place, Const) and place.value == 0:
+            own.append(() if same_size(as_size(size), 1) else place)
+        elif atom is not None and _covers(lifter.axes.size(atom), size):
+            own.append((atom,))
+        else:
+            own.append(place)
+    rest = dims[len(dims) - (len(shape) - len(indices)) :] if len(shape) > len(indices) else ()
+    return lifter.lift(source, (*own, *rest), depth + 1)
+
+
+def _covers(size: Any, symbol: Any) -> bool:
+    """Two lone symbols: an index over one axis of the model into another (``s72`` rows, ``s43``
+    mask)."""
+    other = as_size(symbol)
+    return (
+        not isinstance(size, int)
+        and not isinstance(other, int)
+        and size.is_Symbol
+        and other.is_Symbol
+    )
+
+
+def _logical_not(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+    inner = lifter.operand(node.args[0], node, dims, depth)
+    if inner is None or (op_name(node) == "bitwise_not" and value_of(node).dtype != torch.bool):
+        return None
+    return call("not", inner)
+
+
+def _logical(op: str) -> Rule:
+    plain = _elementwise(op)
+
+    def rule(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+        return plain(lifter, node, dims, depth) if value_of(node).dtype == torch.bool else None
+
+    return rule
+
+
+def _clamp(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+    named = arguments(node)
+    inner = lifter.operand(named["self"], node, dims, depth)
+    low, high = named.get("min"), named.get("max")
+    if inner is None or any(isinstance(v, fx.Node) for v in (low, high)):
+        return None
+    return call(
+        "clip", inner, -math.inf if low is None else low, math.inf if high is None else high
+    )
+
+
+RULES: Mapping[str, Rule] = {
+    "add": _scaled_sum("add"),
+    "sub": _scaled_sum("sub"),
+    "rsub": _scaled_sum("rsub"),
+    "div": _divide,
+    "where": _where,
+    "masked_fill": _masked_fill,
+    "arange": _arange,
+    "index": _index,
+    "clamp": _clamp,
+    "tril": _triangular(lower=True),
+    "triu": _triangular(lower=False),
+    "logical_not": _logical_not,
+    "bitwise_not": _logical_not,
+    **{n: _filled("ones") for n in ("ones", "ones_like", "new_ones")},
+    **{n: _filled("zeros") for n in ("zeros", "zeros_like", "new_zeros")},
+    **{n: _filled("full") for n in ("full", "full_like", "new_full", "scalar_tensor")},
+    **{n: _logical("and") for n in ("logical_and", "bitwise_and", "__and__")},
+    **{n: _logical("or") for n in ("logical_or", "bitwise_or", "__or__")},
+    **{
+        ours: _elementwise(op)
+        for ours, op in (
+            ("mul", "mul"),
+            ("floor_divide", "floordiv"),
+            ("remainder", "mod"),
+            ("neg", "neg"),
+            ("exp", "exp"),
+            ("tanh", "tanh"),
+            ("sigmoid", "sigmoid"),
+            ("relu", "relu"),
+            ("abs", "abs"),
+            ("sqrt", "sqrt"),
+            ("log", "log"),
+            ("maximum", "max"),
+            ("minimum", "min"),
+            ("eq", "eq"),
+            ("ne", "ne"),
+            ("lt", "lt"),
+            ("le", "le"),
+            ("gt", "gt"),
+            ("ge", "ge"),
+            ("multiply", "mul"),
+        )
+    },
+}
