@@ -47,15 +47,16 @@ def cascade(
         terminal.show({"cascades": list(names)}, lambda console: console.print("\n".join(names)))
         return 0
     before = read(name)
-    after, proofs, refused = _fuse(before, options.fuse)
+    after, proofs, left, refused = _fuse(before, options.fuse)
     analysis = _analysis(after, options.count or options.fuse)
     if options.svg is not None:
-        _draw(after, options.svg)
+        _draw(after, None if analysis is None else analysis.rank, options.svg)
     document = {
         "name": before.name,
         "cascade": str(after),
         "passes": None if analysis is None else analysis_document(analysis),
         "proofs": proofs,
+        "left": left,
         "refusal": refused,
         "svg": None if options.svg is None else str(options.svg),
     }
@@ -82,17 +83,20 @@ def read(name: str) -> Cascade:
         raise PolicyError(f"{name} is not a cascade: {error}") from error
 
 
-def _fuse(cascade: Cascade, rank: str | None) -> tuple[Cascade, list[str], dict[str, Any] | None]:
-    """The fused cascade and its proofs, or why not; the same cascade when no rank is given."""
+def _fuse(
+    cascade: Cascade, rank: str | None
+) -> tuple[Cascade, list[str], list[dict[str, Any]], dict[str, Any] | None]:
+    """(cascade, proofs, what could not be fused, why nothing was); unchanged without a rank."""
     from attn_rewrite.passes.cascade import fuse_reductions
     from attn_rewrite.site import Refusal
 
     if rank is None:
-        return cascade, [], None
+        return cascade, [], [], None
     fused = fuse_reductions(cascade, resolved(cascade, rank))
     if isinstance(fused, Refusal):
-        return cascade, [], fused.to_json()
-    return fused.cascade, [str(proof) for proof in fused.proofs], None
+        return cascade, [], [], fused.to_json()
+    proofs = [str(proof) for proof in fused.proofs]
+    return fused.cascade, proofs, [r.to_json() for r in fused.refusals], None
 
 
 def resolved(cascade: Cascade, rank: str) -> str:
@@ -126,12 +130,12 @@ def analysis_document(analysis: PassAnalysis) -> dict[str, Any]:
     }
 
 
-def _draw(cascade: Cascade, path: Path) -> None:
+def _draw(cascade: Cascade, rank: str | None, path: Path) -> None:
     from attn_rewrite.cascade.picture import to_svg
     from attn_rewrite.errors import ToolError
 
     try:
-        path.write_text(to_svg(cascade), encoding="utf-8")
+        path.write_text(to_svg(cascade, rank), encoding="utf-8")
     except OSError as error:
         reason = error.strerror or str(error)
         raise ToolError(
@@ -144,14 +148,17 @@ def _view(console: Console, document: dict[str, Any]) -> None:
     passes = document["passes"]
     if passes is not None:
         live = ", ".join(passes["live"]) or "nothing"
+        count = "1 pass" if passes["passes"] == 1 else f"{passes['passes']} passes"
         console.print(
-            f"{passes['passes']} passes over {passes['rank']}; live for a whole fiber: {live}",
+            f"{count} over {passes['rank']}; live for a whole fiber: {live}",
             markup=False,
         )
         for value, waits in passes["barriers"]:
             console.print(f"  {waits} waits for all of {value}", markup=False)
     for proof in document["proofs"]:
         console.print(f"proof: {proof}", markup=False)
+    for refusal in document["left"]:
+        console.print(f"left: [{refusal['code']}] {refusal['reason']}", markup=False)
     if document["refusal"] is not None:
         refusal = document["refusal"]
         console.print(f"not fused: [{refusal['code']}] {refusal['reason']}", markup=False)
