@@ -207,7 +207,13 @@ def interrupted(tmp_path: Path, stop: signal.Signals) -> tuple[int, str]:
     )
     command = [*COMMAND, "optimize", "slow:make", "-o", "out", "--force"]
     with subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A suite started in the background ignores Ctrl-C, and would hand that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         deadline = time.monotonic() + 120
         while not (tmp_path / "captured").exists():
