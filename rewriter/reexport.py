@@ -28,6 +28,10 @@ def export_again(graph: fx.GraphModule, original: ExportedProgram) -> ExportedPr
     for node in list(bare.graph.nodes):
         if op_name(node) == "_guards_fn" or node.target == "_guards_fn":
             bare.graph.erase_node(node)  # the export below makes its own guards
+        elif op_name(node) == "lift_fresh_copy":
+            # The constant is a buffer by now; lifted once more it would be there twice, and a later
+            # decomposition (ONNX) loses count of them.
+            node.target = torch.ops.aten.clone.default
     bare.recompile()
     was_training = bare.training
     try:

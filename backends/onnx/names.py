@@ -26,7 +26,10 @@ def _part(key: Any) -> str:
 def _leaf_paths(spec: pytree.TreeSpec) -> list[str]:
     """A name for every leaf of a tree: the keys on the way to it, joined by ``.``."""
     tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-    paths = [path for path, _ in pytree.tree_flatten_with_path(tree)[0]]
+    try:
+        paths = [path for path, _ in pytree.tree_flatten_with_path(tree)[0]]
+    except ValueError:  # a container registered without names of its fields (diffusers)
+        return [str(i) for i in range(spec.num_leaves)]
     return [".".join(_part(key) for key in path) for path in paths]
 
 

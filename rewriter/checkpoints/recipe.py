@@ -78,16 +78,26 @@ def position_limit(model: torch.nn.Module) -> int | None:
 
 def caches(model: torch.nn.Module) -> bool:
     """Whether ``model`` returns its keys and values for the next step unless told otherwise."""
-    config = getattr(model, "config", None)
-    if isinstance(config, Mapping):  # of a diffusers model
-        return False
-    return any(vars(part).get("use_cache") for part in configs(config))
+    return any(vars(part).get("use_cache") for part in _all_configs(model))
 
 
 def stop_caching(model: torch.nn.Module) -> bool:
     """Turn the key/value cache of ``model`` off in its configuration; whether it was on."""
     was_on = caches(model)
-    for part in configs(getattr(model, "config", None)):
+    for part in _all_configs(model):
         if vars(part).get("use_cache"):
             part.use_cache = False
     return was_on
+
+
+def _all_configs(model: torch.nn.Module) -> Iterator[Any]:
+    """Configurations of the model and of its parts: a decoder may hold a copy of its own (T5)."""
+    seen: set[int] = set()
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is None or isinstance(config, Mapping):  # the latter: of a diffusers model
+            continue
+        for part in configs(config):
+            if id(part) not in seen:
+                seen.add(id(part))
+                yield part
