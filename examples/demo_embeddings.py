@@ -12,11 +12,9 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime
-import torch
 from demo_texts import CUTS
 from rich.console import Console
 from rich.table import Table
@@ -27,27 +25,6 @@ import attn_rewrite as ar
 
 BATCH = 8
 Embed = Callable[[list[str], int], np.ndarray]
-
-
-class InPlace(torch.nn.Module):
-    """A rewritten model where sentence-transformers expects the original."""
-
-    def __init__(self, rewritten: torch.nn.Module, original: Any) -> None:
-        super().__init__()
-        self.rewritten = rewritten
-        self.config = original.config
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        token_type_ids: torch.Tensor,
-        **options: Any,
-    ) -> Any:
-        # The options (return_dict) only say what the captured model does anyway.
-        return self.rewritten(
-            input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids
-        )
 
 
 def encode(sentences: SentenceTransformer, texts: list[str], tokens: int) -> np.ndarray:
@@ -64,7 +41,7 @@ def original(checkpoint: Path) -> Embed:
 def in_pytorch(checkpoint: Path, folder: Path) -> Embed:
     """The saved program inside sentence-transformers: its tokenizer, pooling and normalisation."""
     sentences = SentenceTransformer(str(checkpoint), device="cpu")
-    sentences[0].model = InPlace(ar.load(folder), sentences[0].model)
+    sentences[0].model = ar.load(folder)
     return lambda texts, tokens: encode(sentences, texts, tokens)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,21 +54,38 @@ class OptimizedModule(nn.Module):
         self._hold("_rebuild", rebuild)
         self._hold("_make_program", program)
         self._hold("_program", None)
-        self._hold("_form", form)
+        self._hold("_folder", None)
+        self._hold_form(form)
         self.training = graph.training if source is None else source.training
 
     @classmethod
     def from_program(
-        cls, program: ExportedProgram, *, plan: Plan, report: Report
+        cls,
+        program: ExportedProgram,
+        *,
+        plan: Plan,
+        report: Report,
+        form: CallForm | None = None,
+        folder: Path | None = None,
     ) -> OptimizedModule:
-        """A module that runs a saved, already rewritten program; it has no source module."""
-        module = cls(program.module(), plan=plan, report=report)
+        """A module that runs a saved, already rewritten program; it has no source module.
+
+        ``folder`` is where it was read from: the model's configuration lies there.
+        """
+        module = cls(program.module(), plan=plan, report=report, form=form)
         module._hold("_program", program)
+        module._hold("_folder", folder)
         return module
 
     def _hold(self, name: str, value: Any) -> None:
         """Keep a reference that is not part of the module tree."""
         object.__setattr__(self, name, value)
+
+    def _hold_form(self, form: CallForm | None) -> None:
+        """Take calls in ``form``; without one, as the graph was captured."""
+        self._hold("_form", form)
+        if form is not None:
+            self.__class__ = _with_signature(form.signature)
 
     def _adopt(self, graph: fx.GraphModule) -> None:
         """Run ``graph`` from now on; its parameters, buffers and children become this module's."""
@@ -79,6 +98,11 @@ class OptimizedModule(nn.Module):
         if self._form is not None:
             args, kwargs = self._form.bind(args, kwargs)
         return self._graph(*args, **kwargs)
+
+    @property
+    def form(self) -> CallForm | None:
+        """How the original model is called, where its signature names every argument."""
+        return self._form  # type: ignore[no-any-return]
 
     @property
     def graph_module(self) -> fx.GraphModule:
@@ -120,8 +144,9 @@ class OptimizedModule(nn.Module):
     def _become(self, other: OptimizedModule) -> None:
         self._adopt(other._graph)
         self.plan, self.report, self.sites = other.plan, other.report, other.sites
-        for name in ("_make_program", "_program", "_form"):
+        for name in ("_make_program", "_program"):
             self._hold(name, getattr(other, name))
+        self._hold_form(other._form)
 
     def train(self, mode: bool = True) -> OptimizedModule:
         """Keep the mode the model was captured in; another one needs the just-in-time path."""
@@ -138,9 +163,27 @@ class OptimizedModule(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             source = self.__dict__.get("_source")
-            if source is None or name.startswith("__"):
+            if name.startswith("__") or "_folder" not in self.__dict__:
                 raise
-            return self._from_source(source, name)
+            if source is not None:
+                return self._from_source(source, name)
+            return self._of_program(name)
+
+    def _of_program(self, name: str) -> Any:
+        """What libraries ask of a model, where only its saved program is held."""
+        if name in ("device", "dtype"):
+            floating = (t for t in (*self.parameters(), *self.buffers()) if t.is_floating_point())
+            if (tensor := next(floating, None)) is not None:
+                return getattr(tensor, name)
+        if name == "config" and self._folder is not None:
+            from attn_rewrite.checkpoints.huggingface import read_config
+
+            config = read_config(self._folder)
+            self._hold("config", config)
+            return config
+        raise AttributeError(
+            f"{name!r} is not saved with a program; it belongs to the original model"
+        )
 
     def _from_source(self, source: nn.Module, name: str) -> Any:
         """An attribute of the source; its methods see a twin whose forward is the rewritten one."""
@@ -157,7 +200,7 @@ class OptimizedModule(nn.Module):
         nn.Module.__init__(new)
         source = copy.deepcopy(self._source, memo)  # parameters first: the graph shares them
         new._hold("_source", source)
-        for name in ("_rebuild", "_make_program", "_form"):
+        for name in ("_rebuild", "_make_program", "_form", "_folder"):
             new._hold(name, getattr(self, name))
         new._hold("_program", None if self._make_program else self._program)
         new.plan, new.report, new.sites = self.plan, self.report, self.sites
@@ -178,3 +221,19 @@ class OptimizedModule(nn.Module):
     def extra_repr(self) -> str:
         """Policy and number of rewritten sites."""
         return f"sites={len(self.sites)}"
+
+
+def _with_signature(signature: inspect.Signature) -> type[OptimizedModule]:
+    """`OptimizedModule` with the signature of the original's forward, which libraries inspect.
+
+    `inspect.signature` reads it from the function, and a function belongs to a class.
+    """
+
+    def forward(self: OptimizedModule, *args: Any, **kwargs: Any) -> Any:
+        return OptimizedModule.forward(self, *args, **kwargs)
+
+    receiver = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    parameters = (receiver, *signature.parameters.values())
+    forward.__doc__ = OptimizedModule.forward.__doc__
+    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return type(OptimizedModule.__name__, (OptimizedModule,), {"forward": forward})

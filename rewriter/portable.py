@@ -19,17 +19,22 @@ from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry
 from torch.utils import _pytree as pytree
 
+from attn_rewrite.calls import CallForm
 from attn_rewrite.checkpoints.exported import load_program, names_imports, read_extra
 from attn_rewrite.containers import make_known_by_name
 
 _PLAIN = (tuple, list, dict)
 _OUTPUTS = "outputs.json"
+_CALL = "call.json"
 
 
-def save_program(program: ExportedProgram, path: Path) -> None:
-    """Write ``program`` as a portable ``.pt2``, its output classes in a record of their own."""
+def save_program(program: ExportedProgram, path: Path, form: CallForm | None = None) -> None:
+    """Write ``program`` as a portable ``.pt2``; its output classes and the original's call
+    signature are records of their own."""
     tree = output_tree(program)
     extra = {} if tree is None else {_OUTPUTS: tree}
+    if form is not None:
+        extra[_CALL] = json.dumps(form.to_json())
     with _ArchiveFile(path) as file:
         torch.export.save(portable_program(program), file, extra_files=extra)
         file.check()
@@ -79,6 +84,12 @@ class _ArchiveFile(io.BytesIO):
 def read_program(path: Path) -> ExportedProgram:
     """The inverse of `save_program`; raises `CheckpointError` as `load_program` does."""
     return with_outputs(load_program(path), read_extra(path, _OUTPUTS))
+
+
+def read_form(path: Path) -> CallForm | None:
+    """The call signature saved with the program in ``path``, if any."""
+    text = read_extra(path, _CALL)
+    return None if text is None else CallForm.from_json(json.loads(text))
 
 
 def portable_program(program: ExportedProgram) -> ExportedProgram:

@@ -57,7 +57,7 @@ def write_result(
 
     if source is not None:
         _copy_companions(source, folder)
-    save_program(optimized.program, folder / "model.pt2")
+    save_program(optimized.program, folder / "model.pt2", optimized.form)
     _write_json(folder / "plan.json", optimized.plan.to_json())
     _write_json(folder / "report.json", optimized.report.to_json())
 
@@ -117,13 +117,16 @@ def load(directory: str | Path) -> OptimizedModule:
     importlib.import_module("attn_rewrite.ops")  # a saved program refers to these operators by name
     from attn_rewrite.optimized import OptimizedModule
     from attn_rewrite.plan import Plan
-    from attn_rewrite.portable import read_program
+    from attn_rewrite.portable import read_form, read_program
     from attn_rewrite.report import Report
 
     program = read_program(folder / "model.pt2")
     plan = Plan.from_json(read_json(folder / "plan.json"))
     report = Report.from_json(read_json(folder / "report.json"))
-    module = OptimizedModule.from_program(program, plan=plan, report=report)
+    form = read_form(folder / "model.pt2")
+    module = OptimizedModule.from_program(
+        program, plan=plan, report=report, form=form, folder=folder
+    )
     module.training = bool(manifest.get("training", False))
     return module
 

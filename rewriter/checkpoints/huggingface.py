@@ -64,6 +64,24 @@ def _config(folder: Path) -> dict[str, Any]:
     )
 
 
+def read_config(folder: Path) -> Any:
+    """The configuration in a model folder as its library gives it; code in it is never run.
+
+    Raises `CheckpointError` where there is none, or where the library is missing.
+    """
+    config = _config(folder)
+    if "_class_name" in config:
+        with _library("diffusers", "diffusers"):
+            from diffusers.configuration_utils import FrozenDict
+        return FrozenDict(config)
+    with _library("transformers", "hf"):
+        import transformers
+    try:
+        return transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    except (ValueError, KeyError, OSError) as error:  # an unknown type, or one with its own code
+        raise CheckpointError(f"cannot read the configuration in {folder}: {error}") from error
+
+
 # transformers
 
 
