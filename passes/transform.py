@@ -9,6 +9,7 @@ reports follow.
 from __future__ import annotations
 
 import enum
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -53,6 +54,8 @@ class Option:
         """Why ``value`` is out of range, or None."""
         if isinstance(value, bool) or not isinstance(value, int | float):
             return None
+        if not math.isfinite(value):
+            return f"is {value}, expected a finite number"
         if self.minimum is not None and not value >= self.minimum:
             return f"is {value}, expected at least {self.minimum}"
         if self.maximum is not None and not value <= self.maximum:

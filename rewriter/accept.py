@@ -77,7 +77,7 @@ def accept(
         end_to_end=end_to_end,
         timings=dict(watch.seconds),
         versions=versions(),
-        notes=(*captured.notes, *_notes(checks, verify)),
+        notes=(*captured.notes, *_notes(findings, checks, verify)),
         budget="" if budget is None else str(budget),
     )
     return Outcome(graph, plan, report)
@@ -160,7 +160,10 @@ def _whole(
         graph = spliced(captured, decisions)
 
 
-def _notes(checks: Mapping[str, SiteCheck], verify: bool) -> tuple[str, ...]:
+def _notes(findings: Findings, checks: Mapping[str, SiteCheck], verify: bool) -> tuple[str, ...]:
+    if not findings.sites:
+        near = len(findings.refusals)
+        return (f"no attention was found ({near} near misses, each with its reason)",)
     if not verify:
         return ("not verified: verify=False was asked for",)
     return tuple(f"{name}: {check.note}" for name, check in checks.items() if check.note)

@@ -57,7 +57,7 @@ class Captured:
 
 
 def capture_model(
-    model: torch.nn.Module,
+    model: torch.nn.Module | ExportedProgram,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
@@ -68,9 +68,12 @@ def capture_model(
     ``args`` and ``kwargs`` are example inputs: trees of tensors and plain values.  With
     ``dynamic_shapes=None`` batch and sequence are made dynamic as far as the model allows;
     otherwise ``dynamic_shapes`` means what it means to `torch.export.export`.  The model is left as
-    it was.  Raises `CaptureError`, naming the model's source line, when no graph can be made.
+    it was.  An exported program is a graph already: its own dynamic dimensions stay as they are.
+    Raises `CaptureError`, naming the model's source line, when no graph can be made.
     """
     start = time.perf_counter()
+    if isinstance(model, ExportedProgram):
+        return _of_program(model, args, kwargs, dynamic_shapes, start)
     args, kwargs = tuple(args), dict(kwargs or {})
     inputs = _checked_inputs(model, args, kwargs)
     with untouched(model), quiet():
@@ -96,6 +99,34 @@ def capture_model(
         notes=(*_mode_notes(model), *_repeat_notes(inputs), *attempt.notes, *sentences),
         seconds=time.perf_counter() - start,
     )
+
+
+def _of_program(
+    program: ExportedProgram,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    dynamic_shapes: Any,
+    start: float,
+) -> Captured:
+    """An exported program as it is, with its own example inputs where none are given."""
+    if dynamic_shapes is not None:
+        raise CaptureError(
+            "dynamic_shapes was given with an exported program, whose dynamic dimensions are fixed;"
+            " leave it out, or export the model again"
+        )
+    if not args and not kwargs:
+        args, kwargs = program.example_inputs or ((), {})
+    graph, kwargs = program.module(), dict(kwargs or {})
+    inputs = _checked_inputs(graph, args, kwargs)
+    try:
+        dynamic, sentences = describe(program, inputs, {})
+    except ValueError as error:
+        raise CaptureError(
+            f"the inputs have {len(inputs)} tensors, but the exported program takes others; give "
+            "the inputs it was exported with"
+        ) from error
+    seconds = time.perf_counter() - start
+    return Captured(program, graph, args, kwargs, dynamic, sentences, seconds)
 
 
 def _checked_inputs(

@@ -43,6 +43,11 @@ class LoadedModel:
     companions: tuple[str, ...] = ()
     program: ExportedProgram | None = field(default=None, repr=False)
 
+    @property
+    def subject(self) -> torch.nn.Module | ExportedProgram:
+        """What is captured: the program where there is one, else the model."""
+        return self.model if self.program is None else self.program
+
 
 @dataclass(frozen=True)
 class _Request:

@@ -30,6 +30,8 @@ from attn_rewrite.policy import Policy
 from attn_rewrite.site import Findings, Refusal, Site
 
 if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
     from attn_rewrite.budget import Budget
     from attn_rewrite.optimized import OptimizedModule
 
@@ -70,7 +72,7 @@ class Decision:
 
 
 def find_attention(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     example_args: tuple[Any, ...] = (),
     example_kwargs: Mapping[str, Any] | None = None,
     *,
@@ -87,7 +89,7 @@ def find_attention(
 
 
 def optimize(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     policy: str | Policy = "exact",
     example_args: tuple[Any, ...] = (),
     example_kwargs: Mapping[str, Any] | None = None,
@@ -102,17 +104,18 @@ def optimize(
     """Rewrite the attention of ``model`` as ``policy`` says, verify it, and return a module like
     it.
 
-    ``policy`` is a pipeline as text or a `Policy`; ``plan`` replays an earlier one instead.
+    ``model`` is a module, or an exported program, whose own example inputs are used when none are
+    given.  ``policy`` is a pipeline as text or a `Policy`; ``plan`` replays an earlier one instead.
     ``budget`` bounds the approximation error (``"cosine>=0.999"``).  With ``verify`` every site is
     measured on the example inputs against a float64 oracle: over the implementation bound is
     `VerifyError`, over the budget sends the site back to exact.  Without example inputs the first
-    call captures, just in time.
+    call of a module captures, just in time.
     """
     policy = Policy.parse(policy) if isinstance(policy, str) else policy
     _check_options(backend, calibration)
     if budget is not None:
         policy = Policy(policy.rules, budget)
-    if not example_args and not example_kwargs:
+    if isinstance(model, nn.Module) and not example_args and not example_kwargs:
         from attn_rewrite.compile_backend import compiled
 
         return compiled(model, policy)
@@ -120,6 +123,10 @@ def optimize(
     with watch.stage("capture"):
         captured = capture_model(
             model, tuple(example_args), example_kwargs, dynamic_shapes=dynamic_shapes
+        )
+    if not isinstance(model, nn.Module):  # a program is fixed to its device and dtype
+        return optimize_captured(
+            captured, policy, watch, plan=plan, verify=verify, source=None, rebuild=None
         )
     rebuild = partial(
         _again, captured=captured, policy=policy, dynamic_shapes=dynamic_shapes, plan=plan

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from attn_rewrite.report import Report
     from attn_rewrite.site import Site
 
+_GUARD = "Guard failed:"
 Rebuild = Callable[[nn.Module], "OptimizedModule"]
 
 
@@ -97,7 +98,16 @@ class OptimizedModule(nn.Module):
         """Run the rewritten model."""
         if self._form is not None:
             args, kwargs = self._form.bind(args, kwargs)
-        return self._graph(*args, **kwargs)
+        try:
+            return self._graph(*args, **kwargs)
+        except AssertionError as error:  # what torch's guards on an exported graph raise
+            if not str(error).startswith(_GUARD):
+                raise
+            needed = str(error).removeprefix(_GUARD).strip()
+            raise AttnRewriteError(
+                f"the inputs do not fit the captured graph, which needs {needed}; optimize the "
+                "model with example inputs and dynamic_shapes= of the sizes you run"
+            ) from error
 
     @property
     def form(self) -> CallForm | None:

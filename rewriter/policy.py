@@ -366,7 +366,7 @@ def describe_transforms(transforms: Transforms | None = None) -> tuple[Transform
     return tuple(
         TransformInfo(
             name,
-            (cls.__doc__ or "").strip().split("\n\n")[0].split("\n")[0],
+            (cls.__doc__ or "").strip().split("\n")[0].replace("`", ""),
             cls.exactness,
             cls.source,
             field_infos(cls),

@@ -171,6 +171,16 @@ class Report:
             f"no site {name!r}; there are: {', '.join(s.name for s in self.sites) or 'none'}"
         )
 
+    def __str__(self) -> str:
+        """The console table as plain text, 120 characters wide."""
+        import io
+
+        from rich.console import Console
+
+        text = io.StringIO()
+        render(self, Console(file=text, width=120, no_color=True))
+        return text.getvalue().rstrip()
+
     def all_refusals(self) -> tuple[Refusal, ...]:
         """Those of the Sites and those of no Site, each once."""
         found = (*(r for s in self.sites for r in s.refusals), *self.refusals)
@@ -270,7 +280,9 @@ def render(report: Report, console: Console) -> None:
     from rich.text import Text
 
     data = report.to_json()
-    table = Table(title=f"{len(data['sites'])} attention sites, inputs: {data['inputs']}")
+    count = len(data["sites"])
+    inputs = data["inputs"].removeprefix("inputs are ").removeprefix("inputs ")
+    table = Table(title=f"{count} attention site{'' if count == 1 else 's'}; inputs: {inputs}")
     for column in COLUMNS:
         table.add_column(column, overflow="fold")
     for site in data["sites"]:

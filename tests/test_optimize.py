@@ -306,3 +306,52 @@ def test_large_scores_and_masked_rows() -> None:
     result = module(q, k, v, keep)
     assert torch.allclose(result[:, :, 2], v.mean(2), rtol=1e-5, atol=1e-4)
     assert (result - attend(q, k, v, keep)).abs().max() < 1e-3
+
+
+# Exported programs
+
+
+def exported(length: int = 16) -> tuple[torch.export.ExportedProgram, torch.Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(2, length, 32)
+    shapes = {"x": {1: torch.export.Dim("length", min=4, max=200)}}
+    return torch.export.export(Packed().eval(), (x,), dynamic_shapes=shapes), x
+
+
+class Packed(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = torch.nn.Linear(32, 96)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 4, 8).permute(2, 0, 3, 1, 4)
+        p = (q @ k.transpose(-1, -2) * 8**-0.5).softmax(-1)
+        return {"y": (p @ v).transpose(1, 2).flatten(2)}
+
+
+def test_a_program_is_taken_as_it_is() -> None:
+    program, x = exported()
+    assert len(ar.find_attention(program).sites) == 1
+    optimized = ar.optimize(program, "exact")
+    assert optimized.report.sites[0].status == "rewritten"
+    assert "x: dimension 1 (up to 200) is dynamic" in optimized.report.notes
+    long = torch.randn(2, 150, 32)
+    with torch.no_grad():
+        for value in (x, long):
+            torch.testing.assert_close(optimized(value)["y"], program.module()(value)["y"])
+    with pytest.raises(ar.CaptureError, match="dynamic_shapes was given with an exported program"):
+        ar.optimize(program, "exact", (x,), dynamic_shapes={"x": {}})
+    with pytest.raises(ar.CaptureError, match=r"takes others|do not fit"):
+        ar.optimize(program, "exact", (x, x))
+
+
+def test_other_sizes_than_captured_are_one_sentence() -> None:
+    program, _ = exported()
+    optimized = ar.optimize(program, "exact", verify=False)
+    with pytest.raises(ar.AttnRewriteError, match=r"graph, which needs x.size\(\)\[0\] == 2; "):
+        optimized(torch.randn(3, 16, 32))
+
+
+def test_a_model_without_attention_says_so() -> None:
+    optimized = ar.optimize(torch.nn.Linear(4, 4).eval(), "exact", (torch.randn(2, 4),))
+    assert "no attention was found (0 near misses" in str(optimized.report)

@@ -51,7 +51,7 @@ def explain(model: Model, question: Question, options: ModelOptions, terminal: T
         from attn_rewrite.driver import find_attention
 
         findings = find_attention(
-            loaded.model, loaded.args, loaded.kwargs, dynamic_shapes=loaded.dynamic_shapes
+            loaded.subject, loaded.args, loaded.kwargs, dynamic_shapes=loaded.dynamic_shapes
         )
     if not findings.sites:
         return no_sites(terminal, model, findings)

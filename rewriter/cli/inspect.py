@@ -23,7 +23,7 @@ def inspect(model: Model, options: ModelOptions, terminal: Terminal) -> int:
         from attn_rewrite.driver import find_attention
 
         findings = find_attention(
-            loaded.model, loaded.args, loaded.kwargs, dynamic_shapes=loaded.dynamic_shapes
+            loaded.subject, loaded.args, loaded.kwargs, dynamic_shapes=loaded.dynamic_shapes
         )
     if not findings.sites:
         return no_sites(terminal, model, findings)

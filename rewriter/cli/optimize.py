@@ -92,7 +92,7 @@ def rewrite(
         from attn_rewrite import driver
 
         optimized = driver.optimize(
-            loaded.model,
+            loaded.subject,
             policy,
             loaded.args,
             loaded.kwargs,

@@ -127,7 +127,7 @@ def _checkpoint_workloads(
     with terminal.stage(f"finding the attention of {directory}"):
         loaded = load_model(directory)
         findings = find_attention(
-            loaded.model, loaded.args, loaded.kwargs, dynamic_shapes=loaded.dynamic_shapes
+            loaded.subject, loaded.args, loaded.kwargs, dynamic_shapes=loaded.dynamic_shapes
         )
     modelled = [s for s in findings.sites if s.family == "softmax"]
     for site in findings.sites:
