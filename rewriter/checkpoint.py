@@ -17,7 +17,7 @@ from attn_rewrite.checkpoints.exported import load_program
 from attn_rewrite.checkpoints.files import companion_files, sha256
 from attn_rewrite.checkpoints.huggingface import LoadOptions, load_folder
 from attn_rewrite.checkpoints.inputs import Inputs, generate_inputs, read_inputs
-from attn_rewrite.errors import CheckpointError
+from attn_rewrite.errors import CheckpointError, PolicyError
 
 _CALLABLE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
@@ -83,8 +83,10 @@ def load_model(
     and ``length`` size generated inputs (2 and 128 by default, seed 0); ``inputs`` is a safetensors
     file whose names are arguments of the model.  ``dtype`` None keeps the checkpoint's.
     ``trust_remote_code`` runs code that comes with a checkpoint, ``allow_pickle`` reads pickle
-    weights (tensors only).  Raises `CheckpointError` for whatever cannot be read.
+    weights (tensors only).  Raises `CheckpointError` for whatever cannot be read, `PolicyError` for
+    a device that is not here.
     """
+    _check_device(device)
     options = LoadOptions(dtype, trust_remote_code, allow_pickle)
     request = _Request(batch, length, device, Path(inputs) if inputs else None, options)
     text, path = str(spec), Path(spec)
@@ -97,6 +99,18 @@ def load_model(
     raise CheckpointError(
         f"there is no model at {text}; expected a model folder, a .pt2 file or module:callable"
     )
+
+
+def _check_device(text: str) -> None:
+    """Raise `PolicyError` unless a tensor can be put on the device ``text`` names."""
+    try:
+        torch.zeros(1, device=text).item()  # "meta" is a device without numbers
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise PolicyError(
+            f"the device {text!r} cannot be used here ({reason}); name one that this PyTorch "
+            "has: cpu, or cuda on a machine with a GPU"
+        ) from error
 
 
 def _from_folder(path: Path, request: _Request) -> LoadedModel:

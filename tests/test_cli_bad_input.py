@@ -108,6 +108,13 @@ def test_bad_option_is_refused_before_the_model_is_loaded(
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("device", ["cuda:7", "bogus", "meta"])
+def test_a_device_that_is_not_here(device: str, bert: Path, tmp_path: Path) -> None:
+    done = attn_rewrite("inspect", bert, "--device", device, cwd=tmp_path)
+    assert (done.code, done.out) == (2, "")
+    assert f"the device {device!r} cannot be used here" in done.error
+
+
 def test_layer_glob_that_matches_nothing(bert: Path, tmp_path: Path) -> None:
     policy = tmp_path / "policy.toml"
     policy.write_text('[[rule]]\nwhere = { layer = "encoder.block.*" }\napply = "window(size=8)"\n')
