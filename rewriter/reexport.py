@@ -36,16 +36,30 @@ def export_again(graph: fx.GraphModule, original: ExportedProgram) -> ExportedPr
     was_training = bare.training
     try:
         with torch.no_grad():
-            return torch.export.export(
+            program = torch.export.export(
                 bare.train(was_training),
                 args,
                 kwargs,
                 dynamic_shapes=_dynamic(original, args, kwargs),
                 strict=False,
             )
+            return _without_strides(program)
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CaptureError(f"the rewritten graph cannot be exported again: {first}") from error
+
+
+def _without_strides(program: ExportedProgram) -> ExportedProgram:
+    """Every ``view`` as ``reshape``, which is the same where ``view`` is allowed.
+
+    Whether it is depends on strides, and those of an attention's output are another on another
+    device, or once its operator is decomposed for ONNX.
+    """
+    for node in program.graph.nodes:
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
+    program.graph_module.recompile()
+    return program
 
 
 def _dynamic(original: ExportedProgram, args: Any, kwargs: Any) -> Any:

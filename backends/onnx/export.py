@@ -153,10 +153,11 @@ def _translate(program: ExportedProgram, opset: int) -> ir.Model:
     import torch
 
     from attn_rewrite.backends.onnx.sites import translations
+    from attn_rewrite.backends.onnx.strides import contiguous_attention
 
     try:
         exported = torch.onnx.export(
-            program,
+            contiguous_attention(program),
             dynamo=True,
             opset_version=opset,
             optimize=False,
