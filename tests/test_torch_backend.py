@@ -25,6 +25,7 @@ from attn_rewrite.backends.torch.form import (
     is_causal_with_offset,
     linear_score,
 )
+from attn_rewrite.backends.torch.lanes import run_in_lanes
 from attn_rewrite.backends.torch.ops import run, tile_counts, tiled_attention
 from attn_rewrite.cascade import interpret, parse
 from attn_rewrite.cascade.attention import QK, SoftmaxAttention, as_softmax, softmax_cascade
@@ -220,6 +221,45 @@ def _eager(
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = (q @ k.mT * scale + bias).masked_fill(~keep, NEG)
     return torch.softmax(scores, -1).nan_to_num(0.0) @ v
+
+
+@pytest.mark.parametrize("name", ["window", "sinks", "per head", "two stripes"])
+@pytest.mark.parametrize("group", [1, 2])
+def test_lanes_compute_what_one_thread_computes(
+    name: str, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(kernel_module, "_lanes", lambda problem: 3)
+    shape = (2, 4, group, 60, 60, 8, 8, 8)
+    q, k, v = operands(shape)
+    guard, mask = GUARDS[name]
+    got = tiled_attention(q, k, v, [], str(attention(guard, group=group)), 8)
+    assert_close(got, reference(q, k, v, keep_of(mask, 4, 60, 60), 0.3))
+    assert torch.get_num_threads() == threads
+
+
+def test_an_error_in_a_lane_reaches_the_caller() -> None:
+    def make() -> Callable[[int], None]:
+        def function(task: int) -> None:
+            if task == 5:
+                raise ValueError("task 5")
+
+        return function
+
+    with pytest.raises(ValueError, match="task 5"):
+        run_in_lanes(range(20), make, 2)
+    done: list[int] = []
+    run_in_lanes(range(20), lambda: done.append, 2)
+    assert sorted(done) == list(range(20))
+
+
+@pytest.mark.parametrize("size", [33, 700])
+def test_autocast_does_not_reach_into_the_kernel(size: int) -> None:
+    q, k, v = operands((1, 8, 1, size, size, 8, 8, 64))
+    guard, mask = GUARDS["causal"]
+    with torch.autocast("cpu", torch.bfloat16):
+        got = tiled_attention(q, k, v, [], str(attention(guard)), 64)
+    assert_close(got, reference(q, k, v, keep_of(mask, 8, size, size), 0.3))
 
 
 def test_rows_of_minus_infinity_in_the_score_are_zero_and_nan_is_kept() -> None:

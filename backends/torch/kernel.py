@@ -7,7 +7,9 @@ columns of partial blocks, and multiplies by the values.  Softmax statistics are
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from attn_rewrite.backends.torch.emit import Emitter
 from attn_rewrite.backends.torch.form import depends_only_on_distance, linear_score
+from attn_rewrite.backends.torch.lanes import run_in_lanes
 from attn_rewrite.backends.torch.schedule import Span
 from attn_rewrite.backends.torch.tiles import Job, Problem, gather_size, jobs, keys_of, queries_of
 from attn_rewrite.cascade.attention import QK
@@ -23,7 +26,9 @@ from attn_rewrite.graph import EagerBuilder
 
 _EAGER = EagerBuilder()
 # Points a guard is evaluated at in one go: its int64 temporaries stay in the cache.
-_GUARD_POINTS = 1 << 17
+_GUARD_POINTS = 1 << 18
+# Scores below which a call runs on the calling thread.
+_WORTH_LANES = 1 << 22
 
 
 def attend(problem: Problem, dtype: torch.dtype) -> Tensor:
@@ -34,10 +39,40 @@ def attend(problem: Problem, dtype: torch.dtype) -> Tensor:
     if 0 in (*shape, problem.k.shape[2]):
         return out
     planned = list(jobs(problem))
-    kernel = _Kernel(problem, planned)
-    for job in planned:
-        _store(problem, job, out, kernel)
+
+    def make() -> Callable[[Sequence[Job]], None]:
+        kernel = _Kernel(problem, planned)
+
+        def run(row: Sequence[Job]) -> None:
+            for job in row:
+                _store(problem, job, out, kernel)
+
+        return run
+
+    lanes = _lanes(problem)
+    rows = _by_row(planned, lanes)
+    if lanes > 1:
+        run_in_lanes(rows, make, lanes)
+        return out
+    with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
+        run = make()
+        for row in rows:
+            run(row)
     return out
+
+
+def _lanes(problem: Problem) -> int:
+    """Threads to run tiles on: those torch may use, where the work is worth starting them."""
+    if problem.q.device.type != "cpu":
+        return 1
+    pairs = problem.q.shape[0] * problem.schedule.counts().pairs
+    return torch.get_num_threads() if pairs >= _WORTH_LANES else 1
+
+
+def _by_row(planned: Sequence[Job], lanes: int) -> list[list[Job]]:
+    """Tiles of one row together, as they share the bounds of its guard; alone if rows are few."""
+    rows = [list(g) for _, g in groupby(planned, lambda j: (j.row.queries, j.row.keys))]
+    return rows if len(rows) >= 4 * lanes else [[job] for job in planned]
 
 
 def _store(problem: Problem, job: Job, out: Tensor, kernel: _Kernel) -> None:
@@ -62,7 +97,8 @@ class _Kernel:
     def __init__(self, problem: Problem, planned: Sequence[Job]) -> None:
         self.problem, self.form = problem, problem.form
         self.linear = linear_score(problem.form.score)
-        self.guard = _GuardBounds(problem)
+        plain = self.linear is not None and self.linear.bias is None and self.form.sink is None
+        self.guard = _GuardBounds(problem, find_blank=plain)
         # Taken once, at the largest size: growing from tile to tile would fragment the heap.
         areas = [j.items * problem.group * j.row.height * j.row.width for j in planned]
         self._scores_memory = problem.q.new_empty(max(areas, default=0))
@@ -74,14 +110,14 @@ class _Kernel:
         emitter = Emitter(_EAGER, self.problem.space(job))
         scores = self._scores(job, emitter)
         bounds = self.guard.of(job)
-        for (start, stop), bound in bounds:
+        for (start, stop), bound in bounds.pieces:
             part = _by_query(scores, job)[..., start:stop]
             torch.minimum(part, bound, out=part)
         if self.form.sink is not None:
             blank = None
             p = self._softmax_with_sink(job, scores, emitter.tensor(self.form.sink, scores.dtype))
         else:
-            blank = self._blank(job, scores, [b for _, b in bounds])
+            blank = bounds.blank if self.guard.find_blank else self._blank(job, scores)
             p = torch.softmax(scores, -1, out=scores)
         if self.form.weight is not None:
             _by_query(p, job).mul_(emitter.tensor(self.form.weight))
@@ -123,17 +159,9 @@ class _Kernel:
             yield (start, start + part.shape[1]), part
             start += part.shape[1]
 
-    def _blank(self, job: Job, scores: Tensor, bounds: Sequence[Tensor]) -> Tensor | None:
-        """Queries without a finite score, [items, group, queries, 1] or less; None without any.
-
-        Where the score is a multiple of QK the guard alone decides, and its bounds are small.
-        """
-        if self.linear is None or self.linear.bias is not None:
-            return _by_query(scores, job).amax(-1, keepdim=True) == -math.inf
-        if job.row.certain:
-            return None
-        tops = [b.amax(-1, keepdim=True) for b in bounds]
-        return torch.stack(tops).amax(0) == -math.inf
+    def _blank(self, job: Job, scores: Tensor) -> Tensor:
+        """Queries without a finite score, [items, group, queries, 1]."""
+        return _by_query(scores, job).amax(-1, keepdim=True) == -math.inf
 
     def _softmax_with_sink(self, job: Job, s: Tensor, sink: Tensor) -> Tensor:
         """Softmax with one more term in the denominator, in place; 0 where all terms are."""
@@ -145,7 +173,15 @@ class _Kernel:
         return s
 
 
-Bounds = list[tuple[Span, Tensor]]
+@dataclass(frozen=True, eq=False)
+class Bounds:
+    """The guard of a tile, by masked columns, and the queries that it leaves no key.
+
+    ``blank`` is [items or 1, group or 1, queries, 1]; None without such queries, or not asked for.
+    """
+
+    pieces: tuple[tuple[Span, Tensor], ...]
+    blank: Tensor | None
 
 
 class _GuardBounds:
@@ -156,8 +192,10 @@ class _GuardBounds:
     where the guard is a function of the distance.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, *, find_blank: bool) -> None:
         self.problem, self.guard = problem, problem.form.guard
+        # Where the score is a multiple of QK the guard alone decides, and its bounds are small.
+        self.find_blank = find_blank
         self.shared = not ranks_of(self.guard) & {"b", "h"}
         self.diagonal = depends_only_on_distance(self.guard)
         self._along: dict[tuple[int, int, int], Tensor] = {}
@@ -176,11 +214,15 @@ class _GuardBounds:
     def _evaluate(self, job: Job) -> Bounds:
         points = job.row.height * (len(job.stack) or 1)
         step = max(1, _GUARD_POINTS // points)
-        return [
+        pieces = tuple(
             ((at, min(at + step, stop)), self._bound(job, at, min(at + step, stop)))
             for start, stop in job.row.masked
             for at in range(start, stop, step)
-        ]
+        )
+        if not self.find_blank or job.row.certain:
+            return Bounds(pieces, None)
+        tops = [bound.amax(-1, keepdim=True) for _, bound in pieces]
+        return Bounds(pieces, torch.stack(tops).amax(0) == -math.inf)
 
     def _bound(self, job: Job, start: int, stop: int) -> Tensor:
         row = job.row

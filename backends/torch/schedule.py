@@ -20,8 +20,8 @@ from attn_rewrite.cascade.interval import Interval, evaluate
 Table = npt.NDArray[np.generic]
 Span = tuple[int, int]  # half-open range
 
-# Scores a tile may hold, in elements: 4 MB of float32 stay in the cache of one or two cores.
-TILE_ELEMENTS = 1 << 20
+# Scores a tile may hold, in elements: 2 MB of float32 for each core stay in the shared cache.
+TILE_ELEMENTS = 1 << 19
 
 
 @dataclass(frozen=True)

@@ -204,6 +204,14 @@ class Call(Expr):
             raise ValueError(f"unknown operator {self.op!r}; known: {', '.join(sorted(OPERATORS))}")
         if len(self.args) != operator.arity:
             raise ValueError(f"{self.op} takes {operator.arity} arguments, got {len(self.args)}")
+        # Kept, as trees are looked up in tables at every step: hashing is not a walk each time.
+        object.__setattr__(self, "_hash", hash((self.op, self.args)))
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined,no-any-return]
+
+    def __reduce__(self) -> tuple[type[Call], tuple[str, tuple[Expr, ...]]]:
+        return Call, (self.op, self.args)  # hashes of text differ from process to process
 
     @property
     def children(self) -> tuple[Expr, ...]:
