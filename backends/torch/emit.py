@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -83,6 +84,21 @@ class Emitter:
     ) -> None:
         self.build, self.space = build, space
         self._memo: dict[Expr, Any] = dict(known or {})
+        self._left: Counter[Expr] = Counter()
+
+    @classmethod
+    def once(cls, build: Builder, space: Space, expr: Expr) -> Emitter:
+        """An emitter of ``expr`` alone, which lets go of a value after its last use."""
+        emitter = cls(build, space)
+        seen, waiting = {expr}, [expr]
+        emitter._left[expr] = 1
+        while waiting:
+            for child in waiting.pop().children:
+                emitter._left[child] += 1
+                if child not in seen:
+                    seen.add(child)
+                    waiting.append(child)
+        return emitter
 
     def know(self, expr: Expr, value: Any) -> None:
         """Take ``value`` for ``expr`` from now on."""
@@ -92,6 +108,9 @@ class Emitter:
         """The value of ``expr``."""
         if expr not in self._memo:
             self._memo[expr] = self._emit(expr)
+        if self._left[expr] == 1:
+            return self._memo.pop(expr)
+        self._left[expr] -= 1
         return self._memo[expr]
 
     def tensor(self, expr: Expr, dtype: torch.dtype | None = None) -> Any:

@@ -231,7 +231,7 @@ class _GuardBounds:
         if reusable and key in self._along:
             return self._along[key]
         space = self.problem.space(job).columns(start, stop)
-        keep = Emitter(_EAGER, space).truth(self.guard)
+        keep = Emitter.once(_EAGER, space, self.guard).truth(self.guard)
         top = torch.full((), math.inf, dtype=self.problem.q.dtype, device=keep.device)
         bound = torch.where(keep, top, -top)
         if reusable:

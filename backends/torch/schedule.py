@@ -20,8 +20,8 @@ from attn_rewrite.cascade.interval import Interval, evaluate
 Table = npt.NDArray[np.generic]
 Span = tuple[int, int]  # half-open range
 
-# Scores a tile may hold, in elements: 2 MB of float32 for each core stay in the shared cache.
-TILE_ELEMENTS = 1 << 19
+# Scores a tile may hold, in elements: 1 MB of float32 for each thread stays in its cache.
+TILE_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)
