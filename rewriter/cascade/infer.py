@@ -168,6 +168,9 @@ def _ranks(draft: Draft, body: Sequence[Statement]) -> list[RankDecl]:
                 found.setdefault(name, RankDecl(name))
         if isinstance(statement, Loop):
             found.setdefault(statement.rank, RankDecl(statement.rank))
+    for name in (r for t in (*draft.inputs, *(draft.tensors or ())) for r in t.ranks):
+        if name not in parts:
+            found.setdefault(name, RankDecl(name))
     for e in _einsums(body):
         for access in reads(e):
             for index in access.index:
