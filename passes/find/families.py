@@ -1,5 +1,4 @@
-"""Attention that is not one softmax between two products: recognised and named, with facts, not
-raised.
+"""Attention that is not one softmax between two products: recognised and named, with facts.
 
 ===========  ====================================================================================
 ``softmax``  scores or probabilities mixed between the products: talking heads (Shazeer et al. 2020,
@@ -8,12 +7,13 @@ raised.
              CoaT, arXiv:2104.06399)
 ===========  ====================================================================================
 
-Such a Site has a refusal that says why it is left as it is.
+Such a Site has a refusal that says why it is left as it is.  A ``linear`` Site is raised to the
+cascade that it computes.  The cascade of a mixed one is the form of its family: what mixes or is
+added is a further input, and scale, biases and masks are left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,36 @@ SD[b, h, d] = SN[b, h, kv, d]
 A[b, h, kv, d] = SN[b, h, kv, d] / SD[b, h, d]
 KV[b, h, d, f] = A[b, h, kv, d] * V[b, h, kv, f]
 AV[b, h, q, f] = Q[b, h, q, d] * KV[b, h, d, f]
+"""
+
+
+# Heads mixed on both sides of the softmax, as talking heads were first published.
+_BOTH = """cascade talking-heads-both
+ranks h, i, g, p, m, e, f
+inputs Q[h, e, p], K[h, e, m], V[g, f, m], WL[i, h], WA[g, i]
+tensor GM[i, p] default -inf
+QK[h, m, p] = Q[h, e, p] * K[h, e, m]
+S[i, m, p] = WL[i, h] * QK[h, m, p]
+GM[i, p] = S[i, m, p] :: reduce_m max
+SN[i, m, p] = exp(S[i, m, p] - GM[i, p])
+SD[i, p] = SN[i, m, p]
+A[i, m, p] = SN[i, m, p] / SD[i, p]
+AM[g, m, p] = WA[g, i] * A[i, m, p]
+AV[g, f, p] = AM[g, m, p] * V[g, f, m]
+"""
+
+# A second map, weighted like the probabilities by the model, joins them.
+_SUMMED = """cascade probabilities-summed
+ranks h, p, m, e, f
+inputs Q[h, e, p], K[h, e, m], V[h, f, m], MAP[h, m, p], W[h]
+tensor GM[h, p] default -inf
+QK[h, m, p] = Q[h, e, p] * K[h, e, m]
+GM[h, p] = QK[h, m, p] :: reduce_m max
+SN[h, m, p] = exp(QK[h, m, p] - GM[h, p])
+SD[h, p] = SN[h, m, p]
+A[h, m, p] = SN[h, m, p] / SD[h, p]
+AM[h, m, p] = W[h] * A[h, m, p] + MAP[h, m, p]
+AV[h, f, p] = AM[h, m, p] * V[h, f, m]
 """
 
 
@@ -233,8 +263,7 @@ def _mixed(node: fx.Node, module: fx.GraphModule, name: str) -> Site | None:
     roles = _roles(query, key, value, keys, width, features, out_dims, axes)
     if roles is None:
         return None
-    mixing = after[0].mixed or before[0].mixed
-    cascade, refusal = _MIXED[mixing](node)
+    cascade, refusal = _family(node, before[0].mixed, after[0].mixed)
     return _site(
         node,
         module,
@@ -249,17 +278,16 @@ def _mixed(node: fx.Node, module: fx.GraphModule, name: str) -> Site | None:
     )
 
 
-def _heads(node: fx.Node) -> tuple[Cascade, Refusal]:
+def _family(node: fx.Node, before: str, after: str) -> tuple[Cascade, Refusal]:
+    """The form of the family, by what happens ahead of the softmax and behind it."""
+    if after == "sum":
+        reason = "the probabilities are added to another map before the value product"
+        return parse(_SUMMED), refuse("probabilities-summed", reason, node)
     reason = "a linear map mixes the heads of the scores or of the probabilities (talking heads)"
-    return NAMED["talking-heads"], refuse("talking-heads", reason, node)
-
-
-def _sum(node: fx.Node) -> tuple[Cascade, Refusal]:
-    reason = "the probabilities are added to another map before the value product"
-    return NAMED["attention-3pass"], refuse("probabilities-summed", reason, node)
-
-
-_MIXED: dict[str, Callable[[fx.Node], tuple[Cascade, Refusal]]] = {"heads": _heads, "sum": _sum}
+    refusal = refuse("talking-heads", reason, node)
+    if before and after:
+        return parse(_BOTH), refusal
+    return NAMED["talking-heads-before-softmax" if before else "talking-heads"], refusal
 
 
 def _labelled(product: Product, dims: Dims, axes: Axes) -> dict[str, Atoms]:
