@@ -238,6 +238,7 @@ def test_derivation_reads_well(golden: Callable[[str, str], None]) -> None:
     golden("cascade/attention-3pass.txt", fused(NAMED["attention-3pass"]).text + "\n")
     golden("cascade/clipped-softmax.txt", fused(NAMED["clipped-softmax"]).text + "\n")
     golden("cascade/sink-lazy.txt", fused(NAMED["sink"], tile=128, lazy=8.0).text + "\n")
+    golden("cascade/stick-breaking.txt", fused(NAMED["stick-breaking"]).text + "\n")
     golden("cascade/sink-merge.txt", f"{fused(NAMED['sink']).merge}\n")
 
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from attn_rewrite.cascade import count_passes, fuse_reductions, interpret
+from attn_rewrite.cascade.cost import site_cost
 from attn_rewrite.passes.canonicalize import canonicalize
 from attn_rewrite.passes.cascade import Fusion
 from attn_rewrite.passes.find import find
+from attn_rewrite.target import TARGETS
 from attn_rewrite.verify import canonical_inputs, canonical_output
 from tests.test_find_spellings import Module, capture, findings
 
@@ -225,21 +227,26 @@ class TalkingBoth(Heads):
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"),
+    ("kind", "weights"),
     [
-        (TalkingBefore, "talking-heads-before-softmax"),
-        (TalkingAfter, "talking-heads"),
-        (TalkingBoth, "talking-heads-both"),
-        (GatedSum, "probabilities-summed"),
+        (TalkingBefore, {"WL"}),
+        (TalkingAfter, {"WA"}),
+        (TalkingBoth, {"WL", "WA"}),
+        (GatedSum, {"MAP", "W"}),
     ],
 )
-def test_a_mixed_site_has_the_form_of_its_family(kind: type[nn.Module], name: str) -> None:
+def test_a_mixed_site_has_the_form_of_its_family(kind: type[nn.Module], weights: set[str]) -> None:
     (site,) = findings(kind(), (torch.randn(2, LENGTH, WIDTH),)).sites
-    assert site.cascade.name == name
-    assert count_passes(site.cascade, "m") == 3
-    result = fuse_reductions(site.cascade, "m")
+    assert {t.name for t in site.cascade.inputs} == {"Q", "K", "V"} | weights
+    assert count_passes(site.cascade, "kv") == 3
+    result = fuse_reductions(site.cascade, "kv")
     assert isinstance(result, Fusion)
     assert result.passes == 1
+    sizes = {"b": 2, **site.extents()}
+    own = {r.name for r in site.cascade.ranks}
+    cost = site_cost(site.cascade, sizes, TARGETS["a100"], dtype="float16")
+    assert cost.passes == 3
+    assert own <= {*sizes, "i", "g"}
 
 
 class Values(fx.Interpreter):

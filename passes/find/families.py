@@ -20,7 +20,6 @@ from typing import Any
 from torch import fx
 
 from attn_rewrite.cascade.ir import Cascade
-from attn_rewrite.cascade.named import NAMED
 from attn_rewrite.cascade.text import parse
 from attn_rewrite.graph import (  # fmt: skip
     arguments,
@@ -35,13 +34,13 @@ from attn_rewrite.graph import (  # fmt: skip
 )
 from attn_rewrite.passes.find.anchor import SDPA, refuse
 from attn_rewrite.passes.find.axes import Atoms, Axes
-from attn_rewrite.passes.find.facts import kind_of, layout_text
+from attn_rewrite.passes.find.facts import kind_of, layout_text, length_of
 from attn_rewrite.passes.find.layout import pull, pure, push
 from attn_rewrite.passes.find.product import Product, product_of
 from attn_rewrite.passes.find.region import region
 from attn_rewrite.passes.find.roles import Roles, operand, siblings
 from attn_rewrite.site import Factor, Operand, Refusal, Site
-from attn_rewrite.sizes import as_size, same_size
+from attn_rewrite.sizes import Size, as_size, same_size
 
 _STEPS = 24
 _ELEMENTWISE = frozenset(
@@ -64,33 +63,35 @@ AV[b, h, q, f] = Q[b, h, q, d] * KV[b, h, d, f]
 """
 
 
-# Heads mixed on both sides of the softmax, as talking heads were first published.
-_BOTH = """cascade talking-heads-both
-ranks h, i, g, p, m, e, f
-inputs Q[h, e, p], K[h, e, m], V[g, f, m], WL[i, h], WA[g, i]
-tensor GM[i, p] default -inf
-QK[h, m, p] = Q[h, e, p] * K[h, e, m]
-S[i, m, p] = WL[i, h] * QK[h, m, p]
-GM[i, p] = S[i, m, p] :: reduce_m max
-SN[i, m, p] = exp(S[i, m, p] - GM[i, p])
-SD[i, p] = SN[i, m, p]
-A[i, m, p] = SN[i, m, p] / SD[i, p]
-AM[g, m, p] = WA[g, i] * A[i, m, p]
-AV[g, f, p] = AM[g, m, p] * V[g, f, m]
+# Heads i have the softmax, heads g the values; where only one side mixes, the other map is one.
+_TALKING = """cascade talking-heads
+ranks b, h, i = {heads}, g = {heads}, q, kv, d, f
+inputs Q[b, h, q, d], K[b, h, kv, d], V[b, g, kv, f]
+output AV
+
+QK[b, h, q, kv] = Q[b, h, q, d] * K[b, h, kv, d]
+S[b, i, q, kv] = {score}
+GM[b, i, q] = S[b, i, q, kv] :: reduce_kv max
+SN[b, i, q, kv] = exp(S[b, i, q, kv] - GM[b, i, q])
+SD[b, i, q] = SN[b, i, q, kv]
+A[b, i, q, kv] = SN[b, i, q, kv] / SD[b, i, q]
+AM[b, g, q, kv] = {probability}
+AV[b, g, q, f] = AM[b, g, q, kv] * V[b, g, kv, f]
 """
 
 # A second map, weighted like the probabilities by the model, joins them.
 _SUMMED = """cascade probabilities-summed
-ranks h, p, m, e, f
-inputs Q[h, e, p], K[h, e, m], V[h, f, m], MAP[h, m, p], W[h]
-tensor GM[h, p] default -inf
-QK[h, m, p] = Q[h, e, p] * K[h, e, m]
-GM[h, p] = QK[h, m, p] :: reduce_m max
-SN[h, m, p] = exp(QK[h, m, p] - GM[h, p])
-SD[h, p] = SN[h, m, p]
-A[h, m, p] = SN[h, m, p] / SD[h, p]
-AM[h, m, p] = W[h] * A[h, m, p] + MAP[h, m, p]
-AV[h, f, p] = AM[h, m, p] * V[h, f, m]
+ranks b, h, q, kv, d, f
+inputs Q[b, h, q, d], K[b, h, kv, d], V[b, h, kv, f], MAP[b, h, q, kv], W[h]
+output AV
+
+QK[b, h, q, kv] = Q[b, h, q, d] * K[b, h, kv, d]
+GM[b, h, q] = QK[b, h, q, kv] :: reduce_kv max
+SN[b, h, q, kv] = exp(QK[b, h, q, kv] - GM[b, h, q])
+SD[b, h, q] = SN[b, h, q, kv]
+A[b, h, q, kv] = SN[b, h, q, kv] / SD[b, h, q]
+AM[b, h, q, kv] = W[h] * A[b, h, q, kv] + MAP[b, h, q, kv]
+AV[b, h, q, f] = AM[b, h, q, kv] * V[b, h, kv, f]
 """
 
 
@@ -263,7 +264,10 @@ def _mixed(node: fx.Node, module: fx.GraphModule, name: str) -> Site | None:
     roles = _roles(query, key, value, keys, width, features, out_dims, axes)
     if roles is None:
         return None
-    cascade, refusal = _family(node, before[0].mixed, after[0].mixed)
+    heads = axes.extent(roles.h)
+    if not isinstance(heads, int):
+        return None
+    cascade, refusal = _family(node, before[0].mixed, after[0].mixed, heads)
     return _site(
         node,
         module,
@@ -278,16 +282,16 @@ def _mixed(node: fx.Node, module: fx.GraphModule, name: str) -> Site | None:
     )
 
 
-def _family(node: fx.Node, before: str, after: str) -> tuple[Cascade, Refusal]:
+def _family(node: fx.Node, before: str, after: str, heads: Size) -> tuple[Cascade, Refusal]:
     """The form of the family, by what happens ahead of the softmax and behind it."""
     if after == "sum":
         reason = "the probabilities are added to another map before the value product"
         return parse(_SUMMED), refuse("probabilities-summed", reason, node)
     reason = "a linear map mixes the heads of the scores or of the probabilities (talking heads)"
-    refusal = refuse("talking-heads", reason, node)
-    if before and after:
-        return parse(_BOTH), refusal
-    return NAMED["talking-heads-before-softmax" if before else "talking-heads"], refusal
+    score = "WL[i, h] * QK[b, h, q, kv]" if before else "QK[b, i, q, kv]"
+    probability = "WA[g, i] * A[b, i, q, kv]" if after else "A[b, g, q, kv]"
+    text = _TALKING.format(heads=heads, score=score, probability=probability)
+    return parse(text), refuse("talking-heads", reason, node)
 
 
 def _labelled(product: Product, dims: Dims, axes: Axes) -> dict[str, Atoms]:
@@ -465,8 +469,8 @@ def _site(
         causal=False,
         hq=heads,
         hkv=heads,
-        q_len=axes.extent(roles.q),
-        kv_len=axes.extent(roles.kv),
+        q_len=length_of(inputs["Q"], "q", axes.extent(roles.q)),
+        kv_len=length_of(inputs["K"], "kv", axes.extent(roles.kv)),
         d_qk=axes.extent(roles.d),
         d_v=axes.extent(roles.f),
         scale=1.0,
