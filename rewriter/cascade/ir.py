@@ -145,3 +145,16 @@ class Cascade:
         from attn_rewrite.cascade.text import cascade_to_text
 
         return cascade_to_text(self)
+
+
+def checked(value: object) -> Cascade:
+    """``value`` if it is a cascade; the functions people call with a name or a text say so.
+
+    Raises `TypeError`.
+    """
+    if isinstance(value, Cascade):
+        return value
+    raise TypeError(
+        f"expected a Cascade, got {type(value).__name__} {value!r:.40}; use parse(text) for a text "
+        "and NAMED[name] for a name"
+    )
