@@ -19,7 +19,7 @@ from typing import Any
 import sympy
 
 from attn_rewrite.cascade.count import PassAnalysis, leaf_ranks, operation_counts, pass_analysis
-from attn_rewrite.cascade.expr import TRUE, Call, Const, Rank, Read, ranks_of, tensors_of
+from attn_rewrite.cascade.expr import TRUE, Call, Const, Expr, Rank, Read, ranks_of, tensors_of
 from attn_rewrite.cascade.extents import extents as solve_extents
 from attn_rewrite.cascade.ir import ALIASES, Cascade, Einsum
 from attn_rewrite.cascade.operations import WORD, EinsumCost, rank_symbol
@@ -178,7 +178,9 @@ def _divided(cascade: Cascade, sizes: dict[str, int]) -> None:
 
 def _walked(cascade: Cascade, sizes: dict[str, int]) -> None:
     """Extents of ranks that walk through a dimension of another name (``j`` in ``B[j, p]``)."""
-    dims = {t.name: tuple(Rank(r) for r in t.ranks) for t in cascade.inputs}
+    dims: dict[str, tuple[Expr, ...]] = {
+        t.name: tuple(Rank(r) for r in t.ranks) for t in cascade.inputs
+    }
     for e in cascade.einsums():
         for read in e.reads():
             for own, index in zip(dims.get(read.tensor, ()), read.index, strict=False):
