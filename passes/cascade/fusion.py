@@ -3,7 +3,8 @@
 The procedure: defer what is constant along the rank, then take the reductions in order; one whose
 body splits into items and states is either deferred (if its state factor is no range guard) or
 corrected on the fly, provided that the correction is bounded; one that does not split is tried for
-monotone and finite-rank deferral; what is left stays in a later pass, with the reason.
+monotone and finite-rank deferral; what is left stays in a later pass, with the reason.  A fold over
+all earlier or all later items becomes a running value and decides the direction of the traversal.
 
 Sources: Nayak et al., MICRO 2024 (deferral, iterative correction); Neptune (Zhao et al., PLDI
 2026), Lemma 4.3 and Theorem 4.1 (repair function); RedFuser (Tang et al., ASPLOS 2026;
