@@ -111,7 +111,9 @@ def _tera(**flops: float) -> tuple[tuple[str, float], ...]:
     return tuple((name, value * 1e12) for name, value in flops.items())
 
 
-_HOPPER = _tera(f64=67, tf32=494.7, f32=67, f16=989.4, bf16=989.4, f8=1978.9, i8=1978.9)
+# Matrix rates are the dense ones: the sheets print twice as much "with sparsity".  H100 and H200
+# share the GH100 chip.  Figures of the data sheets to four digits (sheet: 67, 989, 1 979).
+_HOPPER = _tera(f64=66.9, tf32=494.7, f32=66.9, f16=989.4, bf16=989.4, f8=1978.9, i8=1978.9)
 
 #: Data-sheet targets by name.
 TARGETS: Mapping[str, Target] = {
@@ -120,43 +122,49 @@ TARGETS: Mapping[str, Target] = {
         Target(
             "a100",
             "cuda",
+            # "NVIDIA A100 Tensor Core GPU" data sheet, SXM 80 GB: FP64 TC 19.5, TF32 156, FP16 312.
             _tera(f64=19.5, tf32=156, f32=19.5, f16=312, bf16=312, i8=624),
-            2.039e12,
-            40 * 10**6,
-            108,
-            "NVIDIA A100 Tensor Core GPU data sheet (SXM4, 80 GB); L2 from the Ampere white paper",
-            19.5e12,
+            2.039e12,  # same sheet: 2 039 GB/s
+            40 * 2**20,  # "NVIDIA A100 Tensor Core GPU Architecture" white paper: 40 960 KB of L2
+            108,  # same white paper: 7 GPCs, 54 TPCs
+            "NVIDIA A100 Tensor Core GPU data sheet (SXM4, 80 GB); L2 cache and multiprocessors "
+            "from the Ampere architecture white paper",
+            19.5e12,  # data sheet: FP32
         ),
         Target(
             "h100",
             "cuda",
+            # "NVIDIA H100 Tensor Core GPU Architecture" white paper, H100 SXM5 table.
             _HOPPER,
-            3.35e12,
-            50 * 10**6,
-            132,
-            "NVIDIA H100 Tensor Core GPU data sheet (SXM5, 80 GB); L2 from the Hopper white paper",
-            67e12,
+            3.35e12,  # "NVIDIA H100 Tensor Core GPU" data sheet: 3.35 TB/s
+            50 * 2**20,  # white paper: 50 MB of L2
+            132,  # white paper: 8 GPCs, 66 TPCs
+            "NVIDIA H100 Tensor Core GPU data sheet (SXM5, 80 GB); rates, L2 cache and "
+            "multiprocessors from the Hopper architecture white paper",
+            66.9e12,  # white paper: FP32
         ),
         Target(
             "h200",
             "cuda",
-            _HOPPER,
-            4.8e12,
-            50 * 10**6,
+            _HOPPER,  # "NVIDIA H200 Tensor Core GPU" data sheet: the rates of the H100 SXM
+            4.8e12,  # same sheet: 4.8 TB/s
+            50 * 2**20,
             132,
-            "NVIDIA H200 Tensor Core GPU data sheet (SXM, 141 GB); same GH100 die as H100",
-            67e12,
+            "NVIDIA H200 Tensor Core GPU data sheet (SXM, 141 GB); same GH100 chip as H100",
+            66.9e12,
         ),
         Target(
             "b200",
             "cuda",
+            # "NVIDIA Blackwell Architecture" technical brief, HGX B200 at 1 000 W, per GPU.
             _tera(f64=40, tf32=1100, f32=80, f16=2250, bf16=2250, f8=4500, i8=4500),
-            8e12,
-            126 * 10**6,
-            148,
-            "NVIDIA Blackwell architecture technical brief (HGX B200, 1000 W, per GPU); "
-            "L2 and multiprocessors as the CUDA runtime reports them",
-            80e12,
+            8e12,  # same brief: up to 8 TB/s (drivers report a bus of 7.67 TB/s)
+            126 * 2**20,  # CUDA "Blackwell Tuning Guide": 126 MB of L2
+            148,  # as the CUDA runtime reports it (74 of 80 on each of two dies)
+            "NVIDIA Blackwell architecture technical brief (HGX B200, 1000 W, per GPU); L2 cache "
+            "from the CUDA Blackwell tuning guide, multiprocessors as the CUDA runtime reports "
+            "them",
+            80e12,  # brief: FP32
         ),
     )
 }

@@ -14,7 +14,9 @@ from attn_rewrite.cascade.count import (
 )
 from attn_rewrite.cascade.expr import Const, Expr, Extent, Rank, Read, call
 from attn_rewrite.cascade.ir import Cascade, Einsum, Loop, RankDecl, TensorDecl
-from attn_rewrite.cascade.operations import total_operations
+from attn_rewrite.cascade.named import NAMED
+from attn_rewrite.cascade.operations import WORD, total_operations
+from attn_rewrite.cascade.text import parse
 from attn_rewrite.errors import CascadeError
 
 K, M, P, E, F, M1, M0, N = (Rank(n) for n in ("k", "m", "p", "e", "f", "m1", "m0", "n"))
@@ -339,3 +341,35 @@ def test_bytes_follow_the_declared_ranks() -> None:
     assert sympy.expand(cost["QK"].bytes_read - word * (e * p + e * m)) == 0
     assert cost["QK"].bytes_written == word * m * p
     assert sympy.expand(cost["AV"].bytes_read - word * (m * p + f * m)) == 0
+
+
+def test_a_solver_step_repeats_its_work_and_its_reads() -> None:
+    """A Newton step of sparsemax reads the scores again; a stored mean of inputs does not."""
+    m, n, p = extents("m", "n", "p")
+    cost = {c.tensor: c for c in operation_counts(NAMED["sparsemax"])}
+    assert cost["R"].operations["add"] == 2 * m * n * p  # subtract and sum, in every step
+    assert sympy.expand(cost["R"].bytes_read - (m * n * p + n * p) * WORD) == 0
+    assert cost["R"].bytes_written == n * p * WORD
+    # The same solver with a threshold that each step overwrites.
+    text = """
+        loop n:
+          init:
+            TAU[p] = 0.0
+          body:
+            MEAN = c[k]
+            R[p] = relu(X[m, p] - TAU[p])
+            TAU[p] = TAU[p] + R[p] - 1.0 * MEAN
+          stop: n >= #n
+        """
+    cost = {c.tensor: c for c in operation_counts(parse(text))}
+    assert cost["R"].operations["add"] == 2 * m * n * p
+    assert sympy.expand(cost["R"].bytes_read - (m * n * p + n * p) * WORD) == 0
+    assert cost["TAU"].bytes_written == n * p * WORD
+    assert cost["MEAN"].operations["add"] == rank_symbol("k")
+
+
+def test_a_streamed_operand_is_read_once() -> None:
+    """The steps of cascade 5 walk through the keys; they do not read all of them again."""
+    cost = {c.tensor: c for c in operation_counts(NAMED["attention-1pass"])}
+    m1, m0, p, e = extents("m1", "m0", "p", "e")
+    assert sympy.expand(cost["BQK"].bytes_read - (e * m1 * m0 + e * p) * WORD) == 0

@@ -10,11 +10,12 @@ import sympy
 import torch
 from torch import Tensor
 
+from attn_rewrite.backends.torch import lower_cascade_to_callable
 from attn_rewrite.cascade import NAMED, Cascade, count_passes, interpret, live_footprint, parse
 from attn_rewrite.cascade.attention import QK, SoftmaxAttention, softmax_cascade
 from attn_rewrite.cascade.count import operation_counts, rank_symbol
 from attn_rewrite.cascade.expr import Expr, Rank, Read, call
-from attn_rewrite.cascade.ir import TensorDecl
+from attn_rewrite.cascade.ir import Loop, TensorDecl
 from attn_rewrite.cascade.operations import total_operations
 from attn_rewrite.cascade.text import parse_expr
 from attn_rewrite.passes.cascade import (
@@ -112,6 +113,7 @@ VERDICTS: dict[str, tuple[str, int, int, str]] = {
     "entmax": ("m", 26, 26, "not-separable"),
     "linear-attention": ("m", 1, 1, ""),
     "linear-attention-causal": ("m", 1, 1, ""),
+    "stick-breaking": ("m", 2, 1, ""),
     "stick-breaking-1pass": ("m", 1, 1, ""),
     "softmax-over-queries": ("p", 3, 2, "map-consumer"),
     "slot-attention": ("p", 3, 2, "map-consumer"),
@@ -124,7 +126,6 @@ VERDICTS: dict[str, tuple[str, int, int, str]] = {
 }
 # The texts whose verdict is not a fusion over keys or queries, and why.
 ELSEWHERE = {
-    "stick-breaking": "a product over later keys: test_stick_breaking_keeps_its_scan",
     "lse-merge": "has no key rank: it joins two partial results",
 }
 
@@ -154,12 +155,6 @@ def test_verdicts(name: str) -> None:
 @pytest.mark.parametrize("name", ["softmax-over-queries", "slot-attention"])
 def test_softmax_over_queries_is_one_pass_over_keys(name: str) -> None:
     assert count_passes(NAMED[name], "m") == 1
-
-
-def test_stick_breaking_keeps_its_scan() -> None:
-    """A product over *later* keys depends on the direction of the traversal: no rule changes it."""
-    assert refused(NAMED["stick-breaking"]).code == "no-fewer-passes"
-    assert count_passes(NAMED["stick-breaking-1pass"], "m") == 1
 
 
 SIZES = {"p": 5, "m": 11, "e": 4, "f": 3, "h": 4, "g": 2, "k": 7, "d": 15, "pb": 3, "mb": 6}
@@ -244,6 +239,7 @@ def test_derivation_reads_well(golden: Callable[[str, str], None]) -> None:
     golden("cascade/attention-3pass.txt", fused(NAMED["attention-3pass"]).text + "\n")
     golden("cascade/clipped-softmax.txt", fused(NAMED["clipped-softmax"]).text + "\n")
     golden("cascade/sink-lazy.txt", fused(NAMED["sink"], tile=128, lazy=8.0).text + "\n")
+    golden("cascade/stick-breaking.txt", fused(NAMED["stick-breaking"]).text + "\n")
     golden("cascade/sink-merge.txt", f"{fused(NAMED['sink']).merge}\n")
 
 
@@ -559,6 +555,89 @@ def test_correction_that_differs_along_a_folded_rank() -> None:
         """
     result = check(text, {"X": draw(1, 3, 8, 2, scale=300), "W": draw(2, 3)}, "B (separable")
     assert any(p.rule == "D (sums exchanged)" for p in result.proofs)
+
+
+# --- Scans: a value per item, folded from one side
+
+DECAYED = """
+    QK[m, p] = Q[e, p] * K[e, m]
+    LF[m] = log(sigmoid(G[m]))
+    {scan}
+    S[m, p] = QK[m, p] + C[m]
+    GM[p] = S[m, p] :: reduce_m max
+    SN[m, p] = exp(S[m, p] - GM[p])
+    SD[p] = SN[m, p]
+    AV[f, p] = SN[m, p] * V[f, m] / SD[p]
+    """
+
+
+def test_stick_breaking_streams_from_the_last_key() -> None:
+    result = fused(NAMED["stick-breaking"])
+    loop = next(s for s in result.cascade.body if isinstance(s, Loop))
+    assert loop.descending
+    assert [p.rule for p in result.proofs] == ["S (streaming scan)"]
+    assert "streams descending: the fold of all j > m is known when item m comes" in result.text
+    assert result.partial is result.merge is result.finish is None
+    x = named_inputs(NAMED["stick-breaking"])
+    wanted = interpret(NAMED["stick-breaking-1pass"], x)
+    assert_close(interpret(result.cascade, x), wanted, steps=256)
+    assert_close(lower_cascade_to_callable(result.cascade)(x), wanted, steps=256)
+
+
+@pytest.mark.parametrize("keys", [1, 2, 7])
+@pytest.mark.parametrize(
+    ("scan", "mask"),
+    [
+        ("C[m] = LF[j] where j < m", lambda j, m: j < m),
+        ("C[m] = LF[j] where m >= j", lambda j, m: j <= m),
+        ("C[m] = LF[j] where j > m", lambda j, m: j > m),
+        ("C[m] = LF[j] where (m <= j) & (j < 5)", lambda j, m: (m <= j) & (j < 5)),
+        ("C[m] = LF[j] where (j < m) & (m > 2)", lambda j, m: (j < m) & (m > 2)),
+    ],
+)
+def test_decays_over_positions_stream(scan: str, mask: Callable, keys: int) -> None:
+    """A sum of log-decays in the score (forgetting attention), then an online softmax."""
+    cascade = parse(DECAYED.format(scan=scan))
+    assert count_passes(cascade, "m") == 4
+    x = {"Q": draw(1, 2, 3), "K": draw(2, 2, keys), "V": draw(3, 4, keys), "G": draw(4, keys)}
+    j, m = torch.arange(keys)[:, None], torch.arange(keys)[None, :]
+    decay = torch.where(mask(j, m), torch.nn.functional.logsigmoid(x["G"])[:, None], 0.0).sum(0)
+    wanted = x["V"] @ torch.softmax((x["K"].T @ x["Q"]) + decay[:, None], 0)
+    for options in ({"tile": 1}, {"tile": 3}, {"tile": 64, "lazy": 2.0}, {}):
+        result = fused(cascade, **options)
+        assert (result.passes, result.refusals) == (1, ())
+        assert_close(interpret(result.cascade, x), {"AV": wanted})
+        assert parse(str(result.cascade)) == result.cascade
+
+
+def test_scans_of_scans_and_of_maxima() -> None:
+    chained = parse(DECAYED.format(scan="C1[m] = LF[j] where j < m\nC[m] = C1[i] where i <= m"))
+    running = parse(
+        DECAYED.format(scan="tensor C[m] default -inf\nC[m] = LF[j] :: reduce_j max where j <= m")
+    )
+    x = {"Q": draw(1, 2, 3), "K": draw(2, 2, 7), "V": draw(3, 4, 7), "G": draw(4, 7)}
+    for cascade in (chained, running):
+        result = fused(cascade, tile=3)
+        assert result.passes == 1
+        assert_close(interpret(result.cascade, x), interpret(cascade, x))
+
+
+@pytest.mark.parametrize(
+    ("scan", "why"),
+    [
+        ("C[m] = LF[j] where abs(j - m) <= 2", "out of step"),
+        ("C[m] = LF[j] where (j < m) & (j > m - 3)", "a window of j"),
+        ("C[m] = LF[j] * LF[m] where j < m", "one value per j"),
+        ("tensor C[m] default 1.0\nC[m] = LF[j] where j < m", "another default than 0.0"),
+        ("N = LF[m]\nC[m] = LF[j] / N where j < m", "complete only after a whole traversal"),
+        ("C[m] = LF[0]", "out of step"),
+        ("B[m] = LF[j] where j < m\nA[m] = LF[j] where j > m\nC[m] = A[m] + B[m]", "later items"),
+    ],
+)
+def test_what_is_no_scan_is_refused(scan: str, why: str) -> None:
+    found = refused(parse(DECAYED.format(scan=scan)))
+    assert (found.code, found.rule) == ("not-a-scan", "S (streaming scan)")
+    assert why in found.reason
 
 
 # --- Refusals

@@ -15,7 +15,10 @@ from attn_rewrite.cascade.expr import walk
 from attn_rewrite.passes.cascade import Fusion, FusionRefusal, fuse_reductions
 
 EPS = torch.finfo(torch.float64).eps
-RULES = {"normal form", "B (separable)", "chain", "map consumer", "stability", "pass count"}
+RULES = {
+    "normal form", "B (separable)", "chain", "map consumer", "stability", "pass count",
+    "S (streaming scan)",
+}  # fmt: skip
 
 # Terms of an item and of a state; `#` stands for the state.
 ITEMS = ["X[m, p]", "0.5 * X[m, p]", "X[m, p] + c[p]", "tanh(X[m, p])", "X[m, p] * Y[m]"]
@@ -32,6 +35,8 @@ LINKS = [
     ("round({x} - #)", "add"), ("tanh({x} * #)", "max"), ("{x} * #", "max"), ("{x} / #", "min"),
 ]  # fmt: skip
 POSTS = ["{s}", "{s} + c[p]", "max({s}, c[p])", "0.5 * {s}", "log(1.0 + {s} * {s})"]
+# Running values along the items; the last is a window, which no rule streams.
+SCANS = ["j <= m", "j < m", "j > m", "abs(j - m) <= 1"]
 GUARDS = ["", " where m <= p + 2", " where Y[m] > -0.5"]
 
 
@@ -50,7 +55,14 @@ def cascades(draw: st.DrawFn) -> Drawn:
     guard = draw(st.sampled_from(GUARDS))
     start, op = draw(st.sampled_from(STARTS))
     item = draw(st.sampled_from(ITEMS))
-    lines = [f"S0[p] = {start.format(x=item)} :: reduce_m {op}{guard}"]
+    lines = []
+    if draw(st.integers(0, 4)) == 0:
+        lines = [
+            "Z[m, p] = tanh(X[m, p])",
+            f"R[m, p] = Z[j, p] where {draw(st.sampled_from(SCANS))}",
+        ]
+        item = f"{item} + 0.25 * R[m, p]"
+    lines += [f"S0[p] = {start.format(x=item)} :: reduce_m {op}{guard}"]
     states = ["S0"]
     for n in range(1, draw(st.integers(1, 3)) + 1):
         state = draw(st.sampled_from(states))
@@ -135,6 +147,7 @@ def test_random_cascades_fuse_or_say_why() -> None:
         if isinstance(result, Fusion):
             outcomes["fused"] += 1
             outcomes["one pass"] += result.passes == 1
+            outcomes["corrected"] += any(p.correction is not None for p in result.proofs)
             check_fusion(drawn, cascade, result)
             for refusal in result.refusals:
                 check_refusal(refusal)
@@ -147,7 +160,9 @@ def test_random_cascades_fuse_or_say_why() -> None:
     drawn = outcomes["fused"] + outcomes["refused"]
     assert drawn >= 80, outcomes
     assert outcomes["fused"] >= 0.3 * drawn, outcomes
-    assert outcomes["refused"] > 0, outcomes
+    # Not only factors that move out: a fair share carries corrected states, or comes to one pass.
+    assert min(outcomes["corrected"], outcomes["one pass"]) >= 0.25 * outcomes["fused"], outcomes
+    assert outcomes["refused"] >= 0.2 * drawn, outcomes
 
 
 def test_every_template_is_a_cascade() -> None:

@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from attn_rewrite.cascade import NAMED, count_passes, interpret, parse
+from attn_rewrite.cascade import (
+    NAMED,
+    count_passes,
+    fuse_reductions,
+    interpret,
+    live_footprint,
+    parse,
+    pass_analysis,
+)
 
 H, G, P, M, E, F = 4, 2, 7, 11, 5, 3
 EPS = torch.finfo(torch.float64).eps
@@ -440,3 +448,11 @@ def test_an_unknown_name_suggests_the_nearest():
 
 def test_the_library_parses_once():
     assert NAMED["causal"] is NAMED["causal"]
+
+
+@pytest.mark.parametrize("call", [count_passes, fuse_reductions, live_footprint, pass_analysis])
+def test_a_name_is_not_a_cascade(call) -> None:
+    with pytest.raises(TypeError, match=r"expected a Cascade, got str .*use parse\(text\)"):
+        call("attention-3pass", "m")
+    with pytest.raises(TypeError, match="expected a Cascade"):
+        interpret("attention-3pass", {})

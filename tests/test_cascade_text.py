@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 import string
 import subprocess
 import sys
 
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from attn_rewrite.cascade import parse, parse_expr
+from attn_rewrite.cascade import count_passes, interpret, parse, parse_expr
 from attn_rewrite.cascade.attention import SoftmaxAttention, softmax_cascade
 from attn_rewrite.cascade.expr import (
     KV,
@@ -318,7 +320,7 @@ def test_keywords_may_name_tensors():
         ("A[m] = (B[m] +", (1, 15), "expected an expression"),
         ("A[m] = (B[m]", (1, 13), "expected ')'"),
         ("init: A[0] = 1", (1, 5), "expected 'stop: rank >= #rank'"),
-        ("stop: m >= #m", (1, 1), "expected a loop"),
+        ("stop: m >= #m", (1, 1), "expected an Einsum over m, a loop"),
         ("loop m:\n A[m] = 1\n stop: k >= #k", (3, 2), "the stop condition of rank m"),
         ("loop m:\n stop: m == 3", (2, 14), "'rank < 0' for a descending rank"),
         ("loop m:\nloop k:", (2, 6), "loops do not nest"),
@@ -385,3 +387,98 @@ def test_public_names_stay_functions():
     assert callable(package.interpret)
     assert callable(package.parse)
     assert callable(package.fuse_reductions)
+
+
+# --- What a reader of the paper types
+
+SCORES = """
+QK[m,p] = Q[e,p] x K[e,m]
+GM[p] = QK[m,p] :: reduce_m max
+"""
+
+
+@pytest.mark.parametrize(
+    ("spelled", "plain"),
+    [
+        ("Z[m,n] = A[k,m] . B[k,n] :: map_k x(intersect) reduce_k +(union)",
+         "Z[m, n] = A[k, m] * B[k, n] :: reduce_k add"),
+        ("Z[m,n] = A[k,m] \N{MULTIPLICATION SIGN} B[k,n] :: \N{N-ARY LOGICAL AND}_k "
+         "\N{MULTIPLICATION SIGN}(\N{INTERSECTION}) \N{N-ARY LOGICAL OR}_k +(\N{UNION})",
+         "Z[m, n] = A[k, m] * B[k, n] :: reduce_k add"),
+        ("Y = A[k] \N{DOT OPERATOR} B[k]", "Y = A[k] * B[k]"),
+        ("A[m,p] = SN[m,p] / SD[p] :: map_p /(right present)", "A[m, p] = SN[m, p] / SD[p]"),
+        ("SN[m,p] = exp(QK[m,p] - GM[p]) :: map_p -(1)", "SN[m, p] = exp(QK[m, p] - GM[p])"),
+        ("GM[p] = QK[m,p] :: \N{LOGICAL OR}_m max(\N{UNION})", "GM[p] = QK[m, p] :: reduce_m max"),
+        ("GM[p] = QK[m,p] :: reduce_m(max)", "GM[p] = QK[m, p] :: reduce_m max"),
+        ("GM[p] = QK[m,p] :: reduce(m) max", "GM[p] = QK[m, p] :: reduce_m max"),
+        ("GM[p] = QK[m,p] :: reduce_m = max", "GM[p] = QK[m, p] :: reduce_m max"),
+        ("GM[p] = QK[m : m <= p, p] :: reduce_m max", "GM[p] = QK[m, p] :: reduce_m max where m <= p"),
+        ("S[p] = QK[m : |m-p| <= w, p]", "S[p] = QK[m, p] where abs(m - p) <= w"),
+        ("S[p] = X[m, p]^2  # squares", "S[p] = X[m, p] ** 2"),
+        ("// the scores\nS[p] = X[m, p] // 2  -- halved", "S[p] = X[m, p] // 2"),
+        ("tensor GM[p] default=-inf\nGM[p] = QK[m, p] :: reduce_m max",
+         "GM[p] = QK[m, p] :: reduce_m max"),
+    ],
+)  # fmt: skip
+def test_spellings_of_the_paper(spelled: str, plain: str):
+    assert parse(spelled) == parse(plain)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Z[n] = A[k] * B[k,n] :: map_k x(union)", "the merge of map_k, which is intersection"),
+        ("Z = A[k] :: reduce_k +(intersect)", "the merge of reduce_k, which is union"),
+        ("Z[k] = A[k] * B[k] :: map_k max(union)", "an operator of the expression"),
+        ("GM[p] = max_m(QK[m,p])", "a reduction stands behind the expression: ':: reduce_m max'"),
+        ("A[m,p] = softmax(QK[m,p])", "write it as the Einsums of its max, exp, sum and division"),
+        ("GM[p] = QK[m,p] :: reduce_m max    running max", r"a remark starts with --"),
+        ("S[0] = 0 ; stop when i >= K", "expected an Einsum over i, a loop or an init block"),
+        ("S[p] = |m - p", "'|' or an operator after the absolute value"),
+    ],
+)
+def test_misspellings_are_one_sentence(text: str, message: str):
+    with pytest.raises(CascadeError, match=re.escape(message)) as caught:
+        parse(text)
+    assert "\n" not in str(caught.value)
+
+
+ITERATIVE = "init: S[0] = 0\nbody: S[i+1] = S[i] + A[i]\nout: Z = S[#i]\nstop: i >= #i"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "S[0]=0 ; S[i+1] = S[i] + A[i] ; Z = S[K] ; stop when i >= K",
+        "S[0]=0\nS[i+1] = S[i] + A[i]\nZ = S[K]\nstop i >= K",
+        "init: S[0]=0\nS[i+1] = S[i] + A[i]\nZ = S[K]\nstop: i >= K",
+        "S[0]=0 ; S[i+1] = S[i] + A[i] ; Z = S[K] ; \N{WHITE DIAMOND} i >= K",
+    ],
+)
+def test_iterative_ranks_need_no_labels(text: str):
+    cascade = parse(text)
+    assert cascade == parse(ITERATIVE)
+    x = torch.tensor([1.0, 2.0, 4.0])
+    assert interpret(cascade, {"A": x})["Z"].item() == 7.0
+    assert count_passes(cascade, "i") == 1
+
+
+def test_an_unlabelled_loop_keeps_what_stands_around_it():
+    cascade = parse("""
+        U = D[j]
+        S[0] = U
+        S[i+1] = S[i] + A[i]
+        Z = S[#i] * U
+        stop: i >= #i
+        """)
+    assert [getattr(s, "rank", str(s)[:1]) for s in cascade.body] == ["U", "i", "Z"]
+    x = {"D": torch.tensor([1.0, 2.0]), "A": torch.tensor([4.0, 8.0])}
+    assert interpret(cascade, x)["Z"].item() == 45.0
+
+
+@pytest.mark.parametrize("name", ["m", "M", "kv", "KV"])
+def test_ranks_answer_to_their_aliases_and_to_capitals(name: str):
+    capitals = SCORES.translate(str.maketrans("pe", "PE")).replace("m]", "M]").replace("[m", "[M")
+    small, large = parse(SCORES), parse(capitals.replace("rEducE_m", "reduce_M"))
+    assert (small.rank(name), large.rank(name)) == ("m", "M")
+    assert count_passes(small, name) == count_passes(large, name) == 1

@@ -17,6 +17,7 @@ from attn_rewrite.cascade.cost import complete_extents, site_cost
 from attn_rewrite.cascade.expr import KV, Q
 from attn_rewrite.cascade.named import NAMED
 from attn_rewrite.errors import PolicyError
+from attn_rewrite.passes.cascade import Fusion, fuse_reductions
 from attn_rewrite.simulate.designs import DESIGNS
 from attn_rewrite.simulate.fusemax import evaluate
 from attn_rewrite.simulate.workload import MODELS, at_length
@@ -361,3 +362,16 @@ def test_this_machine_really_is_measured(tmp_path):
     assert 1e8 < found.bandwidth < 1e13
     assert found.on_chip >= 2**15
     assert "measured on this machine" in found.source
+
+
+def test_a_rank_that_walks_another_has_its_extent() -> None:
+    """Stick-breaking folds the later keys under a rank of their own, and its derived form too."""
+    plain = NAMED["stick-breaking"]
+    fused = fuse_reductions(plain, "m")
+    assert isinstance(fused, Fusion)
+    sizes = {"p": 64, "m": 512, "e": 16, "f": 16}
+    for cascade, passes in ((plain, 2), (fused.cascade, 1)):
+        cost = site_cost(cascade, sizes, TARGETS["a100"], dtype="f16", rank="m", query_rank="p")
+        assert cost.passes == passes
+    assert complete_extents(plain, sizes)["j"] == 512
+    assert complete_extents(fused.cascade, sizes)["j0"] == 128

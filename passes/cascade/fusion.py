@@ -3,7 +3,8 @@
 The procedure: defer what is constant along the rank, then take the reductions in order; one whose
 body splits into items and states is either deferred (if its state factor is no range guard) or
 corrected on the fly, provided that the correction is bounded; one that does not split is tried for
-monotone and finite-rank deferral; what is left stays in a later pass, with the reason.
+monotone and finite-rank deferral; what is left stays in a later pass, with the reason.  A fold over
+all earlier or all later items becomes a running value and decides the direction of the traversal.
 
 Sources: Nayak et al., MICRO 2024 (deferral, iterative correction); Neptune (Zhao et al., PLDI
 2026), Lemma 4.3 and Theorem 4.1 (repair function); RedFuser (Tang et al., ASPLOS 2026;
@@ -22,9 +23,11 @@ from attn_rewrite.cascade.unroll import accesses
 from attn_rewrite.passes.cascade.deferral import Deferred, deferred, replaced
 from attn_rewrite.passes.cascade.flow import Flow, flow_of, pruned
 from attn_rewrite.passes.cascade.merging import merge_cascade
-from attn_rewrite.passes.cascade.online import Step, emit
+from attn_rewrite.passes.cascade.online import emit, loop_members
 from attn_rewrite.passes.cascade.placement import Placed, place
 from attn_rewrite.passes.cascade.proof import Fusion, FusionRefusal, Proof
+from attn_rewrite.passes.cascade.scans import Scan, direction_of, scans_of
+from attn_rewrite.passes.cascade.steps import Step
 from attn_rewrite.site import Refusal
 
 
@@ -71,7 +74,7 @@ def fuse_reductions(
     before = count_passes(cascade, rank)
     if before <= 1:
         return Fusion(cascade, (), cascade.rank(rank), before, before)
-    flow = flow_of(cascade, rank)
+    flow = _streamed(cascade, rank)
     if isinstance(flow, FusionRefusal):
         return flow
     if reference is not None:
@@ -90,11 +93,20 @@ def merge_statistics_pass(
     """
     _check(tile, None)
     before = count_passes(cascade, rank)
-    flow = flow_of(cascade, rank)
+    flow = _streamed(cascade, rank)
     if isinstance(flow, FusionRefusal):
         return flow
     options = _Options(tile, statistics_only=True)
     return _finished(cascade, rank, before, _plan(flow, options), options)
+
+
+def _streamed(cascade: Cascade, rank: str) -> Flow | FusionRefusal:
+    """The flow along ``rank``, every read of it in step or a scan."""
+    flow = flow_of(cascade, rank)
+    if isinstance(flow, FusionRefusal):
+        return flow
+    scans = scans_of(flow)
+    return scans if isinstance(scans, FusionRefusal) else flow
 
 
 def _check(tile: int | None, lazy: float | None) -> None:
@@ -124,20 +136,37 @@ def _finished(
     cascade: Cascade, rank: str, before: int, plan: _Plan, options: _Options
 ) -> Fusion | Refusal:
     name = cascade.rank(rank)
-    if not any(s.correction is not None for s in plan.steps.values()):
+    scans = _scans(plan)
+    if isinstance(scans, FusionRefusal):
+        return scans
+    if not scans and not any(s.correction is not None for s in plan.steps.values()):
         new = pruned(plan.flow.cascade)
         after = count_passes(new, rank)
         if after >= before:
             return _nothing(cascade, rank, before, plan)
         return Fusion(new, plan.proofs, name, before, after, plan.refusals)
-    emitted = emit(plan.flow, plan.steps, options.tile, options.lazy)
+    emitted = emit(plan.flow, plan.steps, options.tile, options.lazy, scans)
     after = count_passes(emitted.cascade, rank)
     if after >= before:
         return _nothing(cascade, rank, before, plan)
+    proofs = (*(s.proof(plan.flow.rank) for s in scans.values()), *plan.proofs)
+    if scans:  # every part needs what came before it: no split-K
+        return Fusion(emitted.cascade, proofs, name, before, after, plan.refusals)
     return Fusion(
-        emitted.cascade, plan.proofs, name, before, after, plan.refusals,
+        emitted.cascade, proofs, name, before, after, plan.refusals,
         emitted.partial, merge_cascade(plan.flow, plan.steps), emitted.finish,
     )  # fmt: skip
+
+
+def _scans(plan: _Plan) -> Mapping[str, Scan] | FusionRefusal:
+    """The scans that the loop runs; refused where they need both directions."""
+    found = scans_of(plan.flow)
+    if isinstance(found, FusionRefusal):
+        return found
+    members = loop_members(plan.flow, plan.steps)
+    inside = {name: scan for name, scan in found.items() if name in members}
+    refused = direction_of(inside)
+    return refused if isinstance(refused, FusionRefusal) else inside
 
 
 def _nothing(cascade: Cascade, rank: str, before: int, plan: _Plan) -> FusionRefusal:

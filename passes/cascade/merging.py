@@ -13,9 +13,10 @@ from functools import partial
 from attn_rewrite.cascade.expr import Expr, Read, call, substitute, walk
 from attn_rewrite.cascade.ir import Cascade, Einsum, TensorDecl
 from attn_rewrite.passes.cascade.flow import Flow, pruned
-from attn_rewrite.passes.cascade.online import Step, corrected, loop_members, rebased, safe
+from attn_rewrite.passes.cascade.online import loop_members
 from attn_rewrite.passes.cascade.parts import state_decl, used_inputs
 from attn_rewrite.passes.cascade.stability import starts_at
+from attn_rewrite.passes.cascade.steps import Step, corrected, rebased, safe
 
 
 def merge_cascade(flow: Flow, steps: Mapping[str, Step]) -> Cascade:

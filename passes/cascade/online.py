@@ -12,8 +12,7 @@ The reference of an empty prefix is 0, because ``-inf - -inf`` is not a number; 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from attn_rewrite.cascade.expr import (
@@ -23,42 +22,31 @@ from attn_rewrite.cascade.expr import (
     Rank,
     Read,
     call,
-    eq,
     ranks_of,
     substitute,
     walk,
     where,
 )
-from attn_rewrite.cascade.ir import Cascade, Einsum, Loop, Statement, TensorDecl
+from attn_rewrite.cascade.ir import Cascade, Einsum, Loop, RankDecl, Statement, TensorDecl
 from attn_rewrite.cascade.unroll import accesses
-from attn_rewrite.passes.cascade.flow import IDENTITY, Flow, pruned, split_rank, sub_ranks
+from attn_rewrite.passes.cascade.flow import (
+    IDENTITY,
+    Flow,
+    fresh_name,
+    pruned,
+    split_rank,
+    sub_ranks,
+)
 from attn_rewrite.passes.cascade.partitioning import Split
-from attn_rewrite.passes.cascade.parts import finish_cascade, forwarded, used_inputs
-from attn_rewrite.passes.cascade.separability import new_state
+from attn_rewrite.passes.cascade.parts import (
+    finish_cascade,
+    forwarded,
+    used_inputs,
+    without_ranks,
+)
+from attn_rewrite.passes.cascade.scans import Scan
 from attn_rewrite.passes.cascade.stability import starts_at
-
-
-@dataclass(frozen=True)
-class Step:
-    """A reduction that runs in the loop.
-
-    ``correction`` (None for a reduction without states) re-bases its past; ``bounded`` says that
-    its terms vanish while the state is still infinite, so that the correction of that prefix may
-    be 0.
-    """
-
-    einsum: Einsum
-    correction: Expr | None = None
-    action: str = "mul"
-    bounded: bool = True
-
-
-def safe(value: Expr, start: float | None) -> Expr:
-    """``value``, or 0 while it is still the infinite value it starts from."""
-    if start is None:
-        return value
-    untouched = call("isneginf", value) if start < 0 else eq(value, math.inf)
-    return where(untouched, 0.0, value)
+from attn_rewrite.passes.cascade.steps import Step, corrected, rebased, safe
 
 
 def loop_members(flow: Flow, steps: Mapping[str, Step]) -> frozenset[str]:
@@ -85,6 +73,9 @@ class _Emitter:
     steps: Mapping[str, Step]
     split: Split
     lazy: float | None
+    scans: Mapping[str, Scan] = field(default_factory=dict)
+    within: Mapping[str, str] = field(default_factory=dict)
+    descending: bool = False
     taken: set[str] = field(default_factory=set)
     init: list[Einsum] = field(default_factory=list)
     body: list[Einsum] = field(default_factory=list)
@@ -98,6 +89,24 @@ class _Emitter:
     @property
     def now(self) -> Expr:
         return Rank(self.split.outer)
+
+    # The state at coordinate r holds the tiles before r, or in a descending loop those from r on.
+
+    @property
+    def before(self) -> Expr:
+        return self.now + 1 if self.descending else self.now
+
+    @property
+    def after(self) -> Expr:
+        return self.now if self.descending else self.now + 1
+
+    @property
+    def start(self) -> Expr:
+        return Extent(self.split.outer) if self.descending else Const(0)
+
+    @property
+    def end(self) -> Expr:
+        return Const(0) if self.descending else Extent(self.split.outer)
 
     def name(self, wanted: str) -> str:
         found, number = wanted, 1
@@ -137,7 +146,7 @@ class _Emitter:
         name = self.references.get(read.tensor)
         if name is not None:
             return Read(name, (self.now, *read.index))
-        return Read(self.running[read.tensor], (self.now + 1, *read.index))
+        return Read(self.running[read.tensor], (self.after, *read.index))
 
     def old(self, read: Read, step: Expr) -> Expr:
         """The raw value that the past was accumulated at."""
@@ -151,34 +160,67 @@ class _Emitter:
         name = e.out.tensor
         if name in self.steps:
             self.reduction(self.steps[name])
+        elif name in self.scans:
+            self.scan(self.scans[name])
         elif self.flow.is_map(e):
             self.map(e)
         else:
             self.post(e)
 
     def map(self, e: Einsum) -> None:
-        name = e.out.tensor
+        out = self.tile(e.out)
+        self.body.append(
+            Einsum(out, self.in_tile(e.expr), self.split.reduce(e.reduce), self.in_tile(e.guard))
+        )
+
+    def tile(self, made: Read) -> Read:
+        """The tile of a tensor that carries the rank, declared like the tensor."""
+        name = made.tensor
         if name in self.flow.dependent:
             self.tiles[name] = self.name(f"L{name}")
         elif name in self.outside:
             self.tiles[name] = self.name(f"B{name}")
         else:
             self.tiles[name] = name
-        out = Read(self.tiles[name], self.split.index(e.out.index))
-        self.body.append(
-            Einsum(out, self.in_tile(e.expr), self.split.reduce(e.reduce), self.in_tile(e.guard))
-        )
+        out = Read(self.tiles[name], self.split.index(made.index))
         old = self.flow.decls.get(name)
         if old is not None:
             ranks = tuple(r.name for r in out.index if isinstance(r, Rank))
             self.decls.append(replace(old, name=out.tensor, ranks=ranks))
+        return out
+
+    def scan(self, scan: Scan) -> None:
+        """A fold over one side of every item: within the tile, joined with all tiles before it.
+
+        ``within`` walks the items of the tile under another rank than the outputs.
+        """
+        made, op, empty = scan.einsum.out, scan.op, IDENTITY[scan.op]
+        inner, within = self.split.inner, self.within[scan.other]
+        assert inner is not None
+        row = tuple(i for i in made.index if i != Rank(self.split.rank))
+        items = Read(self.name(f"I{made.tensor}"), (self.now, Rank(inner), *row))
+        side = Read(self.name(f"W{made.tensor}"), items.index)
+        total = Read(self.name(f"L{made.tensor}"), (self.now, *row))
+        running = self.name(f"R{made.tensor}")
+        for read in (items, side, total, Read(running, total.index)):
+            self.declare(read.tensor, read.index, empty)
+        past, out = Read(running, (self.before, *row)), self.tile(made)
+        walked = Read(items.tensor, (self.now, Rank(within), *row))
+        self.init.append(Einsum(Read(running, (self.start, *row)), Const(empty)))
+        self.body += [
+            Einsum(items, self.in_tile(scan.item), (), self.in_tile(scan.kept)),
+            Einsum(side, walked, ((within, op),), scan.compare(Rank(within), Rank(inner))),
+            Einsum(out, call(op, past, side), (), self.in_tile(scan.where)),
+            Einsum(total, items, ((inner, op),)),
+            Einsum(Read(running, (self.after, *row)), call(op, past, total)),
+        ]
 
     def post(self, e: Einsum) -> None:
         """A value made of complete values: recomputed from the running ones in every step."""
         name = self.name(f"R{e.out.tensor}")
-        start, step = self.at(e.expr, Const(0)), self.at(e.expr, self.now + 1)
-        self.init.append(Einsum(Read(name, (Const(0), *e.out.index)), start, e.reduce, e.guard))
-        out = Read(name, (self.now + 1, *e.out.index))
+        start, step = self.at(e.expr, self.start), self.at(e.expr, self.after)
+        self.init.append(Einsum(Read(name, (self.start, *e.out.index)), start, e.reduce, e.guard))
+        out = Read(name, (self.after, *e.out.index))
         self.body.append(Einsum(out, step, e.reduce, e.guard))
         self.running[e.out.tensor] = name
         self.refer(e)
@@ -192,10 +234,10 @@ class _Emitter:
         running = self.name(f"R{name}")
         self.declare(local.tensor, local.index, IDENTITY[op])
         self.declare(running, local.index, IDENTITY[op])
-        self.init.append(Einsum(Read(running, (Const(0), *index)), Const(IDENTITY[op])))
-        past = self.past(step, Read(running, (self.now, *index)))
+        self.init.append(Einsum(Read(running, (self.start, *index)), Const(IDENTITY[op])))
+        past = self.past(step, Read(running, (self.before, *index)))
         joined = call(op, local, past) if step.correction is not None else call(op, past, local)
-        self.body.append(Einsum(Read(running, (self.now + 1, *index)), joined))
+        self.body.append(Einsum(Read(running, (self.after, *index)), joined))
         self.running[name] = running
         self.refer(e)
 
@@ -206,7 +248,8 @@ class _Emitter:
         op = self.flow.operation(step.einsum)
         factor = self.correction(step)
         moved = rebased(value, factor, step, op)
-        out = Read(self.name(f"P{step.einsum.out.tensor}"), value.index)
+        index = (self.now, *step.einsum.out.index)
+        out = Read(self.name(f"P{step.einsum.out.tensor}"), index)
         self.body.append(Einsum(out, moved))
         self.declare(out.tensor, out.index, IDENTITY[op])
         return out
@@ -215,7 +258,7 @@ class _Emitter:
         """The correction of this step, computed once for all reductions that share it."""
         assert step.correction is not None
         expr = corrected(
-            self.flow, step, lambda r: self.old(r, self.now), lambda r: self.reference(r)
+            self.flow, step, lambda r: self.old(r, self.before), lambda r: self.reference(r)
         )
         if expr not in self.corrections:
             ranks = tuple(i for i in step.einsum.out.index if ranks_of(i) & ranks_of(expr))
@@ -231,7 +274,7 @@ class _Emitter:
         start = starts_at(self.flow, e.out) if name in self.read_by_tiles else None
         if start is None:
             return
-        value: Expr = Read(self.running[name], (self.now + 1, *index))
+        value: Expr = Read(self.running[name], (self.after, *index))
         if self.lazy is not None:
             value = self.lag(name, index, start)
         self.references[name] = self.name(f"REF{name}")
@@ -242,15 +285,15 @@ class _Emitter:
     def lag(self, name: str, index: tuple[Expr, ...], start: float) -> Expr:
         """A reference that follows the running extremum only when it is more than tau behind."""
         lag, running = self.name(f"F{name}"), self.running[name]
-        before, new = Read(lag, (self.now, *index)), Read(running, (self.now + 1, *index))
+        before, new = Read(lag, (self.before, *index)), Read(running, (self.after, *index))
         ahead = new - before if start < 0 else before - new
         assert self.lazy is not None
-        self.init.append(Einsum(Read(lag, (Const(0), *index)), Const(start)))
+        self.init.append(Einsum(Read(lag, (self.start, *index)), Const(start)))
         follow = where(ahead > self.lazy, new, before)
-        self.body.append(Einsum(Read(lag, (self.now + 1, *index)), follow))
-        self.declare(lag, before.index, start)
+        self.body.append(Einsum(Read(lag, (self.after, *index)), follow))
+        self.declare(lag, (self.now, *index), start)
         self.lagging[name] = lag
-        return Read(lag, (self.now + 1, *index))
+        return Read(lag, (self.after, *index))
 
     # What the surroundings need
 
@@ -273,7 +316,7 @@ class _Emitter:
 
     def final(self, step: Step) -> Einsum:
         """The complete value of a reduction, after the loop."""
-        e, end = step.einsum, Extent(self.split.outer)
+        e, end = step.einsum, self.end
         value = Read(self.running[e.out.tensor], (end, *e.out.index))
         if step.correction is None or not self.lagging:
             return Einsum(e.out, value)
@@ -287,30 +330,6 @@ class _Emitter:
         return Einsum(e.out, rebased(value, factor, step, self.flow.operation(e)))
 
 
-def corrected(
-    flow: Flow, step: Step, old: Callable[[Read], Expr], new: Callable[[Read], Expr]
-) -> Expr:
-    """The correction of ``step`` with the old and new values of its states filled in."""
-    assert step.correction is not None
-    values: dict[Expr, Expr] = {}
-    for n in walk(step.correction):
-        if not isinstance(n, Read):
-            continue
-        if n.tensor in flow.complete:
-            before = old(n)
-            values[n] = before if step.bounded else safe(before, starts_at(flow, n))
-            values[new_state(n)] = new(n)
-    return substitute(step.correction, values)
-
-
-def rebased(value: Expr, factor: Expr, step: Step, op: str) -> Expr:
-    """``value`` moved to new states; nothing accumulated stays nothing."""
-    moved = value + factor if step.action == "add" else value * factor
-    if step.bounded and op == "add":
-        return moved
-    return where(eq(value, IDENTITY[op]), IDENTITY[op], moved)
-
-
 @dataclass(frozen=True)
 class Emitted:
     """The one-pass cascade and its split-K form."""
@@ -321,21 +340,32 @@ class Emitted:
 
 
 def emit(
-    flow: Flow, steps: Mapping[str, Step], tile: int | None = None, lazy: float | None = None
+    flow: Flow,
+    steps: Mapping[str, Step],
+    tile: int | None = None,
+    lazy: float | None = None,
+    scans: Mapping[str, Scan] | None = None,
 ) -> Emitted:
-    """Write the reductions of ``steps`` as one loop; every other Einsum follows it unchanged."""
+    """Write the reductions of ``steps`` as one loop; every other Einsum follows it unchanged.
+
+    ``scans`` (all of one direction) run along in the loop and decide its direction.
+    """
     cascade, rank = flow.cascade, flow.rank
     decl = next(r for r in cascade.ranks if r.name == rank)
     is_part = any(rank in r.parts for r in cascade.ranks)
     parts = (rank, None) if is_part else sub_ranks(cascade.ranks, rank)
     ranks = cascade.ranks if is_part else split_rank(cascade.ranks, decl.name, tile)
-    emitter = _Emitter(flow, steps, Split(rank, *parts), lazy)
+    found = scans or {}
+    within = _ranks_within(ranks, found)
+    ranks = (*ranks, *(RankDecl(name, tile) for name in within.values()))
+    descending = any(s.descending for s in found.values())
+    emitter = _Emitter(flow, steps, Split(rank, *parts), lazy, found, within, descending)
     emitter.taken = {*flow.decls, *flow.producer}
     members = loop_members(flow, steps)
     for e in flow.einsums:
         if e.out.tensor in members:
             emitter.emit(e)
-    loop = Loop(parts[0], tuple(emitter.init), tuple(emitter.body))
+    loop = Loop(parts[0], tuple(emitter.init), tuple(emitter.body), descending)
     late = flow.complete | flow.dependent
     before = [e for e in flow.einsums if not flow.iterates(e) and e.out.tensor not in late]
     finals = [emitter.final(step) for step in steps.values()]
@@ -344,7 +374,14 @@ def emit(
     kept = tuple(t for t in cascade.tensors if t.name not in renamed)
     base = replace(cascade, ranks=ranks, tensors=(*kept, *emitter.decls))
     head: tuple[Statement, ...] = (*before, loop, *finals)
-    whole = forwarded(pruned(replace(base, body=(*head, *after))))
+    whole = forwarded(pruned(replace(base, body=(*head, *after))), emitter.end)
+    whole = without_ranks(whole, frozenset(within))
     states = tuple(steps)
     part = pruned(replace(base, name=f"{cascade.name}-part", body=head, outputs=states))
     return Emitted(whole, used_inputs(part), finish_cascade(flow, states, (*before, *after)))
+
+
+def _ranks_within(ranks: tuple[RankDecl, ...], scans: Mapping[str, Scan]) -> dict[str, str]:
+    """For each scanned rank the one that walks through a single tile (``j0`` for ``j``)."""
+    taken = {r.name for r in ranks}
+    return {scan.other: fresh_name(f"{scan.other}0", taken) for scan in scans.values()}

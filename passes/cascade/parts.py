@@ -40,8 +40,23 @@ def used_inputs(cascade: Cascade) -> Cascade:
     return replace(cascade, inputs=inputs)
 
 
-def forwarded(cascade: Cascade) -> Cascade:
-    """Reads of plain copies replaced by what they copy; copies that are outputs stay."""
+def without_ranks(cascade: Cascade, names: frozenset[str]) -> Cascade:
+    """The cascade without those declarations of ``names`` that nothing uses any more."""
+    tensors = (*cascade.inputs, *cascade.tensors)
+    used = {r for t in tensors for r in t.ranks} | {p for r in cascade.ranks for p in r.parts}
+    for e in cascade.einsums():
+        nodes = [n for part in (e.out, e.expr, e.guard) for n in walk(part)]
+        used |= {n.name for n in nodes if isinstance(n, Rank)}
+        used |= {n.rank for n in nodes if isinstance(n, Extent)}
+    ranks = tuple(r for r in cascade.ranks if r.name in used or r.name not in names)
+    return replace(cascade, ranks=ranks)
+
+
+def forwarded(cascade: Cascade, end: Expr) -> Cascade:
+    """Reads of plain copies replaced by what they copy; copies that are outputs stay.
+
+    A copy takes the state at ``end``, the last coordinate of the loop.
+    """
     copies: dict[str, Einsum] = {}
     body: list[Statement] = []
     for s in cascade.body:
@@ -49,7 +64,7 @@ def forwarded(cascade: Cascade) -> Cascade:
             body.append(s)
             continue
         e = replace(s, expr=_looked_up(s.expr, copies), guard=_looked_up(s.guard, copies))
-        if isinstance(e.expr, Read) and any(isinstance(i, Extent) for i in e.expr.index):
+        if isinstance(e.expr, Read) and end in e.expr.index:
             copies[e.out.tensor] = e
             if e.out.tensor not in cascade.outputs:
                 continue

@@ -18,7 +18,6 @@ from attn_rewrite.passes.cascade.deferral import (
 )
 from attn_rewrite.passes.cascade.flow import IDENTITY, Flow, inlined_states
 from attn_rewrite.passes.cascade.inversion import repaired
-from attn_rewrite.passes.cascade.online import Step
 from attn_rewrite.passes.cascade.opening import opened_states
 from attn_rewrite.passes.cascade.proof import FusionRefusal, Proof
 from attn_rewrite.passes.cascade.separability import (
@@ -32,6 +31,7 @@ from attn_rewrite.passes.cascade.separability import (
 )
 from attn_rewrite.passes.cascade.signs import sign
 from attn_rewrite.passes.cascade.stability import direction, range_condition, unstable
+from attn_rewrite.passes.cascade.steps import Step
 
 # The operation that distributes over a reduction, most useful first.
 _ACTIONS = {"add": ("mul",), "max": ("add", "mul"), "min": ("add", "mul")}

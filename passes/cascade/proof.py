@@ -41,7 +41,8 @@ class Proof:
     """One application of a rule to the reduction that made ``tensor``.
 
     The body of the reduction is ``G * H`` (``G + H`` where ``action`` is ``"add"``); ``H`` depends
-    on the complete values ``upstream``.  ``correction`` re-bases an accumulated value from old to
+    on the complete values ``upstream``.  Of a ``"scan"``, ``G`` is an item and ``H`` the fold of
+    none.  ``correction`` re-bases an accumulated value from old to
     new (primed) states and is None where the factor is deferred to the end instead.
     """
 
@@ -59,11 +60,12 @@ class Proof:
     @property
     def text(self) -> str:
         """The proof as a few lines."""
-        sign = "*" if self.action == "mul" else "+"
-        lines = [
-            f"{self.tensor} over {self.rank}: {self.rule}",
-            f"  body = G {sign} H with G = {self.G}, H = {self.H}",
-        ]
+        body = {
+            "mul": f"body = G * H with G = {self.G}, H = {self.H}",
+            "add": f"body = G + H with G = {self.G}, H = {self.H}",
+            "scan": f"item = {self.G}, the fold of no item = {self.H}",
+        }
+        lines = [f"{self.tensor} over {self.rank}: {self.rule}", f"  {body[self.action]}"]
         if self.upstream:
             lines.append(f"  depends on {', '.join(self.upstream)}")
         if self.correction is not None:

@@ -4,6 +4,7 @@ layout."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import fx
 
@@ -14,6 +15,16 @@ from attn_rewrite.sizes import as_size, same_size
 
 PROJECTIONS = frozenset({"linear", "addmm", "conv1d", "conv2d", "convolution", "conv3d"})
 _STEPS = 64
+
+
+def length_of(own: Operand, role: str, size: Any) -> Any:
+    """The extent of a role as the graph has it (a SymInt where it is dynamic)."""
+    if isinstance(size, int):
+        return size
+    for dim, extent in zip(own.dims, shape_of(own.node), strict=True):
+        if dim and all(f.role == role for f in dim) and same_size(as_size(extent), size):
+            return extent
+    return size
 
 
 def inputs_of(node: fx.Node) -> Iterator[fx.Node]:

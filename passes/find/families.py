@@ -1,5 +1,4 @@
-"""Attention that is not one softmax between two products: recognised and named, with facts, not
-raised.
+"""Attention that is not one softmax between two products: recognised and named, with facts.
 
 ===========  ====================================================================================
 ``softmax``  scores or probabilities mixed between the products: talking heads (Shazeer et al. 2020,
@@ -8,19 +7,19 @@ raised.
              CoaT, arXiv:2104.06399)
 ===========  ====================================================================================
 
-Such a Site has a refusal that says why it is left as it is.
+Such a Site has a refusal that says why it is left as it is.  A ``linear`` Site is raised to the
+cascade that it computes.  The cascade of a mixed one is the form of its family: what mixes or is
+added is a further input, and scale, biases and masks are left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
 from attn_rewrite.cascade.ir import Cascade
-from attn_rewrite.cascade.named import NAMED
 from attn_rewrite.cascade.text import parse
 from attn_rewrite.graph import (  # fmt: skip
     arguments,
@@ -35,13 +34,13 @@ from attn_rewrite.graph import (  # fmt: skip
 )
 from attn_rewrite.passes.find.anchor import SDPA, refuse
 from attn_rewrite.passes.find.axes import Atoms, Axes
-from attn_rewrite.passes.find.facts import kind_of, layout_text
+from attn_rewrite.passes.find.facts import kind_of, layout_text, length_of
 from attn_rewrite.passes.find.layout import pull, pure, push
 from attn_rewrite.passes.find.product import Product, product_of
 from attn_rewrite.passes.find.region import region
 from attn_rewrite.passes.find.roles import Roles, operand, siblings
 from attn_rewrite.site import Factor, Operand, Refusal, Site
-from attn_rewrite.sizes import as_size, same_size
+from attn_rewrite.sizes import Size, as_size, same_size
 
 _STEPS = 24
 _ELEMENTWISE = frozenset(
@@ -61,6 +60,38 @@ SD[b, h, d] = SN[b, h, kv, d]
 A[b, h, kv, d] = SN[b, h, kv, d] / SD[b, h, d]
 KV[b, h, d, f] = A[b, h, kv, d] * V[b, h, kv, f]
 AV[b, h, q, f] = Q[b, h, q, d] * KV[b, h, d, f]
+"""
+
+
+# Heads i have the softmax, heads g the values; where only one side mixes, the other map is one.
+_TALKING = """cascade talking-heads
+ranks b, h, i = {heads}, g = {heads}, q, kv, d, f
+inputs Q[b, h, q, d], K[b, h, kv, d], V[b, g, kv, f]
+output AV
+
+QK[b, h, q, kv] = Q[b, h, q, d] * K[b, h, kv, d]
+S[b, i, q, kv] = {score}
+GM[b, i, q] = S[b, i, q, kv] :: reduce_kv max
+SN[b, i, q, kv] = exp(S[b, i, q, kv] - GM[b, i, q])
+SD[b, i, q] = SN[b, i, q, kv]
+A[b, i, q, kv] = SN[b, i, q, kv] / SD[b, i, q]
+AM[b, g, q, kv] = {probability}
+AV[b, g, q, f] = AM[b, g, q, kv] * V[b, g, kv, f]
+"""
+
+# A second map, weighted like the probabilities by the model, joins them.
+_SUMMED = """cascade probabilities-summed
+ranks b, h, q, kv, d, f
+inputs Q[b, h, q, d], K[b, h, kv, d], V[b, h, kv, f], MAP[b, h, q, kv], W[h]
+output AV
+
+QK[b, h, q, kv] = Q[b, h, q, d] * K[b, h, kv, d]
+GM[b, h, q] = QK[b, h, q, kv] :: reduce_kv max
+SN[b, h, q, kv] = exp(QK[b, h, q, kv] - GM[b, h, q])
+SD[b, h, q] = SN[b, h, q, kv]
+A[b, h, q, kv] = SN[b, h, q, kv] / SD[b, h, q]
+AM[b, h, q, kv] = W[h] * A[b, h, q, kv] + MAP[b, h, q, kv]
+AV[b, h, q, f] = AM[b, h, q, kv] * V[b, h, kv, f]
 """
 
 
@@ -233,8 +264,10 @@ def _mixed(node: fx.Node, module: fx.GraphModule, name: str) -> Site | None:
     roles = _roles(query, key, value, keys, width, features, out_dims, axes)
     if roles is None:
         return None
-    mixing = after[0].mixed or before[0].mixed
-    cascade, refusal = _MIXED[mixing](node)
+    heads = axes.extent(roles.h)
+    if not isinstance(heads, int):
+        return None
+    cascade, refusal = _family(node, before[0].mixed, after[0].mixed, heads)
     return _site(
         node,
         module,
@@ -249,17 +282,16 @@ def _mixed(node: fx.Node, module: fx.GraphModule, name: str) -> Site | None:
     )
 
 
-def _heads(node: fx.Node) -> tuple[Cascade, Refusal]:
+def _family(node: fx.Node, before: str, after: str, heads: Size) -> tuple[Cascade, Refusal]:
+    """The form of the family, by what happens ahead of the softmax and behind it."""
+    if after == "sum":
+        reason = "the probabilities are added to another map before the value product"
+        return parse(_SUMMED), refuse("probabilities-summed", reason, node)
     reason = "a linear map mixes the heads of the scores or of the probabilities (talking heads)"
-    return NAMED["talking-heads"], refuse("talking-heads", reason, node)
-
-
-def _sum(node: fx.Node) -> tuple[Cascade, Refusal]:
-    reason = "the probabilities are added to another map before the value product"
-    return NAMED["attention-3pass"], refuse("probabilities-summed", reason, node)
-
-
-_MIXED: dict[str, Callable[[fx.Node], tuple[Cascade, Refusal]]] = {"heads": _heads, "sum": _sum}
+    score = "WL[i, h] * QK[b, h, q, kv]" if before else "QK[b, i, q, kv]"
+    probability = "WA[g, i] * A[b, i, q, kv]" if after else "A[b, g, q, kv]"
+    text = _TALKING.format(heads=heads, score=score, probability=probability)
+    return parse(text), refuse("talking-heads", reason, node)
 
 
 def _labelled(product: Product, dims: Dims, axes: Axes) -> dict[str, Atoms]:
@@ -437,8 +469,8 @@ def _site(
         causal=False,
         hq=heads,
         hkv=heads,
-        q_len=axes.extent(roles.q),
-        kv_len=axes.extent(roles.kv),
+        q_len=length_of(inputs["Q"], "q", axes.extent(roles.q)),
+        kv_len=length_of(inputs["K"], "kv", axes.extent(roles.kv)),
         d_qk=axes.extent(roles.d),
         d_v=axes.extent(roles.f),
         scale=1.0,

@@ -31,20 +31,18 @@ from attn_rewrite.graph import (
     canonical_groups,
     is_call,
     module_path,
-    shape_of,
     source_line,
     value_of,
 )
 from attn_rewrite.passes.find.anchor import Anchor, open_anchor, refuse
 from attn_rewrite.passes.find.axes import Atoms
-from attn_rewrite.passes.find.facts import appended_to_cache, kind_of, layout_text
+from attn_rewrite.passes.find.facts import appended_to_cache, kind_of, layout_text, length_of
 from attn_rewrite.passes.find.forward import Forward, follow
 from attn_rewrite.passes.find.layout import pull, pure
 from attn_rewrite.passes.find.lift import Dot
 from attn_rewrite.passes.find.region import region
 from attn_rewrite.passes.find.roles import Roles, assign, from_features, groups, in_ranks, operand
 from attn_rewrite.site import Operand, Refusal, Site
-from attn_rewrite.sizes import as_size, same_size
 
 Tensor = tuple[fx.Node, tuple[Atoms, ...]]
 
@@ -329,8 +327,8 @@ def _assemble(
         causal=offset is not None,
         hq=int(axes.extent(roles.h + roles.g)),
         hkv=int(axes.extent(roles.h)),
-        q_len=_length(inputs["Q"], "q", axes.extent(roles.q)),
-        kv_len=_length(inputs["K"], "kv", axes.extent(roles.kv)),
+        q_len=length_of(inputs["Q"], "q", axes.extent(roles.q)),
+        kv_len=length_of(inputs["K"], "kv", axes.extent(roles.kv)),
         d_qk=axes.extent(roles.d),
         d_v=axes.extent(roles.f),
         scale=scale_of(raised.score),
@@ -347,16 +345,6 @@ def _assemble(
         offset="0" if offset is None else str(offset),
         source=source_line(anchor.node),
     )
-
-
-def _length(own: Operand, role: str, size: Any) -> Any:
-    """The extent of a role as the graph has it (a SymInt where it is dynamic)."""
-    if isinstance(size, int):
-        return size
-    for dim, extent in zip(own.dims, shape_of(own.node), strict=True):
-        if dim and all(f.role == role for f in dim) and same_size(as_size(extent), size):
-            return extent
-    return size
 
 
 def _dtype(node: fx.Node) -> str:

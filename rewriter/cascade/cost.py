@@ -19,7 +19,7 @@ from typing import Any
 import sympy
 
 from attn_rewrite.cascade.count import PassAnalysis, leaf_ranks, operation_counts, pass_analysis
-from attn_rewrite.cascade.expr import TRUE, Call, Const, Rank, Read, ranks_of, tensors_of
+from attn_rewrite.cascade.expr import TRUE, Call, Const, Expr, Rank, Read, ranks_of, tensors_of
 from attn_rewrite.cascade.extents import extents as solve_extents
 from attn_rewrite.cascade.ir import ALIASES, Cascade, Einsum
 from attn_rewrite.cascade.operations import WORD, EinsumCost, rank_symbol
@@ -152,6 +152,7 @@ def complete_extents(cascade: Cascade, given: Mapping[str, int]) -> dict[str, in
     for decl in cascade.ranks:
         if decl.name in sizes and decl.parts and not sizes.keys() & set(decl.parts):
             sizes[decl.parts[-1]] = min(TILE, sizes[decl.name])
+    _walked(cascade, sizes)
     missing = names - sizes.keys() - {part for r in cascade.ranks for part in r.parts}
     for name in sorted(missing | {n for n, size in sizes.items() if size < 1}):
         got = f"is {sizes[name]}" if name in sizes else "is missing"
@@ -173,6 +174,19 @@ def _divided(cascade: Cascade, sizes: dict[str, int]) -> None:
                     sizes[name] = sizes[other]
                 case Call("floordiv", (Rank(other), Const(int(by)))) if other in sizes:
                     sizes[name] = math.ceil(sizes[other] / by)
+
+
+def _walked(cascade: Cascade, sizes: dict[str, int]) -> None:
+    """Extents of ranks that walk through a dimension of another name (``j`` in ``B[j, p]``)."""
+    dims: dict[str, tuple[Expr, ...]] = {
+        t.name: tuple(Rank(r) for r in t.ranks) for t in cascade.inputs
+    }
+    for e in cascade.einsums():
+        for read in e.reads():
+            for own, index in zip(dims.get(read.tensor, ()), read.index, strict=False):
+                if isinstance(index, Rank) and isinstance(own, Rank) and own.name in sizes:
+                    sizes.setdefault(index.name, sizes[own.name])
+        dims.setdefault(e.out.tensor, e.out.index)
 
 
 def _is_view(einsum: Einsum) -> bool:

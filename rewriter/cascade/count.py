@@ -23,7 +23,7 @@ from attn_rewrite.cascade.expr import (
     Read,
     ranks_of,
 )
-from attn_rewrite.cascade.ir import Cascade, Einsum, Loop
+from attn_rewrite.cascade.ir import Cascade, Einsum, Loop, checked
 from attn_rewrite.cascade.operations import EinsumCost, operation_counts, rank_symbol
 from attn_rewrite.cascade.unroll import accesses, unrolled
 from attn_rewrite.errors import CascadeError
@@ -74,7 +74,7 @@ def live_footprint(cascade: Cascade, rank: str) -> tuple[str, ...]:
 
 def pass_analysis(cascade: Cascade, rank: str) -> PassAnalysis:
     """Passes, barriers and live tensors of ``cascade`` over ``rank``; errors as `count_passes`."""
-    view = _View(cascade, cascade.rank(rank))
+    view = _View(checked(cascade), cascade.rank(rank))
     level = _solve(view)
     full = [n for n, node in enumerate(view.nodes) if node.full]
     pass_of: dict[str, int] = {}

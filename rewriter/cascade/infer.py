@@ -168,18 +168,27 @@ def _ranks(draft: Draft, body: Sequence[Statement]) -> list[RankDecl]:
                 found.setdefault(name, RankDecl(name))
         if isinstance(statement, Loop):
             found.setdefault(statement.rank, RankDecl(statement.rank))
-    for e in _einsums(body):
-        for access in reads(e):
-            for index in access.index:
-                split = _split(index)
-                if split is None or set(split) <= parts:
-                    continue
-                whole = _whole(split)
-                if whole in declared:
-                    continue
-                found[whole] = replace(found.get(whole, RankDecl(whole)), parts=split)
-                parts |= set(split)
-    return list(found.values())
+    for name in (r for t in (*draft.inputs, *(draft.tensors or ())) for r in t.ranks):
+        if name not in parts:
+            found.setdefault(name, RankDecl(name))
+    return list(_with_splits(found, declared, parts, body).values())
+
+
+def _with_splits(
+    found: dict[str, RankDecl], declared: set[str], parts: set[str], body: Sequence[Statement]
+) -> dict[str, RankDecl]:
+    """Ranks that a read flattens (``m1 * #m0 + m0``) become parts of one that is whole."""
+    for access in (r for e in _einsums(body) for r in reads(e)):
+        for index in access.index:
+            split = _split(index)
+            if split is None or set(split) <= parts:
+                continue
+            whole = _whole(split)
+            if whole in declared:
+                continue
+            found[whole] = replace(found.get(whole, RankDecl(whole)), parts=split)
+            parts |= set(split)
+    return found
 
 
 def _names_in_order(e: Einsum) -> Iterator[str]:

@@ -118,13 +118,17 @@ class Cascade:
         return next((e for e in reversed(tuple(self.einsums())) if e.out.tensor == tensor), None)
 
     def rank(self, name: str) -> str:
-        """Resolve a rank name or its alias (``p`` = ``q``, ``m`` = ``kv``)."""
-        known = {r.name for r in self.ranks}
-        if name in known:
-            return name
-        alias = ALIASES.get(name)
-        if alias in known:
-            return alias
+        """Resolve a rank name, its alias (``p`` = ``q``, ``m`` = ``kv``) or its other case.
+
+        The paper writes ranks in capitals and their coordinates in small letters: ``M`` is ``m``.
+        Raises `ValueError` for a name that is none of these.
+        """
+        known = {r.name: r.name for r in self.ranks}
+        folded = {r.name.lower(): r.name for r in reversed(self.ranks)}
+        for names, asked in ((known, name), (folded, name.lower())):
+            for candidate in (asked, ALIASES.get(asked, asked)):
+                if candidate in names:
+                    return names[candidate]
         raise ValueError(
             f"cascade {self.name} has no rank {name!r}; it has {', '.join(sorted(known))}"
         )
@@ -141,3 +145,16 @@ class Cascade:
         from attn_rewrite.cascade.text import cascade_to_text
 
         return cascade_to_text(self)
+
+
+def checked(value: object) -> Cascade:
+    """``value`` if it is a cascade; the functions people call with a name or a text say so.
+
+    Raises `TypeError`.
+    """
+    if isinstance(value, Cascade):
+        return value
+    raise TypeError(
+        f"expected a Cascade, got {type(value).__name__} {value!r:.40}; use parse(text) for a text "
+        "and NAMED[name] for a name"
+    )

@@ -1,8 +1,10 @@
 """Tokens and expressions of the text notation: from characters to `Expr` trees.
 
-The notation is that of `Expr.__str__` plus what people type by hand: ``x`` as product sign,
-``and or not``, chained comparisons (``0 <= q - kv < 4``), ``max`` of several arguments and filters
-inside an index (``A[k : k <= i]``).  A comment runs from ``--`` to the end of the line.
+The notation is that of `Expr.__str__` plus what people type by hand and what papers print: ``x``
+and ``.`` as product signs, ``^`` for powers, ``|m - p|``, ``and or not``, chained comparisons
+(``0 <= q - kv < 4``), ``max`` of several arguments and filters inside an index
+(``A[k : k <= i]``).  A comment runs from ``--``, or from ``#`` and a blank, to the end of the line;
+a line that starts with ``//`` is one too.
 """
 
 from __future__ import annotations
@@ -17,25 +19,31 @@ from attn_rewrite.cascade.expr import OPERATORS, Call, Const, Expr, Extent, Rank
 from attn_rewrite.errors import CascadeError
 
 _TOKEN = re.compile(
-    r"""(?P<space>[ \t\r]+|--[^\n]*)
+    r"""(?P<space>^[ \t]*//[^\n]*|[ \t\r]+|--[^\n]*|\#(?=[ \t\r\n]|\Z)[^\n]*)
       | (?P<newline>\n)
       | (?P<number>(\d+\.\d*|\.\d+|\d+)([eE][+-]?\d+)?)
       | (?P<name>[^\W\d][\w@]*(?:\.\w+)*'*)
       | (?P<string>"(?:[^"\\\n]|\\.)*")
-      | (?P<op>::|//|\*\*|<=|>=|==|!=|[-+*/%<>=&|~()\[\],:;#])""",
-    re.VERBOSE,
+      | (?P<op>::|//|\*\*|<=|>=|==|!=|[-+*/%<>=&|~()\[\],:;#.^])""",
+    re.VERBOSE | re.MULTILINE,
 )
 # What papers print, and what is typed for it (written as escapes: they look like ASCII).
 _SIGNS = str.maketrans({
     "\N{MULTIPLICATION SIGN}": "*", "\N{MIDDLE DOT}": "*", "\N{MINUS SIGN}": "-",
+    "\N{DOT OPERATOR}": "*", "\N{DIVISION SIGN}": "/",
     "\N{INFINITY}": "inf", "\N{LESS-THAN OR EQUAL TO}": "<=",
     "\N{GREATER-THAN OR EQUAL TO}": ">=", "\N{NOT EQUAL TO}": "!=",
+    "\N{N-ARY LOGICAL OR}": "reduce", "\N{N-ARY LOGICAL AND}": "map",
+    "\N{LOGICAL OR}": "|", "\N{LOGICAL AND}": "&",
+    "\N{UNION}": "union", "\N{INTERSECTION}": "intersect",
+    "\N{WHITE DIAMOND}": "stop ", "\N{DIAMOND OPERATOR}": "stop ",
 })  # fmt: skip
 _SPELLINGS = {"ln": "log", "sigma": "sigmoid", "\N{GREEK SMALL LETTER SIGMA}": "sigmoid"}
 
 # Binding of the word operators, looser than every symbol of `OPERATORS`.
 _OR_WORD, _AND_WORD, _NOT_WORD, _COMPARE, _UNARY = -3, -2, -1, 1, 6
 _INFIX = {o.infix: o for o in OPERATORS.values() if o.infix}
+_INFIX |= {".": OPERATORS["mul"], "^": OPERATORS["pow"]}
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ def tokenize(text: str) -> list[Token]:
 
     A line does not end inside brackets.
     """
+    text = text.replace("\N{LOGICAL OR}_", "reduce_").replace("\N{LOGICAL AND}_", "map_")
     text = text.translate(_SIGNS)
     tokens: list[Token] = []
     line, start, position, depth = 1, 0, 0, 0
@@ -200,6 +209,10 @@ class Reader:
             inner = self.expression()
             self._close(")", "the expression in parentheses")
             return inner
+        if self.accept("|"):
+            inner = self.expression(OPERATORS["or"].binding + 1)
+            self._close("|", "the absolute value")
+            return call("abs", inner)
         if self.accept("#"):
             return Extent(self.name("a rank name after '#'"))
         if token.kind in ("name", "string"):
@@ -243,12 +256,9 @@ class Reader:
         name = _SPELLINGS.get(token.text, token.text)
         operator = OPERATORS.get(name)
         if operator is None:
-            near = difflib.get_close_matches(name, OPERATORS, 1)
-            hint = (
-                f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(OPERATORS))}"
-            )
             raise CascadeError(
-                f"line {token.line}, column {token.column}: unknown function {token.text!r}; {hint}"
+                f"line {token.line}, column {token.column}: unknown function {token.text!r}; "
+                f"{_function_hint(name)}"
             )
         self.expect("(", name)
         args = self._arguments(")", f"the arguments of {name}")
@@ -267,3 +277,18 @@ class Reader:
         for arg in args[1:]:
             result = call(name, result, arg)
         return result
+
+
+_FOLDING = re.compile(r"(max|min|sum|add|prod|mul)(?:_|$)(\w*)")
+
+
+def _function_hint(name: str) -> str:
+    """What to write instead of a function that there is not."""
+    folding = _FOLDING.match(name)
+    if folding is not None:
+        op, rank = folding[1], folding[2] or "m"
+        return f"a reduction stands behind the expression: ':: reduce_{rank} {op}'"
+    if name.startswith("softmax"):
+        return "write it as the Einsums of its max, exp, sum and division"
+    near = difflib.get_close_matches(name, OPERATORS, 1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(OPERATORS))}"

@@ -2,6 +2,10 @@
 
 The counting rules are those of the FuseMax evaluation (Nayak et al., MICRO 2024): a product that is
 summed is a MAC, ``exp(a - b)`` is one operation, a reduction costs one operation per point.
+
+An Einsum in the body of an iterative rank runs once per step.  Where it is part of the recurrence
+(a Newton step of entmax reads the keys again, because the threshold has changed) all its work
+repeats; what depends on nothing the loop writes is done once.
 """
 
 from __future__ import annotations
@@ -9,10 +13,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import networkx as nx
 import sympy
 
-from attn_rewrite.cascade.expr import Call, Const, Expr, Extent, Read, ranks_of
-from attn_rewrite.cascade.ir import Cascade, Einsum, TensorDecl
+from attn_rewrite.cascade.expr import Call, Const, Expr, Extent, Read, ranks_of, walk
+from attn_rewrite.cascade.ir import Cascade, Einsum, Loop, TensorDecl
+from attn_rewrite.cascade.unroll import accesses
 
 OPERATION_KINDS = ("mac", "max", "exp", "add", "mul", "div", "other")
 
@@ -48,7 +54,15 @@ def rank_symbol(rank: str) -> sympy.Symbol:
 def operation_counts(cascade: Cascade) -> tuple[EinsumCost, ...]:
     """The cost of every Einsum, in program order; initial values of iterative ranks included."""
     declared = {t.name: t for t in (*cascade.tensors, *cascade.inputs)}
-    return tuple(_einsum_cost(e, declared) for e in cascade.einsums())
+    found: list[EinsumCost] = []
+    for statement in cascade.body:
+        if isinstance(statement, Einsum):
+            found.append(_einsum_cost(statement, declared, _ONCE))
+            continue
+        found += (_einsum_cost(e, declared, _ONCE) for e in statement.init)
+        steps = _Steps(statement)
+        found += (_einsum_cost(e, declared, steps) for e in statement.body)
+    return tuple(found)
 
 
 def total_operations(costs: tuple[EinsumCost, ...]) -> dict[str, sympy.Expr]:
@@ -56,36 +70,65 @@ def total_operations(costs: tuple[EinsumCost, ...]) -> dict[str, sympy.Expr]:
     return {k: sympy.expand(sum(c.operations[k] for c in costs)) for k in OPERATION_KINDS}
 
 
+class _Steps:
+    """What repeats in a loop: tensors that its body writes, and the cycles among them."""
+
+    def __init__(self, loop: Loop | None) -> None:
+        self.rank = frozenset[str]() if loop is None else frozenset({loop.rank})
+        body = () if loop is None else loop.body
+        self.written = {e.out.tensor for e in body}
+        flow = nx.DiGraph((r.tensor, e.out.tensor) for e in body for r in accesses(e))
+        self.recurrent = {
+            t for group in nx.strongly_connected_components(flow) for t in group
+            if len(group) > 1 or flow.has_edge(t, t)
+        }  # fmt: skip
+
+    def ranks(self, expr: Expr) -> frozenset[str]:
+        """Ranks along which the value of ``expr`` changes, the steps of the loop included."""
+        own = ranks_of(expr)
+        if any(isinstance(n, Read) and n.tensor in self.written for n in walk(expr)):
+            return own | self.rank
+        return own
+
+    def reads_again(self, einsum: Einsum) -> frozenset[str]:
+        """The loop rank if every step must read operands anew."""
+        return self.rank if einsum.out.tensor in self.recurrent else frozenset()
+
+
+_ONCE = _Steps(None)
+
+
 def _volume(ranks: frozenset[str]) -> sympy.Expr:
     return sympy.Mul(*(rank_symbol(r) for r in sorted(ranks)))
 
 
-def _einsum_cost(einsum: Einsum, declared: Mapping[str, TensorDecl]) -> EinsumCost:
+def _einsum_cost(einsum: Einsum, declared: Mapping[str, TensorDecl], steps: _Steps) -> EinsumCost:
     operations: dict[str, sympy.Expr] = dict.fromkeys(OPERATION_KINDS, sympy.Integer(0))
     written = frozenset[str]().union(*(ranks_of(i) for i in einsum.out.index))
-    space = ranks_of(einsum.expr) | written | {rank for rank, _ in einsum.reduce}
-    reduced = space - written
-    _count(einsum.expr, operations)
+    space = steps.ranks(einsum.expr) | written | {rank for rank, _ in einsum.reduce}
+    reduced = space - written - steps.rank
+    _count(einsum.expr, operations, steps)
     if reduced:
-        _count_reduction(einsum, reduced, space, operations)
+        _count_reduction(einsum, reduced, space, operations, steps)
+    again = steps.reads_again(einsum)
     reads = {r.tensor: r for r in einsum.reads()}
     return EinsumCost(
         einsum.out.tensor,
         operations,
-        sympy.Add(*(_read_bytes(r, declared.get(t)) for t, r in reads.items())),
-        _volume(written) * _width(declared.get(einsum.out.tensor)),
+        sympy.Add(*(_read_bytes(r, declared.get(t), again) for t, r in reads.items())),
+        _volume(written | again) * _width(declared.get(einsum.out.tensor)),
     )
 
 
-def _count(expr: Expr, into: dict[str, sympy.Expr]) -> None:
-    """Each operator runs once per point of the ranks that its own operands carry."""
+def _count(expr: Expr, into: dict[str, sympy.Expr], steps: _Steps) -> None:
+    """Each operator runs once per point of the ranks that its own operands change along."""
     for child in expr.children if isinstance(expr, Call) else ():
-        _count(child, into)
+        _count(child, into, steps)
     if not isinstance(expr, Call) or expr.op in _FREE or not _on_data(expr):
         return
     if expr.op in ("exp", "exp2") and isinstance(expr.args[0], Call) and expr.args[0].op == "sub":
-        into["add"] -= _volume(ranks_of(expr.args[0]))  # sub-then-exp is one operation
-    into[_KIND.get(expr.op, "other")] += _volume(ranks_of(expr))
+        into["add"] -= _volume(steps.ranks(expr.args[0]))  # sub-then-exp is one operation
+    into[_KIND.get(expr.op, "other")] += _volume(steps.ranks(expr))
 
 
 def _on_data(expr: Expr) -> bool:
@@ -94,25 +137,31 @@ def _on_data(expr: Expr) -> bool:
 
 
 def _count_reduction(
-    einsum: Einsum, reduced: frozenset[str], space: frozenset[str], into: dict[str, sympy.Expr]
+    einsum: Einsum,
+    reduced: frozenset[str],
+    space: frozenset[str],
+    into: dict[str, sympy.Expr],
+    steps: _Steps,
 ) -> None:
     how = dict(einsum.reduce)
     for op in {how.get(r, "add") for r in reduced}:
         points = _volume(space)
         if op == "add" and isinstance(einsum.expr, Call) and einsum.expr.op == "mul":
             into["mac"] += points
-            into["mul"] -= _volume(ranks_of(einsum.expr))
+            into["mul"] -= _volume(steps.ranks(einsum.expr))
         else:
             into[_KIND.get(op, "other")] += points
 
 
-def _read_bytes(read: Read, decl: TensorDecl | None) -> sympy.Expr:
+def _read_bytes(read: Read, decl: TensorDecl | None, again: frozenset[str]) -> sympy.Expr:
+    own = frozenset[str]().union(*(ranks_of(i) for i in read.index))
+    steps = _volume(again - own)
     if decl is None or len(decl.ranks) != len(read.index):
-        return _volume(frozenset[str]().union(*(ranks_of(i) for i in read.index))) * _width(decl)
+        return _volume(own) * steps * _width(decl)
     moving = (
         r for r, i in zip(decl.ranks, read.index, strict=True) if not isinstance(i, Const | Extent)
     )
-    return sympy.Mul(*(rank_symbol(r) for r in moving)) * _width(decl)
+    return sympy.Mul(*(rank_symbol(r) for r in moving)) * steps * _width(decl)
 
 
 def _width(decl: TensorDecl | None) -> sympy.Expr:

@@ -40,7 +40,7 @@ from attn_rewrite.cascade.fold import (
     pieces,
 )
 from attn_rewrite.cascade.infer import IDENTITY
-from attn_rewrite.cascade.ir import Cascade, Einsum, Loop, TensorDecl
+from attn_rewrite.cascade.ir import Cascade, Einsum, Loop, TensorDecl, checked
 from attn_rewrite.cascade.values import Frame, evaluate, place, real, truth
 from attn_rewrite.errors import CascadeError
 
@@ -62,7 +62,7 @@ def interpret(
     Raises `CascadeError` for missing or unknown inputs, shapes that disagree and reads outside a
     tensor.
     """
-    _check_inputs(cascade, inputs)
+    _check_inputs(checked(cascade), inputs)
     tensors = {n: torch.as_tensor(v) for n, v in inputs.items()}
     found = extents(cascade, {n: tuple(v.shape) for n, v in tensors.items()}, sizes)
     machine = _Machine(cascade, tensors, found)

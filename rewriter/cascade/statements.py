@@ -9,14 +9,11 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from attn_rewrite.cascade.clauses import Clauses
 from attn_rewrite.cascade.expr import Call, Const, Expr, Extent, Rank, Read, conjunction
 from attn_rewrite.cascade.ir import Einsum, Loop, RankDecl, TensorDecl
-from attn_rewrite.cascade.notation import Reader, Token
-
-REDUCTIONS = {
-    "add": "add", "sum": "add", "+": "add", "mul": "mul", "prod": "mul", "*": "mul", "x": "mul",
-    "max": "max", "min": "min", "or": "or", "and": "and", "|": "or", "&": "and",
-}  # fmt: skip
+from attn_rewrite.cascade.notation import Token
+from attn_rewrite.cascade.unlabelled import split_loop
 
 
 @dataclass
@@ -34,12 +31,13 @@ class Draft:
 
 @dataclass
 class _OpenLoop:
-    """A loop being read: its place in the body, and its rank once a stop line names it."""
+    """A loop being read: its place, its rank once a stop line names it, did ``body:`` start?"""
 
     start: Token
     at: int
     rank: str | None = None
     descending: bool = False
+    labelled: bool = False
     init: list[Einsum] = field(default_factory=list)
     body: list[Einsum] = field(default_factory=list)
 
@@ -49,7 +47,7 @@ def read_program(text: str) -> Draft:
     return _Program(text).read()
 
 
-class _Program(Reader):
+class _Program(Clauses):
     """Statements one after the other; `section` is where the next Einsum belongs."""
 
     def __init__(self, text: str) -> None:
@@ -157,6 +155,7 @@ class _Program(Reader):
         default, words = 0.0, {"dtype": "float", "sign": "any", "scale": None}
         while self.is_word("default", *words):
             key = self.take().text
+            self.accept("=")
             if key == "default":
                 default = self._number(f"the default of {name}")
             else:
@@ -198,6 +197,7 @@ class _Program(Reader):
         start = self.peek()
         self.expect(":", "'body'")
         loop = self.open or self._begin(start, None)
+        loop.labelled = True
         self.section = loop.body
 
     def _out(self) -> None:
@@ -216,10 +216,20 @@ class _Program(Reader):
             self.take()
         rank, descending = self._condition(self.expression())
         if self.open is None:
-            raise self.error("a loop or an init block before 'stop'", start)
+            self._unlabelled(rank, descending, start)
+            return
         if self.open.rank not in (None, rank):
             raise self.error(f"the stop condition of rank {self.open.rank}", start)
         self._close_loop(rank, descending)
+
+    def _unlabelled(self, rank: str, descending: bool, start: Token) -> None:
+        """A loop without labels: the Einsums so far, told apart by the iterative rank."""
+        plain = [s for s in self.draft.body if isinstance(s, Einsum)]
+        parts = split_loop(plain, rank)
+        if not parts.body or len(plain) < len(self.draft.body):
+            raise self.error(f"an Einsum over {rank}, a loop or an init block before 'stop'", start)
+        loop = Loop(rank, parts.init, parts.body, descending)
+        self.draft.body = [*parts.before, loop, *parts.after]
 
     def _condition(self, condition: Expr) -> tuple[str, bool]:
         match condition:
@@ -235,8 +245,13 @@ class _Program(Reader):
     def _close_loop(self, rank: str, descending: bool) -> None:
         loop = self.open
         assert loop is not None
-        done = Loop(rank, tuple(loop.init), tuple(loop.body), descending)
-        self.draft.body.insert(loop.at, done)
+        init, body = tuple(loop.init), tuple(loop.body)
+        after: tuple[Einsum, ...] = ()
+        if not body and not loop.labelled:
+            parts = split_loop(init, rank)
+            init, body, after = (*parts.before, *parts.init), parts.body, parts.after
+        done = Loop(rank, init, body, descending)
+        self.draft.body[loop.at : loop.at] = [done, *after]
         self.open = self.section = None
 
     # Einsums
@@ -248,7 +263,7 @@ class _Program(Reader):
         expr = self.expression()
         reduce: list[tuple[str, str]] = []
         guards: list[Expr] = []
-        while tail := self._tail():
+        while tail := self.tail(expr):
             tail(reduce, guards)
         guard = conjunction((*guards, *self.filters))
         self.filters = []
@@ -260,39 +275,6 @@ class _Program(Reader):
     def _target(self) -> Read:
         name = self.name("a tensor, a header line or a loop")
         return Read(name, self.index(name) if self.is_op("[") else ())
-
-    def _tail(self) -> Callable[[list[tuple[str, str]], list[Expr]], None] | None:
-        """The reader of a ``::`` or ``where`` clause, which may start the next line."""
-        at = self.at
-        self.skip_newlines()
-        if self.accept("::"):
-            return self._reductions
-        if self.is_word("where"):
-            self.take()
-            return lambda _, guards: guards.append(self.expression())
-        self.at = at
-        return None
-
-    def _reductions(self, reduce: list[tuple[str, str]], _: list[Expr]) -> None:
-        reduce.append(self._reduction())
-        while self.is_op(","):
-            self.take()
-            reduce.append(self._reduction())
-
-    def _reduction(self) -> tuple[str, str]:
-        token = self.peek()
-        word = self.name("'reduce_rank operator'")
-        if word == "reduce":
-            rank = self.name("the rank to reduce")
-        elif word.startswith("reduce_"):
-            rank = word.removeprefix("reduce_")
-        else:
-            raise self.error("'reduce_rank operator'", token)
-        op = REDUCTIONS.get(self.peek().text)
-        if op is None:
-            raise self.error(f"a reduction of {rank} (add, mul, max, min, or, and)")
-        self.take()
-        return rank, op
 
     def _assignment_follows(self) -> bool:
         """``RM[0] = -inf  RD[0] = 0``: does another Einsum start on the same line?"""
@@ -311,4 +293,6 @@ class _Program(Reader):
 
     def _end_of_statement(self) -> None:
         if self.peek().kind not in ("newline", "end") and not self.is_op(";"):
-            raise self.error("an operator, '::', 'where' or the end of the line")
+            raise self.error(
+                "an operator, '::', 'where' or the end of the line (a remark starts with --)"
+            )

@@ -23,6 +23,9 @@ the extent of rank ``m`` and ``--`` starts a comment.  An iterative rank is writ
       body:
         RM[m1 + 1, p] = max(RM[m1, p], LM[m1, p])
       stop: m1 >= #m1              -- or `loop m1 descending:` and `stop: m1 < 0`
+
+or without labels, as the paper does: ``S[0] = 0 ; S[i+1] = S[i] + A[i] ; stop when i >= K``.  The
+full form of an action is read too: ``:: map_k x(intersect) reduce_k +(union)``.
 """
 
 from __future__ import annotations

@@ -48,11 +48,13 @@ def cascade(
         return 0
     before = read(name)
     after, proofs, left, refused = _fuse(before, options.fuse)
+    given = None if options.fuse is None else _analysis(before, options.fuse)
     analysis = _analysis(after, options.count or options.fuse)
     if options.svg is not None:
         _draw(after, None if analysis is None else analysis.rank, options.svg)
     document = {
         "name": before.name,
+        "before": None if given is None else {"cascade": str(before), **analysis_document(given)},
         "cascade": str(after),
         "passes": None if analysis is None else analysis_document(analysis),
         "proofs": proofs,
@@ -144,23 +146,42 @@ def _draw(cascade: Cascade, rank: str | None, path: Path) -> None:
 
 
 def _view(console: Console, document: dict[str, Any]) -> None:
-    console.print(document["cascade"], markup=False, soft_wrap=True)
-    passes = document["passes"]
-    if passes is not None:
-        live = ", ".join(passes["live"]) or "nothing"
-        count = "1 pass" if passes["passes"] == 1 else f"{passes['passes']} passes"
+    """The derivation from top to bottom: what was given, each rule with its proof, the result."""
+    given, passes = document["before"], document["passes"]
+    if given is not None and document["refusal"] is None:
+        _view_cascade(console, given["cascade"], given)
+        for number, proof in enumerate(document["proofs"], 1):
+            console.print(f"\n{number}. {proof}", markup=False, soft_wrap=True)
         console.print(
-            f"{count} over {passes['rank']}; live for a whole fiber: {live}",
+            f"\n{_passes(given['passes'])} -> {_passes(passes['passes'])} over {passes['rank']}\n",
             markup=False,
         )
-        for value, waits in passes["barriers"]:
-            console.print(f"  {waits} waits for all of {value}", markup=False)
-    for proof in document["proofs"]:
-        console.print(f"proof: {proof}", markup=False)
+    _view_cascade(console, document["cascade"], passes)
     for refusal in document["left"]:
-        console.print(f"left: [{refusal['code']}] {refusal['reason']}", markup=False)
+        console.print(
+            f"left: [{refusal['code']}] {refusal['reason']}", markup=False, soft_wrap=True
+        )
     if document["refusal"] is not None:
         refusal = document["refusal"]
-        console.print(f"not fused: [{refusal['code']}] {refusal['reason']}", markup=False)
+        console.print(
+            f"not fused: [{refusal['code']}] {refusal['reason']}", markup=False, soft_wrap=True
+        )
     if document["svg"] is not None:
         console.print(f"drawn in {document['svg']}", markup=False)
+
+
+def _view_cascade(console: Console, text: str, passes: dict[str, Any] | None) -> None:
+    console.print(text, markup=False, soft_wrap=True)
+    if passes is None:
+        return
+    live = ", ".join(passes["live"]) or "nothing"
+    console.print(
+        f"{_passes(passes['passes'])} over {passes['rank']}; live for a whole fiber: {live}",
+        markup=False,
+    )
+    for value, waits in passes["barriers"]:
+        console.print(f"  {waits} waits for all of {value}", markup=False)
+
+
+def _passes(count: int) -> str:
+    return "1 pass" if count == 1 else f"{count} passes"

@@ -118,10 +118,12 @@ def _document(
 
 def _extents(site: Site, length: int | None) -> dict[str, int]:
     """The size of each rank: what is dynamic is taken at ``--length``, else as captured."""
+    from attn_rewrite.costs import hint
+
     sizes = {"b": 1, **site.extents()}
     known = {rank.name for rank in site.cascade.ranks}
     return {
-        rank: size if isinstance(size, int) else length or int(size.node.hint)
+        rank: size if isinstance(size, int) else length or hint(size)
         for rank, size in sizes.items()
         if rank in known
     }
