@@ -3,7 +3,8 @@
 ``torch.compile(model, backend="attn_rewrite", options={"policy": "window(size=256)"})``.  Options:
 ``policy`` (text, path of a policy file, or `Policy`), ``compiler`` (``"inductor"``, the default,
 ``"aot_eager"`` or ``"eager"``), ``session`` (a `Session` that collects what happened).  Gradients
-survive: AOTAutograd and Inductor run after the rewrite.  Nothing is measured here, as the graphs
+survive: AOTAutograd and Inductor run after the rewrite.  ``ATTN_REWRITE_DUMP`` gets one folder
+``graph-00``, ``graph-01``, ... per captured graph.  Nothing is measured here, as the graphs
 hold no values: a policy with a budget is refused.
 """
 
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from attn_rewrite import knobs
 from attn_rewrite.errors import PolicyError
 from attn_rewrite.optimized import OptimizedModule
 from attn_rewrite.policy import Policy
@@ -111,20 +113,33 @@ def rewrite_graph(
 ) -> tuple[fx.GraphModule, GraphRecord]:
     """Retrace, find, plan, lower and splice one graph."""
     from attn_rewrite.apply import splice
-    from attn_rewrite.driver import Stopwatch, decide, replacements
+    from attn_rewrite.driver import Stopwatch, decide, graph_text, replacements
     from attn_rewrite.passes.canonicalize import canonicalize
     from attn_rewrite.passes.find import find
     from attn_rewrite.retrace import retrace
 
+    watch = Stopwatch(dumper=knobs.Dumper(knobs.graph_directory()))
+    dump = watch.dumper.write
     traced = retrace(gm, example_inputs)
-    findings = find(canonicalize(traced))
+    dump("capture", lambda: graph_text(traced), suffix=".fx")
+    host = canonicalize(traced)
+    dump("canonicalize", lambda: graph_text(host), suffix=".fx")
+    findings = find(host)
     if not findings.sites:
-        return traced, GraphRecord((), {}, findings.refusals)
-    plan, decisions = decide(findings, _for_graph(policy, findings.sites), None, Stopwatch())
+        return traced, _recorded(GraphRecord((), {}, findings.refusals))
+    plan, decisions = decide(findings, _for_graph(policy, findings.sites), None, watch)
     done = {d.site.name: d.kernel.name for d in decisions if d.kernel is not None}
     said = tuple(d.refusal for d in decisions if d.refusal is not None)
     record = GraphRecord(findings.sites, done, (*findings.refusals, *plan.refusals, *said))
-    return splice(traced, replacements(decisions)), record
+    rewritten = splice(traced, replacements(decisions))
+    dump("spliced", lambda: graph_text(rewritten), suffix=".fx")
+    return rewritten, _recorded(record)
+
+
+def _recorded(record: GraphRecord) -> GraphRecord:
+    """Tell the refusals of a graph where the debug level asks for them."""
+    knobs.tell(2, lambda: "\n".join(["refusals", *map(str, record.refusals)]))
+    return record
 
 
 def _for_graph(policy: Policy, sites: tuple[Site, ...]) -> Policy:

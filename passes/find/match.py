@@ -26,6 +26,7 @@ from attn_rewrite.cascade.expr import (
 from attn_rewrite.cascade.ir import TensorDecl
 from attn_rewrite.cascade.simplify import is_causal_term, mask_value, rows_kept, simplify
 from attn_rewrite.graph import (
+    PARAMETER,
     ROLE_ORDER,
     arguments,
     canonical_groups,
@@ -40,7 +41,7 @@ from attn_rewrite.passes.find.axes import Atoms
 from attn_rewrite.passes.find.facts import appended_to_cache, kind_of, layout_text, written_at
 from attn_rewrite.passes.find.forward import Forward, follow
 from attn_rewrite.passes.find.layout import pull, pure
-from attn_rewrite.passes.find.lift import Dot
+from attn_rewrite.passes.find.lift import Dot, attribute
 from attn_rewrite.passes.find.region import region
 from attn_rewrite.passes.find.roles import Roles, assign, from_features, groups, in_ranks, operand
 from attn_rewrite.site import UNKNOWN_OFFSET, Operand, Refusal, Site
@@ -106,6 +107,9 @@ def _site(
     factor, query = _trim(*dot.operand(not left_has_keys), axes)
     factor_k, key = _trim(*dot.operand(left_has_keys), axes)
     _, value = _trim(forward.value.value, forward.value.value_dims, axes, scale=False)
+    if _is_weight(key[0], module) and _is_weight(value[0], module):
+        reason = "keys and values are weights: two projections with a softmax between, a lookup"
+        return refuse("learned-keys", reason, anchor.node)
     keys = set(axes.resolve(anchor.keys))  # walking back may have split them
     rows = tuple(a for d in anchor.dims for a in axes.resolve(d) if a not in keys)
     roles = assign(rows, anchor.keys, dot, query, key, value, forward.value.features, axes)
@@ -120,14 +124,11 @@ def _site(
     return replace(site, family="channel") if channels else site
 
 
-def _constant_factor(node: fx.Node) -> float | None:
-    """c of ``x * c`` and 1 / c of ``x / c``; None for anything else."""
-    if not is_call(node, "mul", "mul_", "div", "div_") or not isinstance(node.args[0], fx.Node):
-        return None
-    by = node.args[1]
-    if not isinstance(by, (int, float)) or arguments(node).get("rounding_mode") is not None:
-        return None
-    return float(by) if is_call(node, "mul", "mul_") else 1.0 / by
+def _is_weight(node: fx.Node, module: fx.GraphModule) -> bool:
+    """True for a parameter of the model itself (buffers may be caches)."""
+    if node.op == "get_attr":
+        return isinstance(attribute(module, str(node.target)), torch.nn.Parameter)
+    return bool(node.meta.get(PARAMETER))
 
 
 def _trim(
@@ -316,7 +317,8 @@ def _assemble(
         own = operand(offset, (roles.q,), roles, axes)
         inputs[POSITION] = own
         raised = replace(raised, reads=raised.reads | {POSITION: own})
-        offset = str(Read(POSITION, tuple(Rank(r) for r in _ranks(own))) - Rank("q"))
+        at = Read(POSITION, tuple(Rank(r) for r in _ranks(own)))
+        offset = str(at % Extent("kv") - Rank("q"))  # an index may count from the end
     form = SoftmaxAttention(
         raised.score,
         raised.guard,
