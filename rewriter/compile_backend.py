@@ -118,6 +118,9 @@ def rewrite_graph(
     from attn_rewrite.passes.find import find
     from attn_rewrite.retrace import retrace
 
+    opaque = _opaque(gm)
+    if opaque is not None:
+        return gm, _recorded(GraphRecord((), {}, (opaque,)))
     watch = Stopwatch(dumper=knobs.Dumper(knobs.graph_directory()))
     dump = watch.dumper.write
     traced = retrace(gm, example_inputs)
@@ -134,6 +137,28 @@ def rewrite_graph(
     rewritten = splice(traced, replacements(decisions))
     dump("spliced", lambda: graph_text(rewritten), suffix=".fx")
     return rewritten, _recorded(record)
+
+
+# Operators with a graph of their own inside that cannot be traced again.
+_OPAQUE = {
+    "tag_activation_checkpoint": "activation checkpointing",
+    "flex_attention": "flex_attention",
+}
+
+
+def _opaque(gm: fx.GraphModule) -> Refusal | None:
+    """Why a graph is left to the compiler as it is: it calls an operator of `_OPAQUE`."""
+    from attn_rewrite.graph import source_line
+
+    for node in gm.graph.nodes:
+        name = getattr(node.target, "__name__", "")
+        if node.op == "call_function" and name in _OPAQUE:
+            reason = (
+                f"the graph holds {_OPAQUE[name]}, whose inside cannot be traced again just in "
+                "time; capture it ahead of time with example inputs, or leave that out"
+            )
+            return Refusal("opaque-operator", reason, str(node.format_node()), source_line(node))
+    return None
 
 
 def _recorded(record: GraphRecord) -> GraphRecord:

@@ -201,7 +201,7 @@ def module_path(node: fx.Node) -> str:
     if not stack:
         return ""
     path = str(next(reversed(stack.values()))[0])
-    path = re.sub(r"^L\['self'\]\.?|^L__self__\.?", "", path)
+    path = re.sub(r"^L\['[^']*'\]\.?|^L__self__\.?", "", path)  # the frame's name for itself
     return re.sub(r"_modules\['([^']*)'\]|\[(\d+)\]|\['([^']*)'\]", _path_part, path).strip(".")
 
 

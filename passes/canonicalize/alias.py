@@ -36,7 +36,7 @@ class Alias(Canonicalization):
         assert isinstance(target, torch._ops.OpOverload)
         packet = getattr(aten, _ALIASES[op_name(node)])
         same = getattr(packet, target._overloadname, None)
-        return None if same is None else build.call(same, *node.args, **node.kwargs)  # type: ignore[no-any-return]
+        return None if same is None else build.call(same, *node.args, **node.kwargs)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ def zeroed(node: Any, build: GraphBuilder) -> tuple[fx.Node, fx.Node, bool] | No
     named = arguments(node)
     if is_call(node, "masked_fill"):
         return (named["self"], named["mask"], False) if named["value"] == 0 else None
-    yes, no = named.get("self"), named.get("other")
+    yes: Any = named.get("self")
+    no: Any = named.get("other")
     if _is_zero(no) and is_tensor(yes):
         return yes, named["condition"], True
     return (no, named["condition"], False) if _is_zero(yes) and is_tensor(no) else None
@@ -77,7 +78,8 @@ class Renormalised(Canonicalization):
 
     def rewrite(self, node: fx.Node, build: GraphBuilder) -> fx.Node | None:
         """Rewrite where the sum is the numerator's own, over the axis of the softmax."""
-        top, total = node.args[0], node.args[1]
+        top: Any = node.args[0]
+        total: Any = node.args[1]
         found = zeroed(top, build)
         if found is None or not is_call(total, "sum") or total.args[0] is not top:
             return None

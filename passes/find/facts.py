@@ -4,6 +4,7 @@ layout."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import fx
 
@@ -116,6 +117,7 @@ def written_at(key: Operand, q_len: object) -> fx.Node | None:
     if place is None or not is_call(node, "index_copy", "index_copy_", "index_put", "index_put_"):
         return None
     named = arguments(node)
+    index: Any
     if is_call(node, "index_copy", "index_copy_"):
         index = named["index"] if named["dim"] % len(key.dims) == place else None
     else:

@@ -18,7 +18,8 @@ from attn_rewrite.site import Refusal
 
 _STEPS = 12
 _SAME = ("to", "clone", "contiguous", "detach", "alias", "expand", "unsqueeze", "view", "reshape")
-_BOUNDED = (*_SAME, "add", "clamp", "clamp_min", "maximum", "squeeze", "transpose", "permute")
+_TURNED = ("transpose", "permute", "mT", "t", "swapaxes")
+_BOUNDED = (*_SAME, "add", "clamp", "clamp_min", "maximum", "squeeze", *_TURNED)
 _TOTALS = ("sum", "mean", "matmul", "bmm", "mm", "mv", "einsum", "linalg_vector_norm", "norm")
 _EXPONENTIALS = ("exp", "exp_", "expm1")
 _MASKED = (*_SAME, "mul", "masked_fill", "where", "add", "dropout", "square", "pow")
@@ -86,7 +87,7 @@ def _is_score(node: Any) -> bool:
 def _sentence(top: Any, total: fx.Node, exponential: fx.Node) -> str:
     """What stands in the way of calling the quotient a softmax."""
     head = "an exponential is divided by"
-    if _behind(top, (*_MASKED, *_TOTALS, "transpose", "permute"), _EXPONENTIALS) is None:
+    if _behind(top, (*_MASKED, *_TOTALS, *_TURNED), _EXPONENTIALS) is None:
         return f"a tensor is divided by the {op_name(total)} of an exponential it is not made of"
     if not is_call(total, "sum"):
         return f"{head} its {op_name(total)}; write it as a sum over the normalised axis"

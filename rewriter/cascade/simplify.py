@@ -271,8 +271,9 @@ def _comparison(node: Call) -> Expr | None:
     if node.op not in _COMPARISONS:
         return None
     left, right = node.args
-    if _truth_test(node):
-        return _truth_test(node)
+    truth = _truth_test(node)
+    if truth is not None:
+        return truth
     if node.op in _SWAPPED:
         left, right = right, left
     op = _SWAPPED.get(node.op, node.op)
