@@ -168,7 +168,7 @@ class Lifter:
         product = product_of(node)
         if product is not None:
             return self._dot(product, dims)
-        rule = RULES.get(name.removesuffix("_") if name not in ("__and__", "__or__") else name)
+        rule = RULES.get(name if name.startswith("__") else name.removesuffix("_"))
         return None if rule is None else rule(self, node, dims, depth)
 
     def _leave(self, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
