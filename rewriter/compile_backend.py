@@ -192,6 +192,7 @@ class JustInTimeModule(OptimizedModule):
 
         nn.Module.__init__(self)
         self._hold("_source", source)
+        self._hold("_folder", None)  # nothing is saved: what is not here is the source's
         self._hold("_policy", (policy, compiler))
         self._hold("session", Session())
         for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
