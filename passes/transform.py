@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from attn_rewrite.cascade.expr import (
     TRUE,
+    Call,
     Const,
     Expr,
     H,
@@ -28,6 +29,7 @@ from attn_rewrite.cascade.expr import (
     conjuncts,
     where,
 )
+from attn_rewrite.site import UNKNOWN_OFFSET
 
 if TYPE_CHECKING:
     from attn_rewrite.cascade.ir import Cascade
@@ -229,8 +231,13 @@ def position(site: Site) -> Expr:
     """The position of query ``q`` among the keys."""
     from attn_rewrite.cascade.text import parse_expr
 
-    offset = parse_expr(site.offset)
-    return Q if offset == Const(0) else Q + offset
+    match parse_expr(site.offset):
+        case Const(0):
+            return Q
+        case Call("sub", (positions, rank)) if rank == Q:
+            return positions  # a tensor holds them
+        case offset:
+            return Q + offset
 
 
 @dataclass(frozen=True)
@@ -282,6 +289,12 @@ class SparsePattern(Transform):
         if site.kind == "pooling":
             reason = f"{self.name} needs positions, but pooling has one learned query"
             return self.refuse(site, f"{self.name}-pooling", reason)
+        if site.offset == UNKNOWN_OFFSET:
+            reason = (
+                f"{self.name} compares positions, but there are {site.q_len} queries for "
+                f"{site.kv_len} keys and the graph does not show which key is a query's own"
+            )
+            return self.refuse(site, f"{self.name}-position", reason)
         if site.kind in ("cross", "joint") and site.kind not in named_kinds:
             reason = (
                 f"{self.name} compares positions, but this is {site.kind} attention between two "

@@ -223,9 +223,7 @@ def _site_report(
         facts=site.facts(),
         steps=tuple(s.label for s in steps),
         kernel=None if item.kernel is None else item.kernel.name,
-        exactness=max(
-            (s.exactness for s in steps), default=Exactness.EXACT, key=list(Exactness).index
-        ).value,
+        exactness=plan.exactness_of(site.name).value,
         refusals=tuple(_named(r, site) for r in refusals),
         unbudgeted=approximate and budget is None,
         cost_before=before,

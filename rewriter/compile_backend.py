@@ -3,7 +3,8 @@
 ``torch.compile(model, backend="attn_rewrite", options={"policy": "window(size=256)"})``.  Options:
 ``policy`` (text, path of a policy file, or `Policy`), ``compiler`` (``"inductor"``, the default,
 ``"aot_eager"`` or ``"eager"``), ``session`` (a `Session` that collects what happened).  Gradients
-survive: AOTAutograd and Inductor run after the rewrite.  Nothing is measured here, as the graphs
+survive: AOTAutograd and Inductor run after the rewrite.  ``ATTN_REWRITE_DUMP`` gets one folder
+``graph-00``, ``graph-01``, ... per captured graph.  Nothing is measured here, as the graphs
 hold no values: a policy with a budget is refused.
 """
 
@@ -12,15 +13,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 
+from attn_rewrite import knobs
 from attn_rewrite.errors import PolicyError
 from attn_rewrite.optimized import OptimizedModule
+from attn_rewrite.passes.transform import Exactness
 from attn_rewrite.policy import Policy
 from attn_rewrite.site import Refusal, Site
+
+if TYPE_CHECKING:
+    from attn_rewrite.plan import Plan, Step
+    from attn_rewrite.report import Report
 
 COMPILERS = ("inductor", "aot_eager", "eager")
 OPTIONS = ("policy", "compiler", "session")
@@ -33,6 +40,7 @@ class GraphRecord:
     sites: tuple[Site, ...]
     kernels: dict[str, str]  # site -> kernel; sites left as they are do not appear
     refusals: tuple[Refusal, ...]
+    steps: tuple[Step, ...] = ()
 
 
 @dataclass
@@ -111,20 +119,59 @@ def rewrite_graph(
 ) -> tuple[fx.GraphModule, GraphRecord]:
     """Retrace, find, plan, lower and splice one graph."""
     from attn_rewrite.apply import splice
-    from attn_rewrite.driver import Stopwatch, decide, replacements
+    from attn_rewrite.driver import Stopwatch, decide, graph_text, replacements
     from attn_rewrite.passes.canonicalize import canonicalize
     from attn_rewrite.passes.find import find
     from attn_rewrite.retrace import retrace
 
+    opaque = _opaque(gm)
+    if opaque is not None:
+        return gm, _recorded(GraphRecord((), {}, (opaque,)))
+    watch = Stopwatch(dumper=knobs.Dumper(knobs.graph_directory()))
+    dump = watch.dumper.write
     traced = retrace(gm, example_inputs)
-    findings = find(canonicalize(traced))
+    dump("capture", lambda: graph_text(traced), suffix=".fx")
+    host = canonicalize(traced)
+    dump("canonicalize", lambda: graph_text(host), suffix=".fx")
+    findings = find(host)
     if not findings.sites:
-        return traced, GraphRecord((), {}, findings.refusals)
-    plan, decisions = decide(findings, _for_graph(policy, findings.sites), None, Stopwatch())
+        return traced, _recorded(GraphRecord((), {}, findings.refusals))
+    plan, decisions = decide(findings, _for_graph(policy, findings.sites), None, watch)
     done = {d.site.name: d.kernel.name for d in decisions if d.kernel is not None}
     said = tuple(d.refusal for d in decisions if d.refusal is not None)
-    record = GraphRecord(findings.sites, done, (*findings.refusals, *plan.refusals, *said))
-    return splice(traced, replacements(decisions)), record
+    refusals = (*findings.refusals, *plan.refusals, *said)
+    record = GraphRecord(findings.sites, done, refusals, plan.steps)
+    rewritten = splice(traced, replacements(decisions))
+    dump("spliced", lambda: graph_text(rewritten), suffix=".fx")
+    return rewritten, _recorded(record)
+
+
+# Operators with a graph of their own inside that cannot be traced again.
+_OPAQUE = {
+    "tag_activation_checkpoint": "activation checkpointing",
+    "flex_attention": "flex_attention",
+}
+
+
+def _opaque(gm: fx.GraphModule) -> Refusal | None:
+    """Why a graph is left to the compiler as it is: it calls an operator of `_OPAQUE`."""
+    from attn_rewrite.graph import source_line
+
+    for node in gm.graph.nodes:
+        name = getattr(node.target, "__name__", "")
+        if node.op == "call_function" and name in _OPAQUE:
+            reason = (
+                f"the graph holds {_OPAQUE[name]}, whose inside cannot be traced again just in "
+                "time; capture it ahead of time with example inputs, or leave that out"
+            )
+            return Refusal("opaque-operator", reason, str(node.format_node()), source_line(node))
+    return None
+
+
+def _recorded(record: GraphRecord) -> GraphRecord:
+    """Tell the refusals of a graph where the debug level asks for them."""
+    knobs.tell(2, lambda: "\n".join(["refusals", *map(str, record.refusals)]))
+    return record
 
 
 def _for_graph(policy: Policy, sites: tuple[Site, ...]) -> Policy:
@@ -147,16 +194,13 @@ class JustInTimeModule(OptimizedModule):
     """
 
     def __init__(self, source: nn.Module, policy: Policy, compiler: str) -> None:
-        from attn_rewrite.plan import Plan
-        from attn_rewrite.report import Report
-
         nn.Module.__init__(self)
         self._hold("_source", source)
+        self._hold("_folder", None)  # nothing is saved: what is not here is the source's
         self._hold("_policy", (policy, compiler))
         self._hold("session", Session())
         for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self._hold(table, getattr(source, table))
-        self._hold("_empty", (Plan((), (), str(policy)), Report))
         options = {"policy": policy, "compiler": compiler, "session": self.session}
         self._hold(
             "_compiled", torch.compile(source.forward, backend=attn_rewrite, options=options)
@@ -171,6 +215,45 @@ class JustInTimeModule(OptimizedModule):
         """Every site of the graphs compiled so far."""
         session: Session = self.session
         return session.sites
+
+    @property
+    def plan(self) -> Plan:  # type: ignore[override]
+        """The steps taken in the graphs compiled so far."""
+        from attn_rewrite.plan import Plan
+
+        steps: dict[str, Step] = {}
+        for graph in self.session.graphs:
+            steps.update({step.site: step for step in graph.steps})
+        return Plan(tuple(steps.values()), self.session.refusals, str(self._policy[0]))
+
+    @property
+    def report(self) -> Report:  # type: ignore[override]
+        """What was done in the graphs compiled so far; nothing is measured just in time."""
+        from attn_rewrite.report import Report, SiteReport
+        from attn_rewrite.saved import versions
+
+        plan, kernels = self.plan, {k: v for g in self.session.graphs for k, v in g.kernels.items()}
+        said = self.session.refusals
+        sites = tuple(
+            SiteReport(
+                name=site.name,
+                facts=site.facts(),
+                steps=tuple(step.label for step in plan.of(site.name)),
+                kernel=kernels.get(site.name),
+                exactness=plan.exactness_of(site.name).value,
+                refusals=tuple(r for r in said if r.site == site.name),
+                unbudgeted=plan.exactness_of(site.name) is Exactness.APPROXIMATE,
+            )
+            for site in self.sites
+        )
+        names = {site.name for site in sites}
+        return Report(
+            sites=sites,
+            refusals=tuple(r for r in said if r.site not in names),
+            versions=versions(),
+            inputs="none: captured just in time",
+            notes=(f"graphs compiled so far: {len(self.session.graphs)}; nothing was measured",),
+        )
 
     @property
     def training(self) -> bool:

@@ -148,7 +148,10 @@ def _check_options(backend: str, calibration: Any) -> None:
 def decide(
     findings: Findings, policy: Policy, plan: Plan | None, watch: Stopwatch
 ) -> tuple[Plan, list[Decision]]:
-    """Plan, rewrite and lower every site."""
+    """Plan, rewrite and lower every site; what is made of each is dumped."""
+    dump = watch.dumper.write
+    for site in findings.sites:
+        dump(f"found-{site.name}", partial(str, site.cascade), suffix=".cascade", of=site.name)
     with watch.stage("plan"):
         if plan is None:
             plan = make_plan(findings, policy)
@@ -156,7 +159,13 @@ def decide(
             check_sites(plan, findings)
     with watch.stage("rewrite"):
         decisions = [_decide(site, plan) for site in findings.sites]
-    watch.dumper.write("plan", plan.dumps(), suffix=".json")
+    dump("plan", plan.dumps(), suffix=".json")
+    for item in decisions:
+        name = item.site.name
+        if item.cascade is not None and item.cascade is not item.site.cascade:
+            dump(f"rewritten-{name}", partial(str, item.cascade), suffix=".cascade", of=name)
+        if item.kernel is not None:
+            dump(f"kernel-{name}", partial(getattr, item.kernel, "source"), suffix=".py", of=name)
     return plan, decisions
 
 
@@ -207,15 +216,7 @@ def optimize_captured(
     dump("canonicalize", lambda: graph_text(host), suffix=".fx")
     with watch.stage("find"):
         findings = find(host)
-    for site in findings.sites:
-        dump(f"found-{site.name}", partial(str, site.cascade), suffix=".cascade", of=site.name)
     plan, decisions = decide(findings, policy, plan, watch)
-    for item in decisions:
-        name = item.site.name
-        if item.cascade is not None and item.cascade is not item.site.cascade:
-            dump(f"rewritten-{name}", partial(str, item.cascade), suffix=".cascade", of=name)
-        if item.kernel is not None:
-            dump(f"kernel-{name}", partial(getattr, item.kernel, "source"), suffix=".py", of=name)
     outcome = accept(captured, host, findings, plan, decisions, policy.budget, watch, verify=verify)
     graph = outcome.graph
     knobs.tell(2, lambda: "\n".join(["refusals", *map(str, outcome.report.all_refusals())]))

@@ -136,6 +136,24 @@ def is_call(node: Any, *names: str) -> bool:
     return isinstance(node, fx.Node) and op_name(node) in names
 
 
+def through(node: Any, *names: str) -> Any:
+    """Skip operators that do not change the values (or only bound a sum of exponentials from 0)."""
+    while is_call(node, *names):
+        node = node.args[0]
+    return node
+
+
+def inverted(node: Any) -> Any:
+    """``x`` if ``node`` is ``1 / x`` in any spelling, else None."""
+    if is_call(node, "mul") and node.args[1] == 1:
+        node = node.args[0]
+    if is_call(node, "reciprocal"):
+        return node.args[0]
+    if is_call(node, "pow") and node.args[1] == -1:
+        return node.args[0]
+    return node.args[1] if is_call(node, "div") and node.args[0] == 1 else None
+
+
 def op_name(node: fx.Node) -> str:
     """``"softmax"`` for any overload of ``aten::softmax``; other namespaces keep their prefix."""
     if node.op != "call_function":
@@ -183,7 +201,7 @@ def module_path(node: fx.Node) -> str:
     if not stack:
         return ""
     path = str(next(reversed(stack.values()))[0])
-    path = re.sub(r"^L\['self'\]\.?|^L__self__\.?", "", path)
+    path = re.sub(r"^L\['[^']*'\]\.?|^L__self__\.?", "", path)  # the frame's name for itself
     return re.sub(r"_modules\['([^']*)'\]|\[(\d+)\]|\['([^']*)'\]", _path_part, path).strip(".")
 
 

@@ -1,6 +1,7 @@
 """Every environment variable of the project, typed; nothing else reads the environment.
 
-``ATTN_REWRITE_DUMP=DIR``    write every stage as text into DIR, numbered, only when it changed
+``ATTN_REWRITE_DUMP=DIR``    write every stage as text into DIR, numbered, only when it changed;
+                             just in time, one folder per captured graph
 ``ATTN_REWRITE_DEBUG=0..4``  tell on standard error: 1 the plan, 2 also refusals, 3 also graphs and
                              cascades between passes, 4 also generated source
 ``ATTN_REWRITE_CACHE=DIR``   keep measurements of this machine in DIR, not in the user's cache
@@ -136,6 +137,15 @@ class Dumper:
                 stage="dump",
             ) from error
         self._count += 1
+
+
+def graph_directory() -> Path | None:
+    """A folder of its own for the next graph of a model captured just in time: ``graph-00``, ..."""
+    root = dump_directory()
+    if root is None:
+        return None
+    taken = len(list(root.glob("graph-*"))) if root.is_dir() else 0
+    return root / f"graph-{taken:02}"
 
 
 def dumper() -> Dumper:

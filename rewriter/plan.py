@@ -91,6 +91,11 @@ class Plan:
         """The steps of a Site, one per group of heads."""
         return tuple(s for s in self.steps if s.site == site)
 
+    def exactness_of(self, site: str) -> Exactness:
+        """The weakest promise among the steps of a Site."""
+        promises = (s.exactness for s in self.of(site))
+        return max(promises, default=Exactness.EXACT, key=list(Exactness).index)
+
     def __iter__(self) -> Iterator[Step]:
         return iter(self.steps)
 

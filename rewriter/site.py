@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 Size = "int | SymInt"
 
+# `Site.offset` where the graph does not show which key is the query's own.
+UNKNOWN_OFFSET = "?"
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -77,7 +80,9 @@ class Site:
     ``name`` is the module path of the softmax plus an index; ``nodes`` the covered nodes in graph
     order; ``inputs`` the operands by cascade input name (Q, K, V, then reads); ``output`` the node
     whose value the site produces, with its axes.  Sizes are ints, or SymInts where dynamic.
-    ``causal`` is True only if proved.  ``offset`` is added to a query index to get its position.
+    ``causal`` is True only if proved.  ``offset`` is added to a query index to get its position
+    among the keys: an expression, which reads the tensor ``POS`` where a cache of fixed size is
+    written at positions that are data, or `UNKNOWN_OFFSET`.
     """
 
     name: str

@@ -290,6 +290,43 @@ def softmin(q, k, v):
     return F.softmin(-(q @ k.mT) / root(q), dim=-1) @ v
 
 
+@plain
+def aliases(q, k, v):
+    s = torch.divide(torch.multiply(q, 2.0) @ k.mT, root(q))
+    return torch.true_divide(s, 2.0).softmax(-1) @ v
+
+
+@plain
+def moved_axes(q, k, v):
+    s = (q @ k.movedim(-1, -2) / root(q)).moveaxis(3, 0)
+    return s.softmax(0).movedim(0, -1) @ v
+
+
+@plain
+def narrowed_columns(q, k, v):
+    z, d = torch.cat([q, k, v], -1), q.shape[-1]
+    q, k, v = (z.narrow(-1, i * d, d) for i in range(3))
+    return (q @ k.mT / root(q)).softmax(-1) @ v
+
+
+@plain
+def logarithm_of_the_sum(q, k, v):
+    s = q @ k.mT / root(q)
+    return (s - s.exp().sum(-1, keepdim=True).log()).exp() @ v
+
+
+@plain
+def sum_as_an_einsum(q, k, v):
+    e = torch.exp(q @ k.mT / root(q))
+    return (e / torch.einsum("bhqk->bhq", e)[..., None]) @ v
+
+
+@plain
+def keys_first_axis(q, k, v):
+    a = torch.einsum("bhqd,bhkd->kbhq", q, k) / root(q)
+    return torch.einsum("kbhq,bhkd->bhqd", a.softmax(0), v)
+
+
 def keep(s: Tensor) -> Tensor:
     return torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).tril()
 
@@ -364,3 +401,52 @@ def in_place_mask(q, k, v):
 def masked_before_scale(q, k, v):
     s = (q @ k.mT).masked_fill(torch.logical_not(keep(q @ k.mT)), -math.inf)
     return (s / root(q)).softmax(-1) @ v
+
+
+@causal
+def masked_exponential(q, k, v):
+    s = q @ k.mT / root(q)
+    e = torch.exp(s) * keep(s).to(s.dtype)
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+@causal
+def exponential_filled_with_zeros(q, k, v):
+    s = q @ k.mT / root(q)
+    e = torch.exp(s).masked_fill(~keep(s), 0.0)
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+@causal
+def renormalised(q, k, v):
+    s = q @ k.mT / root(q)
+    p = s.softmax(-1) * torch.ones_like(s[0, 0]).tril()
+    return (p / p.sum(-1, keepdim=True)) @ v
+
+
+@causal
+def logarithm_of_the_mask(q, k, v):
+    s = q @ k.mT / root(q)
+    return (s + torch.log(torch.ones(s.shape[-2], s.shape[-1]).tril())).softmax(-1) @ v
+
+
+@causal
+def filled_and_cut_in_place(q, k, v):
+    n = q.shape[2]
+    mask = torch.empty(n, n).fill_(-math.inf)
+    mask.triu_(1)
+    return (q @ k.mT / root(q) + mask).softmax(-1) @ v
+
+
+@causal
+def grid_of_positions(q, k, v):
+    n = torch.arange(q.shape[2])
+    i, j = torch.meshgrid(n, n, indexing="ij")
+    return torch.where(torch.less(i, j), -math.inf, q @ k.mT / root(q)).softmax(-1) @ v
+
+
+@causal
+def counted_positions(q, k, v):
+    ones = torch.ones(q.shape[2], q.shape[2])
+    drop = ones.cumsum(-1) > ones.cumsum(-2)
+    return (q @ k.mT / root(q)).masked_fill(drop, -math.inf).softmax(-1) @ v

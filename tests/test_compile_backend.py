@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from torch import nn
 
 import attn_rewrite as ar
+from attn_rewrite import knobs
 from attn_rewrite.compile_backend import Session, attn_rewrite, compiled, read_options
 from attn_rewrite.errors import PolicyError
 from tests.test_optimize import Block, reference
 
 transformers = pytest.importorskip("transformers")
+
+
+class Attention(nn.Module):
+    """Four heads of width 8 over [batch, length, 32], with dropout in training."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.qkv, self.out, self.dropout = nn.Linear(32, 96), nn.Linear(32, 32), dropout
+
+    def split(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [t.unflatten(-1, (4, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        p = self.dropout if self.training else 0.0
+        attended = nn.functional.scaled_dot_product_attention(*self.split(x), dropout_p=p)
+        return self.out(attended.transpose(1, 2).flatten(2))
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +123,25 @@ def small(kind: str, implementation: str) -> torch.nn.Module:
     common = {
         "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 64,
         "vocab_size": 100, "attn_implementation": implementation, "num_key_value_heads": 2,
+        "head_dim": 16, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0,
     }  # fmt: skip
+    if kind == "gemma3":
+        layers = ["sliding_attention", "full_attention"]
+        config = transformers.Gemma3TextConfig(**common, sliding_window=8, layer_types=layers)
+        return transformers.Gemma3ForCausalLM(config).eval()
+    if kind == "t5":
+        config = transformers.T5Config(
+            d_model=64,
+            d_kv=16,
+            d_ff=64,
+            num_layers=2,
+            num_heads=4,
+            vocab_size=100,
+            decoder_start_token_id=0,
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+        return transformers.T5ForConditionalGeneration(config).eval()
     if kind == "gpt2":
         config = transformers.GPT2Config(
             n_embd=64,
@@ -116,28 +154,111 @@ def small(kind: str, implementation: str) -> torch.nn.Module:
         )
         return transformers.GPT2LMHeadModel(config).eval()
     if kind == "qwen3":
-        return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**common, head_dim=16)).eval()
+        return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**common)).eval()
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**common)).eval()
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
-def test_generate(kind: str, implementation: str) -> None:
+def generation(cache: str, tokens: int) -> dict[str, object]:
+    """Greedy decoding of exactly ``tokens`` new tokens, with a dynamic or a static cache."""
+    options: dict[str, object] = {
+        "max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0,
+    }  # fmt: skip
+    if cache == "static":
+        options |= {"cache_implementation": "static", "disable_compile": True}
+    return options
+
+
+SLOW = pytest.mark.slow
+GENERATED = [
+    *[pytest.param("llama", "sdpa", c, 24) for c in ("dynamic", "static")],
+    pytest.param("gpt2", "eager", "dynamic", 24),
+    *[pytest.param(k, i, c, 64, marks=SLOW) for k in ("llama", "gpt2", "qwen3", "gemma3")
+      for i in ("eager", "sdpa") for c in ("dynamic", "static")],
+    *[pytest.param("t5", "sdpa", c, 64, marks=SLOW) for c in ("dynamic", "static")],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "implementation", "cache", "tokens"), GENERATED)
+def test_generate(kind: str, implementation: str, cache: str, tokens: int) -> None:
     """Greedy tokens are equal, and every site ran rewritten in prefill and in decode."""
     model = small(kind, implementation)
     ids = torch.randint(3, 100, (2, 9))
-    options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    options = generation(cache, tokens)
     wanted = model.generate(ids, **options)
     module = compiled(model, ar.Policy.parse("exact"), compiler="eager")
     assert torch.equal(module.generate(ids, **options), wanted)
     graphs = module.session.graphs
     assert len(graphs) >= 2
-    lengths = [str(g.sites[0].q_len) for g in graphs]
-    assert "1" in lengths
-    assert len(set(lengths)) > 1
+    per_graph = 4 if kind == "t5" else 2  # self and cross in each of two decoder blocks
     for graph in graphs:
-        assert len(graph.sites) == 2
+        assert len(graph.sites) == per_graph
         assert set(graph.kernels) == {s.name for s in graph.sites}
+    assert len({s.name for g in graphs for s in g.sites}) == per_graph
+    lengths = {str(g.sites[0].q_len) for g in graphs}
+    assert "1" in lengths
+    assert len(lengths) > 1 or kind == "t5"  # its decoder starts from one token
+
+
+def windowed(model: torch.nn.Module, ids: torch.Tensor, size: int, tokens: int) -> torch.Tensor:
+    """Logits [tokens, batch, vocabulary] without a cache: every step sees the whole sequence through
+    a window written by hand as a mask."""
+    found, step = [], ids
+    for _ in range(tokens):
+        n = torch.arange(step.shape[1])
+        distance = n[:, None] - n
+        keep = ((distance >= 0) & (distance < size)).expand(len(ids), 1, -1, -1)
+        mask = torch.zeros(keep.shape).masked_fill(~keep, torch.finfo(torch.float32).min)
+        with torch.no_grad():
+            logits = model(step, attention_mask=mask, use_cache=False).logits[:, -1]
+        found.append(logits)
+        step = torch.cat([step, logits.argmax(-1, keepdim=True)], 1)
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_windows_in_decode(cache: str) -> None:
+    """In a cache of fixed size the position is data: a window of 4 sees the last four tokens."""
+    model, ids = small("llama", "sdpa"), torch.randint(3, 100, (2, 9))
+    module = compiled(model, ar.Policy.parse("window(size=4)"), compiler="eager")
+    options = generation(cache, 7) | {"return_dict_in_generate": True, "output_logits": True}
+    result = module.generate(ids, **options)
+    wanted = windowed(model, ids, 4, 7)
+    assert (torch.stack(result.logits) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    decode = [s for g in module.session.graphs for s in g.sites if str(s.q_len) == "1"]
+    assert decode
+    assert all(s.causal for s in decode)
+    assert {s.offset for s in decode} == {"#kv - 1" if cache == "dynamic" else "POS[] % #kv - q"}
+
+
+def test_windows_in_a_rolling_cache() -> None:
+    """The sliding layer of Gemma 3 rolls its static cache; static and dynamic logits agree."""
+    ids, logits = torch.randint(3, 100, (2, 9)), []
+    model = small("gemma3", "sdpa")
+    for cache in ("dynamic", "static"):
+        torch._dynamo.reset()
+        policy = ar.Policy.parse("window(size=3, causal=true)")
+        options = generation(cache, 6) | {"return_dict_in_generate": True, "output_logits": True}
+        module = compiled(model, policy, compiler="eager")
+        logits.append(torch.stack(module.generate(ids, **options).logits))
+    assert (logits[0] - logits[1]).abs().max() <= 1e-5 * logits[0].abs().max()
+
+
+def test_windows_without_a_known_position_are_refused() -> None:
+    """Three queries and nine keys of one source, and nothing says where the queries stand."""
+
+    class Summary(Attention):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.split(x)
+            return nn.functional.scaled_dot_product_attention(q[:, :, ::3], k, v)
+
+    model, x = Summary().eval(), torch.randn(2, 9, 32)
+    module, session = eager(model, "window(size=2)")
+    with torch.no_grad():
+        assert torch.equal(module(x), model(x))
+    (graph,) = session.graphs
+    assert graph.kernels == {}
+    assert [r.code for r in graph.refusals] == ["window-position"]
+    assert "3 queries for 9 keys" in graph.refusals[0].reason
 
 
 def test_decode_knows_its_position() -> None:
@@ -181,3 +302,101 @@ def test_autocast() -> None:
     exact = reference(block, x)
     own = (wanted.double() - exact).abs().max()
     assert (result.double() - exact).abs().max() <= max(2 * own, 4 * 2**-8 * exact.abs().max())
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_dropout_has_the_stream_of_the_original(compiler: str) -> None:
+    """A rewritten attention draws its dropout where the original does, from the same generator."""
+    model, x, session = Attention(dropout=0.5).train(), torch.randn(2, 11, 32), Session()
+    options = {"compiler": compiler, "session": session}
+    module = torch.compile(model, backend=attn_rewrite, options=options)
+    drawn = []
+    for run in (module, model, module):
+        torch.manual_seed(3)
+        drawn.append(run(x))
+    assert session.graphs[0].kernels == {"attention#0": "sdpa"}
+    assert torch.allclose(drawn[0], drawn[1], atol=1e-6)
+    assert torch.equal(drawn[0], drawn[2])
+    assert not torch.allclose(module(x), drawn[0], atol=1e-3)
+    model.eval()
+    assert torch.allclose(module(x), model(x), atol=1e-6)
+
+
+def test_stages_of_every_graph_are_dumped(tmp_path: Path) -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Attention(), Attention()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x)
+            torch._dynamo.graph_break()
+            return self.second(x)
+
+    model, x = Broken().eval(), torch.randn(2, 11, 32)
+    module, session = eager(model, "window(size=3)")
+    with knobs.override(dump=tmp_path), torch.no_grad():
+        module(x)
+    assert [[s.name for s in g.sites] for g in session.graphs] == [["first#0"], ["second#0"]]
+    assert [s.name for s in session.sites] == ["first#0", "second#0"]
+    folders = sorted(p.name for p in tmp_path.iterdir())
+    assert folders == ["graph-00", "graph-01"]
+    stages = [p.name.partition("-")[2] for p in sorted((tmp_path / "graph-01").iterdir())]
+    assert stages == [
+        "capture.fx", "found-second-0.cascade", "plan.json", "rewritten-second-0.cascade",
+        "kernel-second-0.py", "spliced.fx",
+    ]  # fmt: skip
+
+
+def test_checkpointed_attention_is_refused_not_broken() -> None:
+    class Checkpointed(Attention):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+
+    model, x = Checkpointed().train(), torch.randn(2, 5, 32)
+    module, session = eager(model)
+    module(x).sum().backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    model(x).sum().backward()
+    assert all(torch.equal(found[n], p.grad) for n, p in model.named_parameters())
+    assert [r.code for g in session.graphs for r in g.refusals] == ["opaque-operator"]
+
+
+def test_diffusers_transformer_in_a_loop() -> None:
+    """A denoising loop calls one graph at every step: sites stay, results are the original's."""
+    diffusers = pytest.importorskip("diffusers")
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=2, sample_size=8,
+        num_embeds_ada_norm=10, norm_num_groups=4,
+    ).eval()  # fmt: skip
+    module, session = eager(model)
+    noise = torch.randn(2, 4, 8, 8)
+    ends = []
+    with torch.no_grad():
+        for run in (module, model):
+            x = noise
+            for step in (30, 20, 10):
+                time, labels = torch.full((2,), step), torch.tensor([1, 2])
+                x = x - 0.1 * run(x, timestep=time, class_labels=labels).sample
+            ends.append(x)
+    assert torch.allclose(ends[0], ends[1], atol=1e-5)
+    (graph,) = session.graphs
+    assert len(graph.sites) == 2
+    assert set(graph.kernels) == {s.name for s in graph.sites}
+
+
+def test_report_and_plan_fill_as_graphs_are_compiled() -> None:
+    class Net(torch.nn.Module):
+        def forward(self, q, k, v):
+            return ((q @ k.mT * 0.5).softmax(-1)) @ v
+
+    assert ar.optimize(Net(), "window(size=4)").report.sites == ()
+    model = compiled(Net(), ar.Policy.parse("window(size=4)"), "eager")
+    q = torch.randn(1, 2, 16, 4)
+    model(q, q, q)
+    (site,) = model.report.sites
+    assert site.status == "unbudgeted"
+    assert site.steps == ("window(size=4)",)
+    assert [step.site for step in model.plan.steps] == [site.name]
+    assert "graphs compiled so far: 1" in str(model.report)

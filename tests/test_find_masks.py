@@ -77,6 +77,41 @@ def sinks_and_window(q, k, v):
     return _attend(q, k, v, (j <= i) & ((i - j < 3) | (j < 2)))
 
 
+def window_on_a_grid(q, k, v):
+    n = torch.arange(q.shape[2])
+    j, i = torch.meshgrid(n, n, indexing="xy")
+    return _attend(q, k, v, torch.less_equal(j, i) & torch.greater(j, i - 4))
+
+
+def counted_window(q, k, v):
+    """Positions by a running sum of ones, and a window as a difference of two triangles."""
+    ones = torch.ones(q.shape[2], q.shape[2])
+    seen = ones.cumsum(-1) <= ones.cumsum(-2)
+    return _attend(q, k, v, seen ^ (ones.cumsum(-1) <= ones.cumsum(-2) - 4))
+
+
+def masked_exponentials(q, k, v):
+    i, j = _positions(q)
+    e = torch.exp(q @ k.mT / math.sqrt(q.shape[-1])) * ((j <= i) & (i - j < 4)).to(q.dtype)
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+def renormalised(q, k, v):
+    i, j = _positions(q)
+    p = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1).masked_fill((j > i) | (i - j > 3), 0.0)
+    return (p / p.sum(-1, keepdim=True)) @ v
+
+
+def denominator_sink(q, k, v):
+    e = torch.exp(_attend_scores(q, k))
+    return (e / (e.sum(-1, keepdim=True) + 1.0)) @ v
+
+
+def _attend_scores(q: Tensor, k: Tensor) -> Tensor:
+    i, j = _positions(q)
+    return (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(j > i, -math.inf)
+
+
 def vmapped(q, k, v):
     def keep(i, j):
         return (j <= i) & (i - j < 4)
@@ -114,7 +149,8 @@ def vmapped_documents(q, k, v, mask):
 STRUCTURAL = (
     window, window_by_triangles, window_added, symmetric_window, chunked, block_diagonal, prefix,
     strided,
-    sinks_and_window, vmapped, alibi, soft_cap,
+    sinks_and_window, window_on_a_grid, counted_window, masked_exponentials, renormalised,
+    denominator_sink, vmapped, alibi, soft_cap,
 )  # fmt: skip
 
 

@@ -12,15 +12,22 @@ from attn_rewrite.passes.canonicalize.base import Canonicalization
 # "module:Class" of every canonicalisation, in the order they are tried on a node; a new spelling is
 # one line here.
 SPELLINGS: tuple[str, ...] = (
+    "alias:Alias",
+    "alias:MoveAxes",
     "in_place:InPlace",
     "baddbmm:Baddbmm",
     "product_sum:ProductSum",
+    "log_sum_exp:EinsumOfOne",
+    "log_sum_exp:LogSumExp",
     "exponential:Exponential",
+    "masked_exponential:MaskedExponential",
+    "masked_exponential:Renormalised",
     "norm_of_exponential:NormOfExponential",
     "special_softmax:SpecialSoftmax",
     "log_softmax:LogSoftmax",
     "softmax_quotient:SoftmaxQuotient",
     "softmax_quotient:LateQuotient",
+    "denominator_sink:DenominatorSink",
     "softmax_quotient:SoftmaxShift",
     "safe_softmax:SafeSoftmax",
 )

@@ -18,7 +18,7 @@ from attn_rewrite.passes.transform import Exactness
 
 _NAMES = (
     "add_ sub_ mul_ div_ masked_fill_ where_ neg_ exp_ tanh_ sigmoid_ relu_ clamp_ softmax_ "
-    "dropout_"
+    "dropout_ fill_ triu_ tril_"
 )
 _VIEWS = frozenset(
     "view reshape transpose permute unsqueeze squeeze expand slice select split chunk unbind t "

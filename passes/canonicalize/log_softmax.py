@@ -7,9 +7,8 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from attn_rewrite.graph import GraphBuilder, arguments, aten, is_call, shape_of
+from attn_rewrite.graph import GraphBuilder, arguments, aten, is_call, shape_of, through
 from attn_rewrite.passes.canonicalize.base import Canonicalization
-from attn_rewrite.passes.canonicalize.softmax_quotient import through
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,12 @@ from attn_rewrite.graph import (
     GraphBuilder,
     arguments,
     aten,
+    inverted,
     is_call,
     is_tensor,
     op_name,
     shape_of,
+    through,
 )
 from attn_rewrite.passes.canonicalize.base import Canonicalization
 from attn_rewrite.passes.find.product import Product, product_of
@@ -31,13 +33,6 @@ _SAME_VALUE = (
     "clamp",
     "alias",
 )
-
-
-def through(node: Any, *names: str) -> Any:
-    """Skip operators that do not change the values (or only bound a sum of exponentials from 0)."""
-    while is_call(node, *names):
-        node = node.args[0]
-    return node
 
 
 def summed_exponential(denominator: Any) -> tuple[fx.Node, int] | None:
@@ -62,17 +57,6 @@ def summed_exponential(denominator: Any) -> tuple[fx.Node, int] | None:
     ):
         return None
     return exponential, where_axis
-
-
-def inverted(node: Any) -> Any:
-    """``x`` if ``node`` is ``1 / x`` in any spelling, else None."""
-    if is_call(node, "mul") and node.args[1] == 1:
-        node = node.args[0]
-    if is_call(node, "reciprocal"):
-        return node.args[0]
-    if is_call(node, "pow") and node.args[1] == -1:
-        return node.args[0]
-    return node.args[1] if is_call(node, "div") and node.args[0] == 1 else None
 
 
 def softmax_of(build: GraphBuilder, exponential: fx.Node, axis: int) -> fx.Node:

@@ -11,6 +11,7 @@ from attn_rewrite.graph import module_path
 from attn_rewrite.passes.find.anchor import is_anchor
 from attn_rewrite.passes.find.families import recognise
 from attn_rewrite.passes.find.match import match
+from attn_rewrite.passes.find.quotients import near_miss
 from attn_rewrite.site import Findings, Refusal, Site
 
 
@@ -25,14 +26,16 @@ def graphs(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
 
 
 def find(module: fx.GraphModule) -> Findings:
-    """Every attention in a canonicalised graph, and every softmax that is not one, with the
-    reason."""
+    """Every attention in a canonicalised graph, and every softmax (or quotient like one) that is
+    not, with the reason."""
     sites: list[Site] = []
     refusals: list[Refusal] = []
     counts: Counter[str] = Counter()
     for graph in graphs(module):
         for node in graph.graph.nodes:
             if not is_anchor(node):
+                missed = near_miss(node)
+                refusals += [missed] if missed is not None else []
                 continue
             path = module_path(node) or "attention"
             name = f"{path}#{counts[path]}"

@@ -53,6 +53,7 @@ class Anchor:
     dropout: float = 0.0
     value: ValueProduct | None = None
     sink: Expr | None = None  # a logit that joins the denominator only
+    sink_first: bool = False  # its column stands before the keys
 
 
 def refuse(code: str, reason: str, node: fx.Node) -> Refusal:
@@ -77,7 +78,7 @@ def _open_softmax(node: fx.Node, module: torch.nn.Module) -> Anchor | Refusal:
     if not shape_of(scores):
         return refuse("no-score-product", "the softmax is taken of a single number", node)
     place = named["dim"] % len(shape_of(scores))
-    scores, column = _without_sink(scores, place)
+    scores, column, first = _without_sink(scores, place)
     shape = shape_of(scores)
     axes = Axes()
     dims = tuple(axes.line(s) if i == place else axes.fresh(s) for i, s in enumerate(shape))
@@ -89,20 +90,21 @@ def _open_softmax(node: fx.Node, module: torch.nn.Module) -> Anchor | Refusal:
     sink = None
     if column is not None:
         sink = lifter.operand(column, scores, (*dims[:place], (), *dims[place + 1 :]), 0)
-    return Anchor(node, axes, lifter, dims, keys, expr, sink=sink)
+    return Anchor(node, axes, lifter, dims, keys, expr, sink=sink, sink_first=first)
 
 
-def _without_sink(scores: fx.Node, place: int) -> tuple[fx.Node, fx.Node | None]:
-    """Split ``cat([scores, sink])`` along the softmax axis into the two (GPT-OSS)."""
+def _without_sink(scores: fx.Node, place: int) -> tuple[fx.Node, fx.Node | None, bool]:
+    """(scores, sink, sink first) of ``cat([scores, sink])`` along the softmax axis (GPT-OSS)."""
     if op_name(scores) != "cat":
-        return scores, None
+        return scores, None, False
     named = arguments(scores)
     parts = named["tensors"]
     if len(parts) != 2 or named["dim"] % len(shape_of(scores)) != place:
-        return scores, None
-    if not same_size(as_size(shape_of(parts[1])[place]), 1):
-        return scores, None
-    return parts[0], parts[1]
+        return scores, None, False
+    for at in (1, 0):
+        if same_size(as_size(shape_of(parts[at])[place]), 1):
+            return parts[1 - at], parts[at], at == 0
+    return scores, None, False
 
 
 def _open_sdpa(node: fx.Node, module: torch.nn.Module) -> Anchor | Refusal:

@@ -113,11 +113,45 @@ def _sequences(nodes: set[fx.Node]) -> set[fx.Node]:
     }  # fmt: skip
 
 
-def appended_to_cache(key: Operand) -> bool:
-    """True if the keys are a cache with the newest ones appended: ``cat([past, new])`` along kv."""
+def written_at(key: Operand, q_len: object) -> fx.Node | None:
+    """Where the keys of the queries were written into a cache of fixed size: the index tensor [q].
+
+    ``index_copy(cache, kv, index, new)`` and ``cache[:, :, index] = new``.  Key ``index[i]`` is the
+    one of query i, so this is the position of the query among the keys, also in a cache that rolls.
+    None where the keys are not written like that, or are not as many as the queries.
+    """
+    place = _kv_place(key)
+    node = key.node
+    while is_call(node, *_SAME, "copy_"):
+        node = node.args[1 if is_call(node, "copy_") else 0]  # type: ignore[assignment]
+    if place is None or not is_call(node, "index_copy", "index_copy_", "index_put", "index_put_"):
+        return None
+    named = arguments(node)
+    index: Any
+    if is_call(node, "index_copy", "index_copy_"):
+        index = named["index"] if named["dim"] % len(key.dims) == place else None
+    else:
+        at = [i for i, x in enumerate(named["indices"]) if x is not None]
+        index = named["indices"][place] if at == [place] and not named["accumulate"] else None
+    if not is_tensor(index) or len(shape_of(index)) != 1:
+        return None
+    return index if same_size(as_size(shape_of(index)[0]), as_size(q_len)) else None
+
+
+_SAME = ("to", "contiguous", "clone", "detach", "alias")
+
+
+def _kv_place(key: Operand) -> int | None:
+    """The dimension of K that is the keys alone."""
+    return next((i for i, d in enumerate(key.dims) if [f.role for f in d] == ["kv"]), None)
+
+
+def appended_to_cache(key: Operand, q_len: object) -> bool:
+    """True if the keys are a cache with the newest ones appended: ``cat([past, new])`` along kv,
+    one new key for each query."""
     position = next((i for i, d in enumerate(key.dims) if any(f.role == "kv" for f in d)), None)
     node = key.node
-    while is_call(node, "to", "contiguous", "clone", "detach", "alias"):
+    while is_call(node, *_SAME):
         node = node.args[0]  # type: ignore[assignment]
     if not is_call(node, "cat") or position is None:
         return False
@@ -125,7 +159,11 @@ def appended_to_cache(key: Operand) -> bool:
     parts = named["tensors"]
     if named["dim"] % len(key.dims) != position or len(parts) != 2:
         return False
-    return parts[0].op == "placeholder" or not _is_projection(parts[0])
+    if not same_size(as_size(shape_of(parts[1])[position]), as_size(q_len)):
+        return False
+    if parts[0].op == "placeholder":
+        return True
+    return same_size(as_size(q_len), 1) and not _is_projection(parts[0])
 
 
 def layout_text(operand: Operand) -> str:

@@ -100,7 +100,7 @@ def _step(anchor: Anchor, here: Probabilities, user: fx.Node) -> Probabilities |
 
 
 def _drops_last_key(anchor: Anchor, here: Probabilities, user: fx.Node) -> bool:
-    """``p[..., :-1]``: the column of the sink is taken away again."""
+    """``p[..., :-1]`` (or ``1:``): the column of the sink is taken away again."""
     if op_name(user) != "slice" or user.args[0] is not here.node:
         return False
     named = arguments(user)
@@ -108,7 +108,7 @@ def _drops_last_key(anchor: Anchor, here: Probabilities, user: fx.Node) -> bool:
     length = as_size(shape_of(user)[place])
     return (
         named["dim"] % len(here.dims) == place
-        and not named["start"]
+        and (named["start"] or 0) == int(anchor.sink_first)
         and named["step"] == 1
         and same_size(length, anchor.axes.extent(anchor.keys))
     )

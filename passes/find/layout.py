@@ -197,6 +197,8 @@ def _pull_part(node: fx.Node, dims: Dims, axes: Axes) -> tuple[fx.Node, Dims] | 
     if not isinstance(whole, fx.Node) or not isinstance(index, int):
         return None
     name = op_name(whole)
+    if name == "meshgrid":
+        return _pull_grid(whole, index, dims)
     if name not in ("split", "chunk", "split_with_sizes", "unbind"):
         return None
     source = whole.args[0]
@@ -213,6 +215,14 @@ def _pull_part(node: fx.Node, dims: Dims, axes: Axes) -> tuple[fx.Node, Dims] | 
     if place is None:
         return None
     return source, tuple(place if i == position else d for i, d in enumerate(dims))
+
+
+def _pull_grid(grid: fx.Node, index: int, dims: Dims) -> tuple[fx.Node, Dims] | None:
+    """Part ``index`` of a ``meshgrid`` varies with one axis; "xy" swaps the first two."""
+    named = arguments(grid)
+    source = named["tensors"][index]
+    place = 1 - index if named.get("indexing") == "xy" and index < 2 else index
+    return (source, (dims[place],)) if len(shape_of(source)) == 1 else None
 
 
 _PULL: dict[str, Callable[[fx.Node, Dims, Axes, tuple[Any, ...]], Sequence[Coord] | None]] = {

@@ -15,7 +15,7 @@ import sympy
 import torch
 from torch import fx
 
-from attn_rewrite.cascade.expr import Call, Const, Expr, Extent, Rank, Read, call, walk
+from attn_rewrite.cascade.expr import Call, Const, Expr, Extent, Rank, Read, call, walk, where
 from attn_rewrite.cascade.simplify import is_boolean, simplify
 from attn_rewrite.graph import arguments, is_tensor, op_name, shape_of, value_of
 from attn_rewrite.passes.find.axes import Atoms, Axes
@@ -168,7 +168,7 @@ class Lifter:
         product = product_of(node)
         if product is not None:
             return self._dot(product, dims)
-        rule = RULES.get(name.removesuffix("_") if name not in ("__and__", "__or__") else name)
+        rule = RULES.get(name if name.startswith("__") else name.removesuffix("_"))
         return None if rule is None else rule(self, node, dims, depth)
 
     def _leave(self, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
@@ -208,8 +208,9 @@ class Lifter:
         sizes = product.sizes()
         for label in product.contracted:
             atoms[label] = self.axes.fresh(sizes[label])
-        if not product.contracted:
-            return None
+        outer = set(product.left_labels) ^ set(product.right_labels)
+        if not product.contracted and (op_name(product.node) != "einsum" or len(outer) < 2):
+            return None  # an outer product written as an einsum is one of width 1
         dot = Dot(f"D{len(self.dots)}", product, out, atoms)
         self.dots[dot.name] = dot
         return Read(dot.name)
@@ -244,7 +245,7 @@ class Lifter:
         return None
 
     def _constant(self, node: fx.Node, dims: Dims) -> Expr | None:
-        value = _attribute(self.module, str(node.target))
+        value = attribute(self.module, str(node.target))
         if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
             return None
         if value.numel() == 1 and value.device.type != "meta":
@@ -252,22 +253,16 @@ class Lifter:
         return self._triangle(value, dims)
 
     def _triangle(self, value: torch.Tensor, dims: Dims) -> Expr | None:
-        """A stored lower-triangular buffer, recognised by its elements."""
-        if (
-            value.dtype not in (torch.bool, torch.uint8)
-            or value.dim() < 2
-            or value.device.type == "meta"
-        ):
+        """A stored triangle, lower or upper, of two values: recognised by its elements."""
+        found = _stored_triangle(value)
+        if found is None:
             return None
-        rows, columns = value.shape[-2:]
-        if value.numel() != rows * columns or rows != columns or rows < 2:
-            return None
-        if not torch.equal(
-            value.reshape(rows, columns).bool(), torch.ones(rows, columns).tril().bool()
-        ):
-            return None
+        diagonal, inside, outside = found
         row, column = (coordinate(d, self.axes) for d in dims[-2:])
-        return None if row is None or column is None else call("le", column, row)
+        if row is None or column is None:
+            return None
+        kept = call("le", column, row + diagonal)
+        return simplify(where(kept, literal(inside), literal(outside)))
 
     # -- operands
     # -----------------------------------------------------------------------------------
@@ -320,7 +315,29 @@ def _solution(size: Any, symbol: Any, whole: Any) -> Any | None:
     return (whole - size.subs(symbol, 0)) / slope
 
 
-def _attribute(module: torch.nn.Module, path: str) -> Any:
+def _stored_triangle(value: torch.Tensor) -> tuple[int, Any, Any] | None:
+    """(diagonal, value on and below it, value above it) of a square tensor; None if it is not so.
+
+    Other dimensions have length 1.  The diagonal is that of ``torch.tril``.
+    """
+    if value.dim() < 2 or value.device.type == "meta":
+        return None
+    rows, columns = value.shape[-2:]
+    if value.numel() != rows * columns or rows != columns or rows < 2:
+        return None
+    square = value.reshape(rows, columns)
+    below, above = square[-1, 0], square[0, -1]
+    if torch.equal(below, above):
+        return None
+    diagonal = int((square[0] == below).sum()) - 1
+    kept = torch.ones(rows, columns, dtype=torch.bool, device=value.device).tril(diagonal)
+    if not torch.equal(square, torch.where(kept, below, above)):
+        return None
+    return diagonal, below.item(), above.item()
+
+
+def attribute(module: torch.nn.Module, path: str) -> Any:
+    """What ``path`` names below ``module``; None if nothing."""
     value: Any = module
     for part in path.split("."):
         value = getattr(value, part, None)

@@ -26,6 +26,7 @@ from attn_rewrite.cascade.expr import (
 from attn_rewrite.cascade.ir import TensorDecl
 from attn_rewrite.cascade.simplify import is_causal_term, mask_value, rows_kept, simplify
 from attn_rewrite.graph import (
+    PARAMETER,
     ROLE_ORDER,
     arguments,
     canonical_groups,
@@ -36,15 +37,24 @@ from attn_rewrite.graph import (
 )
 from attn_rewrite.passes.find.anchor import Anchor, open_anchor, refuse
 from attn_rewrite.passes.find.axes import Atoms
-from attn_rewrite.passes.find.facts import appended_to_cache, kind_of, layout_text, length_of
+from attn_rewrite.passes.find.facts import (
+    appended_to_cache,
+    kind_of,
+    layout_text,
+    length_of,
+    written_at,
+)
 from attn_rewrite.passes.find.forward import Forward, follow
 from attn_rewrite.passes.find.layout import pull, pure
-from attn_rewrite.passes.find.lift import Dot
+from attn_rewrite.passes.find.lift import Dot, attribute
 from attn_rewrite.passes.find.region import region
 from attn_rewrite.passes.find.roles import Roles, assign, from_features, groups, in_ranks, operand
-from attn_rewrite.site import Operand, Refusal, Site
+from attn_rewrite.site import UNKNOWN_OFFSET, Operand, Refusal, Site
+from attn_rewrite.sizes import as_size, same_size
 
 Tensor = tuple[fx.Node, tuple[Atoms, ...]]
+# The cascade's name for the positions of the queries, where they are a tensor.
+POSITION = "POS"
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +112,9 @@ def _site(
     factor, query = _trim(*dot.operand(not left_has_keys), axes)
     factor_k, key = _trim(*dot.operand(left_has_keys), axes)
     _, value = _trim(forward.value.value, forward.value.value_dims, axes, scale=False)
+    if _is_weight(key[0], module) and _is_weight(value[0], module):
+        reason = "keys and values are weights: two projections with a softmax between, a lookup"
+        return refuse("learned-keys", reason, anchor.node)
     keys = set(axes.resolve(anchor.keys))  # walking back may have split them
     rows = tuple(a for d in anchor.dims for a in axes.resolve(d) if a not in keys)
     roles = assign(rows, anchor.keys, dot, query, key, value, forward.value.features, axes)
@@ -116,14 +129,11 @@ def _site(
     return replace(site, family="channel") if channels else site
 
 
-def _constant_factor(node: fx.Node) -> float | None:
-    """c of ``x * c`` and 1 / c of ``x / c``; None for anything else."""
-    if not is_call(node, "mul", "mul_", "div", "div_") or not isinstance(node.args[0], fx.Node):
-        return None
-    by = node.args[1]
-    if not isinstance(by, (int, float)) or arguments(node).get("rounding_mode") is not None:
-        return None
-    return float(by) if is_call(node, "mul", "mul_") else 1.0 / by
+def _is_weight(node: fx.Node, module: fx.GraphModule) -> bool:
+    """True for a parameter of the model itself (buffers may be caches)."""
+    if node.op == "get_attr":
+        return isinstance(attribute(module, str(node.target)), torch.nn.Parameter)
+    return bool(node.meta.get(PARAMETER))
 
 
 def _trim(
@@ -304,6 +314,16 @@ def _assemble(
     inputs = {
         n: operand(*t, roles, axes) for n, t in zip("QKV", tensors, strict=True)
     } | raised.reads
+    kind, rope = kind_of(inputs["Q"], inputs["K"], roles)
+    q_len = length_of(inputs["Q"], "q", axes.extent(roles.q))
+    kv_len = length_of(inputs["K"], "kv", axes.extent(roles.kv))
+    offset, causal = _positions(raised, inputs["K"], kind, q_len, kv_len)
+    if isinstance(offset, fx.Node):
+        own = operand(offset, (roles.q,), roles, axes)
+        inputs[POSITION] = own
+        raised = replace(raised, reads=raised.reads | {POSITION: own})
+        at = Read(POSITION, tuple(Rank(r) for r in _ranks(own)))
+        offset = str(at % Extent("kv") - Rank("q"))  # an index may count from the end
     form = SoftmaxAttention(
         raised.score,
         raised.guard,
@@ -314,21 +334,17 @@ def _assemble(
             TensorDecl(n, _ranks(o), dtype=_dtype(o.node)) for n, o in raised.reads.items()
         ),
     )
-    offset = causal_offset(raised)
-    kind, rope = kind_of(inputs["Q"], inputs["K"], roles)
-    if offset is None and kind == "self" and not roles.q and appended_to_cache(inputs["K"]):
-        offset = Extent("kv") - 1  # one newest query: every key is at or before its position
     output = operand(forward.value.node, forward.value.out_dims, roles, axes)
     return Site(
         name=name,
         module=module_path(anchor.node),
         kind=kind,
         family="softmax",
-        causal=offset is not None,
+        causal=causal,
         hq=int(axes.extent(roles.h + roles.g)),
         hkv=int(axes.extent(roles.h)),
-        q_len=length_of(inputs["Q"], "q", axes.extent(roles.q)),
-        kv_len=length_of(inputs["K"], "kv", axes.extent(roles.kv)),
+        q_len=q_len,
+        kv_len=kv_len,
         d_qk=axes.extent(roles.d),
         d_v=axes.extent(roles.f),
         scale=scale_of(raised.score),
@@ -342,9 +358,31 @@ def _assemble(
         inputs=inputs,
         output=output,
         factors=tuple(f for g in groups(roles, axes, tuple((r,) for r in ROLE_ORDER)) for f in g),
-        offset="0" if offset is None else str(offset),
+        offset=offset,
         source=source_line(anchor.node),
     )
+
+
+def _positions(
+    raised: Raised, key: Operand, kind: str, q_len: Any, kv_len: Any
+) -> tuple[str | fx.Node, bool]:
+    """(offset of a query's position, causal): from the mask, else from how the keys were cached.
+
+    A node is the tensor of positions [q].  One newest query sees what was cached at or before its
+    own position: that is causal without a mask that says so.
+    """
+    offset = causal_offset(raised)
+    if offset is not None:
+        return str(offset), True
+    if kind != "self":
+        return "0", False
+    single = same_size(as_size(q_len), 1)
+    if appended_to_cache(key, q_len):
+        return str(Extent("kv") - (1 if single else Extent("q"))), single
+    index = written_at(key, q_len)
+    if index is not None:
+        return index, single
+    return ("0" if same_size(as_size(q_len), as_size(kv_len)) else UNKNOWN_OFFSET), False
 
 
 def _dtype(node: fx.Node) -> str:

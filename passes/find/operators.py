@@ -165,6 +165,30 @@ def _covers(size: Any, symbol: Any) -> bool:
     )
 
 
+def _cumulated(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+    """The running sum of a constant is its position times the constant."""
+    named = arguments(node)
+    place = named["dim"] % max(len(dims), 1)
+    inner = lifter.operand(named["self"], node, dims, depth)
+    at = coordinate(dims[place], lifter.axes) if dims else None
+    if not isinstance(inner, Const) or at is None:
+        return None
+    return (at + 1) * int(inner.value) if float(inner.value).is_integer() else None
+
+
+def _filled_in(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+    """``x.fill_(value)``, made functional: the value."""
+    return lifter.operand(arguments(node)["value"], node, (), depth)
+
+
+def _exclusive(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+    parts = [lifter.operand(a, node, dims, depth) for a in node.args[:2]]
+    if any(p is None or not is_boolean(p) for p in parts):
+        return None
+    a, b = (p for p in parts if p is not None)
+    return call("or", call("and", a, call("not", b)), call("and", call("not", a), b))
+
+
 def _logical_not(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
     inner = lifter.operand(node.args[0], node, dims, depth)
     if inner is None or (op_name(node) == "bitwise_not" and value_of(node).dtype != torch.bool):
@@ -202,6 +226,9 @@ RULES: Mapping[str, Rule] = {
     "arange": _arange,
     "index": _index,
     "clamp": _clamp,
+    "cumsum": _cumulated,
+    "fill": _filled_in,
+    **dict.fromkeys(("__xor__", "logical_xor", "bitwise_xor"), _exclusive),
     "tril": _triangular(lower=True),
     "triu": _triangular(lower=False),
     "logical_not": _logical_not,
@@ -224,6 +251,9 @@ RULES: Mapping[str, Rule] = {
             ("relu", "relu"),
             ("abs", "abs"),
             ("sqrt", "sqrt"),
+            ("rsqrt", "rsqrt"),
+            ("reciprocal", "reciprocal"),
+            ("pow", "pow"),
             ("log", "log"),
             ("maximum", "max"),
             ("minimum", "min"),

@@ -100,6 +100,8 @@ def _carries_axes(source: fx.Node, node: fx.Node) -> bool:
 def from_features(node: fx.Node, dims: tuple[Atoms, ...], wanted: Atoms, axes: Axes) -> bool:
     """True if the atoms come from the feature axis of a projection: they are channels, not
     positions."""
+    if same_size(axes.extent(wanted), 1):
+        return False  # one key: nothing tells
     for _ in range(24):
         if is_call(node, "linear", "addmm", "conv2d", "conv1d"):
             place = len(dims) - 1 if is_call(node, "linear", "addmm") else 1

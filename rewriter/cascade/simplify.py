@@ -35,6 +35,7 @@ _FOLD: dict[str, Callable[..., int | float | bool]] = {
     "max": max, "min": min, "exp": math.exp, "sqrt": math.sqrt, "tanh": math.tanh,
     "cast_bool": bool, "cast_i64": int, "cast_i32": int,
     "cast_f32": float, "cast_f64": float, "cast_f16": float, "cast_bf16": float,
+    "log": lambda a: math.log(a) if a else -math.inf,
     "rsqrt": lambda a: 1 / math.sqrt(a), "reciprocal": lambda a: 1 / a,
 }  # fmt: skip
 _NEGATED = {"lt": "ge", "ge": "lt", "gt": "le", "le": "gt", "eq": "ne", "ne": "eq"}
@@ -270,8 +271,9 @@ def _comparison(node: Call) -> Expr | None:
     if node.op not in _COMPARISONS:
         return None
     left, right = node.args
-    if _truth_test(node):
-        return _truth_test(node)
+    truth = _truth_test(node)
+    if truth is not None:
+        return truth
     if node.op in _SWAPPED:
         left, right = right, left
     op = _SWAPPED.get(node.op, node.op)

@@ -1,0 +1,59 @@
+"""``log(exp(x).sum(dim))`` -> ``logsumexp(x, dim)``; ``einsum("..k->..")`` -> a sum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from attn_rewrite.graph import GraphBuilder, arguments, aten, is_call, shape_of
+from attn_rewrite.passes.canonicalize.base import Canonicalization
+
+
+@dataclass(frozen=True)
+class LogSumExp(Canonicalization):
+    """The logarithm of a sum of exponentials over given axes."""
+
+    name: ClassVar[str] = "log-sum-exp"
+    targets: ClassVar[frozenset[str]] = frozenset({"log"})
+
+    def rewrite(self, node: fx.Node, build: GraphBuilder) -> fx.Node | None:
+        """Rewrite where the sum runs over named axes."""
+        total = node.args[0]
+        if not is_call(total, "sum") or not isinstance(total, fx.Node):
+            return None
+        named = arguments(total)
+        dims = named.get("dim")
+        if dims is None or not is_call(named["self"], "exp"):
+            return None
+        dims = [dims] if isinstance(dims, int) else list(dims)
+        args = (named["self"].args[0], dims, bool(named.get("keepdim")))
+        return build.call(aten.logsumexp.default, *args)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class EinsumOfOne(Canonicalization):
+    """An einsum of one operand permutes it and sums what the output does not name."""
+
+    name: ClassVar[str] = "einsum-of-one"
+    targets: ClassVar[frozenset[str]] = frozenset({"einsum"})
+
+    def rewrite(self, node: fx.Node, build: GraphBuilder) -> fx.Node | None:
+        """Rewrite equations without ellipsis and without a repeated letter."""
+        named = arguments(node)
+        tensors, equation = named["tensors"], named["equation"].replace(" ", "")
+        letters, arrow, out = equation.partition("->")
+        if len(tensors) != 1 or not arrow or "." in equation or len(set(letters)) != len(letters):
+            return None
+        if len(shape_of(tensors[0])) != len(letters):
+            return None
+        kept = [c for c in letters if c in out]
+        result = tensors[0]
+        if len(kept) < len(letters):
+            summed = [i for i, c in enumerate(letters) if c not in out]
+            result = build.call(aten.sum.dim_IntList, result, summed)
+        order = [kept.index(c) for c in out]
+        if order != list(range(len(order))):
+            result = build.call(aten.permute.default, result, order)
+        return None if result is tensors[0] else result

@@ -1,0 +1,206 @@
+"""Normalisations without a softmax: sinks in the denominator, near misses, lookups, stored masks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import attn_rewrite as ar
+from tests.test_find_families import LENGTH, WIDTH, TalkingBefore
+from tests.test_find_spellings import findings
+
+SHAPE = (2, 4, 6, 8)
+
+
+def _qkv() -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+    return tuple(torch.randn(SHAPE) for _ in range(3))
+
+
+class Sink(nn.Module):
+    """A logit per head that joins the denominator only, spelled in four ways."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        self.spelling = spelling
+        self.logit = nn.Parameter(torch.tensor([0.5, -1.0, 2.0, 0.0]))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = q @ k.mT
+        column = self.logit.view(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
+        if self.spelling == "last":
+            return torch.cat([s, column], -1).softmax(-1)[..., :-1] @ v
+        if self.spelling == "first":
+            return torch.cat([column, s], -1).softmax(-1)[..., 1:] @ v
+        e = s.exp()
+        if self.spelling == "denominator":
+            return (e / (e.sum(-1, keepdim=True) + self.logit.exp().view(1, 4, 1, 1))) @ v
+        return (e / (self.logit.view(4, 1, 1).exp() + e.sum(-1, keepdim=True))) @ v
+
+
+@pytest.mark.parametrize("spelling", ["last", "first", "denominator", "sum second"])
+def test_sink(spelling: str) -> None:
+    q, k, v = _qkv()
+    model = Sink(spelling).eval()
+    (site,) = findings(model, (q, k, v)).sites
+    top = site.cascade.producer("GM")
+    assert top is not None
+    assert "max(LM[b, h, q], M0[h]" in str(top.expr)
+    weights = (q.double() @ k.double().mT).exp()
+    total = weights.sum(-1, keepdim=True) + model.logit.double().exp().view(1, 4, 1, 1)
+    exact = weights / total @ v.double()
+    with torch.no_grad():
+        own = (model(q, k, v).double() - exact).abs().max()
+        found = (ar.optimize(model, "exact", (q, k, v))(q, k, v).double() - exact).abs().max()
+    assert found <= max(2 * own, 4 * 2**-23 * exact.abs().max())
+
+
+def test_softmax_off_by_one_has_a_sink_of_zero() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        e = (q @ k.mT).exp()
+        return (e / (1 + e.sum(-1, keepdim=True))) @ v
+
+    (site,) = findings(attend).sites
+    assert "max(LM[b, h, q], 0.0)" in str(site.cascade.producer("GM").expr)
+
+
+def _other_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).exp() / (q @ v.mT).exp().sum(-1, keepdim=True) @ v
+
+
+def _whole_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = (q @ k.mT).exp()
+    return (e / e.sum()) @ v
+
+
+def _squares(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = (q @ k.mT).exp()
+    return (e / e.square().sum(-1, keepdim=True)) @ v
+
+
+def _mean(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = (q @ k.mT).exp()
+    return (e / e.mean(-1, keepdim=True)) @ v
+
+
+def _relu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = (q @ k.mT).relu()
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+def _late_over_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = (q @ k.mT).exp()
+    return (e @ v) / e.sum(-2, keepdim=True).mT
+
+
+NEAR = {
+    _other_sum: ("exponential-quotient", "not its own sum"),
+    _whole_sum: ("exponential-quotient", "a sum over 4 axes"),
+    _squares: ("exponential-quotient", "not its own sum"),
+    _mean: ("exponential-quotient", "its mean"),
+    _relu: ("normalised-without-exponential", "after relu"),
+    _late_over_queries: ("exponential-quotient", "not its own sum"),
+}
+
+
+@pytest.mark.parametrize("function", NEAR, ids=lambda f: f.__name__)
+def test_near_misses_are_refused(function) -> None:
+    found = findings(function)
+    assert not found.sites
+    (refusal,) = found.refusals
+    code, words = NEAR[function]
+    assert refusal.code == code
+    assert words in refusal.reason
+    assert refusal.node
+    assert refusal.source
+
+
+def _sigmoid(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return 1 / (1 + torch.exp(-q)) * v
+
+
+def _mean_of_the_kept(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    keep = (k > 0).to(v.dtype)
+    return (v * keep).sum(2) / keep.sum(2).clamp(min=1)
+
+
+def _unit_length(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return nn.functional.normalize(q, dim=-1) + v / v.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    "function", [_sigmoid, _mean_of_the_kept, _unit_length], ids=lambda f: f.__name__
+)
+def test_other_quotients_are_nothing(function) -> None:
+    found = findings(function)
+    assert (found.sites, found.refusals) == ((), ())
+
+
+class Codebook(nn.Module):
+    """A soft lookup of learned codes: classifier weights, softmax, embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes = nn.Parameter(torch.randn(10, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.codes.T).softmax(-1) @ self.codes
+
+
+def test_lookup_is_not_attention() -> None:
+    found = findings(Codebook(), (torch.randn(2, 5, 8),))
+    assert not found.sites
+    assert [r.code for r in found.refusals] == ["learned-keys"]
+
+
+STORED = {
+    "float tril": (torch.ones(16, 16).tril().view(1, 1, 16, 16), lambda s, m: s.masked_fill(m == 0, -math.inf)),
+    "bool triu": (torch.ones(16, 16, dtype=torch.bool).triu(1), lambda s, m: s.masked_fill(m, -1e9)),
+    "minus infinity": (torch.full((16, 16), -math.inf).triu(1), lambda s, m: s + m),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("past", [0, 3])
+def test_stored_triangles(name: str, past: int) -> None:
+    """A buffer cut to the lengths is the comparison it holds, also below a cache."""
+    buffer, use = STORED[name]
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mask", buffer)
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            rows, columns = q.shape[2], k.shape[2]
+            part = self.mask[..., columns - rows : columns, :columns]
+            return use(q @ k.mT, part).softmax(-1) @ v
+
+    q, k, v = _qkv()
+    (site,) = findings(Masked(), (q[:, :, past:], k, v)).sites
+    assert (site.causal, site.offset) == (True, str(past))
+
+
+def test_buffers_that_are_no_triangle_are_read() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            mask = torch.ones(6, 6).tril()
+            mask[3, 5] = 1
+            self.register_buffer("mask", mask)
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return (q @ k.mT).masked_fill(self.mask == 0, -math.inf).softmax(-1) @ v
+
+    (site,) = findings(Masked()).sites
+    assert not site.causal
+    assert [n for n in site.inputs if n.startswith("M")]
+
+
+def test_talking_heads_are_kept_and_costed() -> None:
+    model = TalkingBefore().eval()
+    report = ar.optimize(model, "exact", (torch.randn(2, LENGTH, WIDTH),)).report
+    assert [r.code for r in report.all_refusals()] == ["talking-heads"]
