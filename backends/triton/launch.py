@@ -1,0 +1,161 @@
+"""Calling a generated kernel: its arguments from tensors, its grid, its outputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attn_rewrite.backends.triton.build import is_interpreted, kernel_of
+from attn_rewrite.backends.triton.emit import Source
+from attn_rewrite.backends.triton.frame import Parameter
+from attn_rewrite.backends.triton.schedule import padded_side
+from attn_rewrite.errors import LowerError
+
+Launch = Callable[..., Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """Everything one launch needs besides the source.
+
+    ``tensors`` by name: inputs, outputs, and the tables of lists, pages and sequences; ``ranks``
+    the dimensions of each; ``extents`` of every rank; ``special`` numbers by argument name.
+    """
+
+    tensors: Mapping[str, Tensor]
+    ranks: Mapping[str, Sequence[str]]
+    extents: Mapping[str, Any]
+    special: Mapping[str, Any] = field(default_factory=dict)
+
+
+def grid_of(source: Source, call: Call, splits: int = 1) -> tuple[Any, ...]:
+    """Programs: row blocks times the extents of the grid ranks, and parts of a split rank."""
+    roles, schedule = source.program.roles, source.schedule
+    rows = call.extents[roles.row] * schedule.pack
+    blocks = (rows + schedule.block_rows - 1) // schedule.block_rows
+    count = blocks
+    for rank in roles.grid:
+        extent = call.extents[rank]
+        count = count * (extent // schedule.pack if rank == "h" else extent)
+    return (count, splits) if schedule.split else (count,)
+
+
+def arguments(source: Source, call: Call) -> dict[str, Any]:
+    """The value of every argument of the kernel, by name."""
+    return {p.name: _argument(source, call, p) for p in source.parameters}
+
+
+def _argument(source: Source, call: Call, p: Parameter) -> Any:
+    if p.kind == "pointer":
+        return call.tensors[p.tensor]
+    if p.kind == "stride":
+        return stride_of(call.tensors[p.tensor], call.ranks[p.tensor], p.rank, call.extents)
+    if p.kind == "extent":
+        return call.extents[p.rank]
+    if p.kind == "lane":
+        extent = call.extents[p.rank]
+        return padded_side(extent) if p.name.startswith("BLOCK_") else extent
+    return _constant(source, call, p)
+
+
+def _constant(source: Source, call: Call, p: Parameter) -> Any:
+    schedule = source.schedule
+    known = {
+        "PRECISION": schedule.precision,
+        "LIST_ROWS": schedule.list_ratio[0],
+        "LIST_ALONG": schedule.list_ratio[1],
+    }
+    if p.name in known:
+        return known[p.name]
+    if p.rank == source.program.roles.row:
+        return schedule.block_rows
+    if p.rank == source.program.roles.along:
+        return schedule.block_along
+    return call.special[p.name]
+
+
+def stride_of(tensor: Tensor, ranks: Sequence[str], rank: str, extents: Mapping[str, Any]) -> Any:
+    """Elements between neighbours along ``rank``; 0 where a dimension of one broadcasts."""
+    place = list(ranks).index(rank)
+    broadcast = isinstance(tensor.shape[place], int) and tensor.shape[place] == 1
+    return 0 if broadcast and extents.get(rank, 1) != 1 else tensor.stride(place)
+
+
+def launch(source: Source, call: Call, splits: int = 1, *, wrap: bool = False) -> None:
+    """Run the kernel on the tensors of ``call``; outputs are written in place.
+
+    ``wrap``: launch through `torch.library.wrap_triton`, so that tracers see the kernel.
+    """
+    grid = grid_of(source, call, splits)
+    if isinstance(grid[0], int) and math.prod(grid) == 0:
+        return
+    kernel = kernel_of(source)
+    values = arguments(source, call)
+    if is_interpreted(kernel):
+        kernel[grid](**values)
+        return
+    target = torch.library.wrap_triton(kernel) if wrap else kernel
+    target[grid](**values, num_warps=source.schedule.warps, num_stages=source.schedule.stages)
+
+
+def extents_of(
+    source: Source, tensors: Mapping[str, Tensor], more: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Extents of all ranks from the inputs; a dimension of one broadcasts if another is larger."""
+    found: dict[str, Any] = {}
+    for decl in source.program.cascade.inputs:
+        if decl.name not in tensors:
+            continue
+        for rank, extent in zip(decl.ranks, tensors[decl.name].shape, strict=True):
+            have = found.get(rank)
+            if have is None or (isinstance(have, int) and have == 1):
+                found[rank] = extent
+    found.update(more or {})
+    for rank in (source.program.roles.row, source.program.roles.along):
+        if rank not in found:
+            raise LowerError(f"no input of {source.program.cascade.name} has the rank {rank}")
+    return found
+
+
+def run(
+    source: Source,
+    inputs: Mapping[str, Tensor],
+    dtypes: Mapping[str, torch.dtype] | None = None,
+    *,
+    tables: Mapping[str, Tensor] | None = None,
+    extents: Mapping[str, Any] | None = None,
+    special: Mapping[str, Any] | None = None,
+    splits: int = 1,
+    wrap: bool = False,
+) -> dict[str, Tensor]:
+    """Allocate the outputs of ``source``, launch it, and return them by name.
+
+    ``inputs`` have the declared ranks as dimensions, any strides.  Outputs with a head dimension
+    have the type of the first floating input, others float32; ``dtypes`` says otherwise.
+    ``tables`` are the lists of tiles (``tiles [b, h, blocks, 3]``, ``columns``).
+    """
+    sizes = extents_of(source, inputs, extents)
+    first = next(t for t in inputs.values() if t.is_floating_point())
+    ranks = {t.name: t.ranks for t in source.program.cascade.inputs}
+    ranks["tiles"] = ("b", "h", "blocks", "place")
+    outputs = {}
+    lanes = set(source.program.roles.lanes)
+    for o in source.outputs:
+        shape = [sizes[r] for r in o.ranks]
+        ranks[o.name] = o.ranks
+        if source.schedule.split:
+            shape, ranks[o.name] = [splits, *shape], ("split", *o.ranks)
+        wide = torch.float32 if source.schedule.split or not lanes & set(o.ranks) else first.dtype
+        kind = (dtypes or {}).get(o.name, wide)
+        if source.program.roles.along in o.ranks:
+            outputs[o.name] = torch.full(shape, o.default, dtype=kind, device=first.device)
+        else:
+            outputs[o.name] = torch.empty(shape, dtype=kind, device=first.device)
+    call = Call({**inputs, **(tables or {}), **outputs}, ranks, sizes, special or {})
+    launch(source, call, splits, wrap=wrap)
+    return outputs

@@ -1,0 +1,89 @@
+"""How a cascade is run: tile sides, warps, and what the source of its kernel provides for.
+
+A `Schedule` is a value: the same cascade and schedule give the same source text.  Lengths are not
+part of it, so one kernel serves every length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+# How tiles that the guard empties are left out.
+SKIPPING = ("none", "bounds", "lists")
+PRECISIONS = ("ieee", "tf32")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Sizes and choices of one kernel.
+
+    ``block_rows`` x ``block_along`` scores are a tile (powers of two, at least 16).  ``skipping`` is
+    ``"none"``, ``"bounds"`` (loop bounds in closed form) or ``"lists"`` (lists of blocks).  ``pack``
+    query heads of one key head share the rows of a block.  ``precision`` is that of products of
+    float32 operands.  ``split`` cuts the traversed rank over programs that write partial states;
+    ``varlen`` reads sequences of different lengths laid end to end; ``paged`` reads keys and values
+    through a table of pages.  ``random`` names the input that is made by Philox instead of read.
+    """
+
+    block_rows: int = 64
+    block_along: int = 64
+    warps: int = 4
+    stages: int = 2
+    skipping: str = "none"
+    pack: int = 1
+    precision: str = "ieee"
+    list_ratio: tuple[int, int] = (1, 1)
+    split: bool = False
+    varlen: bool = False
+    paged: bool = False
+    random: str | None = None
+    widen: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        for name in ("block_rows", "block_along"):
+            side = getattr(self, name)
+            if side < 16 or side & (side - 1):
+                raise ValueError(f"{name} is {side}; expected a power of two of at least 16")
+        if self.skipping not in SKIPPING:
+            raise ValueError(f"skipping is {self.skipping!r}; expected one of {SKIPPING}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision is {self.precision!r}; expected one of {PRECISIONS}")
+
+    def with_(self, **changes: object) -> Schedule:
+        """The same schedule but for ``changes``."""
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+def padded_side(extent: int) -> int:
+    """The side of a tile that holds ``extent`` lanes: a power of two, at least 16."""
+    return max(16, 1 << (extent - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a default depends on: ``cuda`` or ``hip``, and its architecture."""
+
+    backend: str = "cuda"
+    arch: int | str = 90
+
+
+def default_schedule(
+    lanes: Mapping[str, int], item_bytes: int, device: Device | None = None
+) -> Schedule:
+    """Tile sides that fit registers and shared memory without tuning.
+
+    ``lanes`` are the extents of the head dimensions, ``item_bytes`` the size of an operand element.
+    The accumulator (rows x value lanes, float32) and the scores share the register file, and
+    ``stages`` tiles of keys and values the shared memory, so both shrink with the head dimension.
+    """
+    device = device or Device()
+    width = max((padded_side(n) for n in lanes.values()), default=64)
+    wide, narrow = width * item_bytes > 256, width * item_bytes <= 128
+    rows = 64 if wide or item_bytes > 2 else 128
+    along = 32 if wide else 64
+    warps = 8 if rows == 128 and not narrow else 4
+    stages = 2 if wide else 3
+    if device.backend == "hip":
+        stages = 1 if wide else 2
+    return Schedule(block_rows=rows, block_along=along, warps=warps, stages=stages)

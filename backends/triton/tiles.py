@@ -1,0 +1,231 @@
+"""The steps of a program as statements: maps, folds, products of matrices and their masks.
+
+Points outside the guard, and keys beyond the length, must not reach a fold.  A value that a fold
+reads is masked where it is made (its default), or is shown to be neutral already: an exponential of
+a masked score is 0, and so is everything multiplied by it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from attn_rewrite.backends.triton.expressions import Value, as_number, bare, joined
+from attn_rewrite.backends.triton.frame import Frame
+from attn_rewrite.backends.triton.program import Step
+from attn_rewrite.cascade.expr import TRUE, Call, Const, Expr, Read
+from attn_rewrite.cascade.infer import IDENTITY
+from attn_rewrite.errors import LowerError
+
+_FOLD = {"add": "tl.sum", "max": "tl.max", "min": "tl.min"}
+
+
+@dataclass
+class Masking:
+    """Where masks are needed: ``condition`` is the test for tiles that are not full.
+
+    None: never (steps outside a traversal); ``""``: in every tile.
+    """
+
+    condition: str | None = None
+    keeps: dict[Expr, Value] = field(default_factory=dict)
+
+
+class Steps:
+    """Writes steps into the body of a frame."""
+
+    def __init__(self, frame: Frame, masking: Masking | None = None) -> None:
+        self.frame, self.masking = frame, masking or Masking()
+        self.outside: dict[str, float] = {}  # value of tiles where the mask does not hold
+
+    def run(self, step: Step, name: str | None = None) -> Value:
+        """Write ``step``; its value is known by its name from then on."""
+        frame = self.frame
+        for line in step.text.splitlines():
+            frame.body.comment(line)
+        if not step.reduce and isinstance(step.expr, Read):
+            alias = frame.resolve(step.expr)
+            if step.guard == TRUE and alias.raw:
+                frame.values[step.name] = alias
+                return alias
+        value = self._folded(step) if step.reduce else frame.expressions.emit(step.expr)
+        target = name or frame.names.of(step.name)
+        frame.body.line(f"{target} = {bare(value.text)}")
+        made = Value(target, value.axes, value.kind)
+        self._mask_default(step, made)
+        frame.values[step.name] = made
+        return made
+
+    # Masks
+
+    def _mask_default(self, step: Step, made: Value) -> None:
+        """Give the default to points outside the guard, unless they have it anyway."""
+        along = self.frame.roles.along
+        if self.masking.condition is None or along not in made.axes:
+            return
+        have = None if step.reduce else self._value_outside(step.expr)
+        if have is not None and have == step.default:
+            self.outside[step.name] = step.default
+        elif step.guard != TRUE or step.default != 0.0:
+            self._where(made.text, made.axes, step.guard, step.default)
+            self.outside[step.name] = step.default
+        elif have is not None:
+            self.outside[step.name] = have
+
+    def _where(self, name: str, axes: Sequence[str], guard: Expr, default: float) -> None:
+        body = self.frame.body
+        keep = self._keep(guard)
+        if not set(keep.axes) <= set(axes):
+            raise LowerError(f"{name} is masked along a rank that it does not have")
+        other = f"float('{default}')" if math.isinf(default) else repr(default)
+        line = f"{name} = tl.where({bare(keep.over(axes))}, {name}, {other})"
+        if not self.masking.condition:
+            body.line(line)
+            return
+        with body.block(f"if {self.masking.condition}:"):
+            body.line(line)
+
+    def _keep(self, guard: Expr) -> Value:
+        """The truth of a guard in this tile, keys beyond the length excluded; computed once."""
+        if guard in self.masking.keeps:
+            return self.masking.keeps[guard]
+        frame, roles = self.frame, self.frame.roles
+        inside = Value(f"{frame.rank(roles.along)}_ok", (roles.along,), "bool")
+        if guard == TRUE:
+            self.masking.keeps[guard] = inside
+            return inside
+        truth = frame.expressions.truth(guard)
+        axes = joined([truth, inside], frame.order)
+        name = frame.names.of(f"keep_{len(self.masking.keeps)}" if self.masking.keeps else "keep")
+        texts = [v.over(axes) if len(axes) > 1 else v.atom() for v in (inside, truth)]
+        with frame.body.block(f"if {self.masking.condition or 'True'}:"):
+            frame.body.line(f"{name} = {texts[0]} & {texts[1]}")
+        keep = Value(name, axes, "bool")
+        self.masking.keeps[guard] = keep
+        return keep
+
+    def _value_outside(self, expr: Expr) -> float | None:
+        """The value of an expression where the mask does not hold, if that is known."""
+        match expr:
+            case Const(value):
+                return float(value)
+            case Read(name):
+                return self.outside.get(name)
+            case Call("exp" | "exp2", (inner,)):
+                return 0.0 if self._value_outside(inner) == -math.inf else None
+            case Call("add" | "sub", (a, b)):
+                first = self._value_outside(a)
+                return first if first == -math.inf and not self._is_tile(b) else None
+            case Call("mul", (a, b)):
+                return 0.0 if 0.0 in (self._value_outside(a), self._value_outside(b)) else None
+            case Call("div", (a, _)):
+                return 0.0 if self._value_outside(a) == 0.0 else None
+        return None
+
+    def _is_tile(self, expr: Expr) -> bool:
+        return self.frame.roles.along in self.frame.axes(expr)
+
+    # Folds
+
+    def _folded(self, step: Step) -> Value:
+        product = self._matrix_product(step)
+        if product is not None:
+            return product
+        value = self.frame.expressions.emit(step.expr)
+        op = dict(step.reduce).get(self.frame.roles.along)
+        if op is not None:
+            value = self._neutral(step, step.expr, value, IDENTITY[op])
+        for rank, how in step.reduce:
+            if rank not in value.axes:
+                raise LowerError(f"{step.text} folds {rank}, which its terms do not have")
+            text = f"{_FOLD[how]}({bare(value.text)}, axis={value.axes.index(rank)})"
+            value = Value(text, tuple(a for a in value.axes if a != rank), value.kind)
+        return value
+
+    def _neutral(self, step: Step, expr: Expr, value: Value, identity: float) -> Value:
+        """The value with the identity of its fold outside the mask."""
+        if self.masking.condition is None or self._value_outside(expr) == identity:
+            return value
+        name = self.frame.names.of(f"{step.name}_in")
+        self.frame.body.line(f"{name} = {bare(value.text)}")
+        self._where(name, value.axes, step.guard, identity)
+        return Value(name, value.axes, value.kind)
+
+    def _matrix_product(self, step: Step) -> Value | None:
+        """``left @ right`` where a sum of products spans three axes."""
+        factors = _factors(step.expr)
+        axes = {f: self.frame.axes(f) for f in factors}
+        every = tuple(a for a in self.frame.order if any(a in x for x in axes.values()))
+        if len(every) < 3:
+            return None
+        if len(every) != 3 or len(step.reduce) != 1 or step.reduce[0][1] != "add":
+            raise LowerError(f"{step.text} spans {len(every)} axes, and is no product of matrices")
+        folded = step.reduce[0][0]
+        x, y = (a for a in every if a != folded)
+        after = [f for f in factors if folded not in axes[f]]
+        right = [f for f in factors if f not in after and y in axes[f]]
+        left = [f for f in factors if f not in after and f not in right]
+        first = self._operand(step, left, (x, folded))
+        second = self._operand(step, right, (folded, y))
+        return self._scaled(self._dot(first, second, (x, y), right), after)
+
+    def _operand(self, step: Step, factors: Sequence[Expr], axes: tuple[str, str]) -> Value:
+        """One side of a product: a stored tile as it is, or a computed one, neutral outside."""
+        frame = self.frame
+        if len(factors) == 1 and isinstance(factors[0], Read):
+            value = frame.resolve(factors[0])
+        else:
+            value = frame.expressions.emit(_product(factors))
+        if set(value.axes) != set(axes):
+            raise LowerError(f"{step.text} is no product of matrices")
+        along = frame.roles.along
+        if not value.raw and along in dict(step.reduce):
+            value = self._neutral(step, _product(factors), value, 0.0)
+        if value.axes != axes:
+            return Value(f"tl.trans({bare(value.text)})", axes, value.kind, raw=value.raw)
+        return value
+
+    def _dot(
+        self, first: Value, second: Value, axes: tuple[str, str], right: Sequence[Expr]
+    ) -> Value:
+        frame = self.frame
+        texts = [bare(first.text), bare(second.text)]
+        stored = [v for v in (first, second) if v.raw]
+        widened = frame.schedule.widen & {r.tensor for r in right if isinstance(r, Read)}
+        if len(stored) == 1 and widened:
+            texts = [f"{v.atom()}.to(tl.float16)" for v in (first, second)]
+        elif len(stored) == 1:
+            kind = f"{stored[0].atom()}.dtype"
+            texts = [t if v.raw else f"{v.atom()}.to({kind})" for t, v in
+                     zip(texts, (first, second), strict=True)]  # fmt: skip
+        frame.parameter(_PRECISION)
+        integer = all(v.kind == "int" for v in (first, second))
+        options = ", out_dtype=tl.int32" if integer else ", input_precision=PRECISION"
+        text = f"tl.dot({texts[0]}, {texts[1]}{options})"
+        return Value(text + (".to(tl.float32)" if integer else ""), axes)
+
+    def _scaled(self, value: Value, after: Sequence[Expr]) -> Value:
+        """The product times what the folded rank has no part in."""
+        for factor in after:
+            scale = as_number(self.frame.expressions.emit(factor))
+            value = Value(f"{value.text} * {scale.over(value.axes)}", value.axes, "float", 6)
+        return value
+
+
+def _factors(expr: Expr) -> list[Expr]:
+    if isinstance(expr, Call) and expr.op == "mul":
+        return _factors(expr.args[0]) + _factors(expr.args[1])
+    return [expr]
+
+
+def _product(factors: Sequence[Expr]) -> Expr:
+    result = factors[0]
+    for factor in factors[1:]:
+        result = result * factor
+    return result
+
+
+from attn_rewrite.backends.triton.frame import Parameter  # noqa: E402
+
+_PRECISION = Parameter("PRECISION", "block")
