@@ -1,0 +1,300 @@
+"""Kernels compiled ahead of time, without a GPU: binaries and what they need of a processor.
+
+A binary is specialised like a launch would specialise it: the last stride of every operand is 1,
+its other strides and its address are multiples of 16 where the head dimension is one.  Those
+assumptions are part of the metadata, and the loader checks them.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from attn_rewrite.backends.triton.build import is_interpreted, kernel_of
+from attn_rewrite.backends.triton.emit import Source
+from attn_rewrite.backends.triton.frame import Parameter
+from attn_rewrite.backends.triton.schedule import Device, padded_side
+from attn_rewrite.errors import PolicyError, ToolError
+
+TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
+POINTERS = {
+    "float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "float8_e4m3fn": "*fp8e4nv",
+    "float8_e5m2": "*fp8e5", "int8": "*i8", "int32": "*i32", "int64": "*i64", "bool": "*i1",
+}  # fmt: skip
+_DECLARED = {"bool": "bool", "i64": "int64", "i32": "int32", "i8": "int8", "f32": "float32"}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one processor (SM, CU) has: registers, shared memory in bytes, resident threads."""
+
+    registers: int
+    shared: int
+    threads: int
+    lanes: int
+
+
+# Sources: CUDA C programming guide, table of technical specifications per compute capability
+# (shared memory and threads per multiprocessor); AMD CDNA3 ISA guide (512 vector registers of 4
+# bytes per lane for each of 4 SIMDs, 64 KiB of LDS, 8 waves per SIMD).
+LIMITS = {
+    "cuda:80": Limits(65536, 164 * 1024, 2048, 32),
+    "cuda:90": Limits(65536, 228 * 1024, 2048, 32),
+    "cuda:100": Limits(65536, 228 * 1024, 2048, 32),
+    "hip:gfx942": Limits(4 * 512 * 64, 64 * 1024, 2048, 64),
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes: registers a thread, bytes spilled, bytes of shared memory.
+
+    ``occupancy`` bounds the share of a processor's threads that can be resident, from registers,
+    shared memory and threads; schedulers may do worse.
+    """
+
+    registers: int
+    spilled: int
+    shared: int
+    threads: int
+    occupancy: float
+
+
+@dataclass(frozen=True, eq=False)
+class Binary:
+    """A compiled kernel: its code and assembly by kind of file, and its metadata."""
+
+    target: str
+    files: Mapping[str, bytes]
+    resources: Resources
+    metadata: Mapping[str, Any]
+
+
+def parse_target(text: str) -> Device:
+    """``cuda:90`` or ``hip:gfx942`` as a device; `PolicyError` for anything else."""
+    backend, _, arch = text.partition(":")
+    if text not in TARGETS:
+        raise PolicyError(f"target {text!r} is not known; this version has {', '.join(TARGETS)}")
+    return Device(backend, int(arch) if backend == "cuda" else arch)
+
+
+def compile_source(
+    source: Source,
+    target: str,
+    dtype: str,
+    lanes: Mapping[str, int],
+    special: Mapping[str, Any] | None = None,
+) -> Binary:
+    """Compile ``source`` for ``target`` with operands of ``dtype`` (a torch name, ``bfloat16``).
+
+    ``lanes`` are the extents of the head dimensions.  Raises `ToolError` where Triton or the
+    assembler fails.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    device = parse_target(target)
+    kernel = kernel_of(source)
+    if is_interpreted(kernel):
+        raise ToolError(
+            "kernels are interpreted in this process (TRITON_INTERPRET is set); compile ahead of "
+            "time in a process without it", stage="triton compile",
+        )  # fmt: skip
+    signature, constants, attributes = _specialised(source, dtype, lanes, special or {})
+    warp = 64 if device.backend == "hip" else 32
+    options = {"num_warps": source.schedule.warps, "num_stages": source.schedule.stages}
+    try:
+        compiled = triton.compile(
+            ASTSource(kernel, signature, constants, attributes),
+            target=GPUTarget(device.backend, device.arch, warp),
+            options={**options, "enable_fp_fusion": True},
+        )
+    except Exception as error:
+        raise ToolError(
+            f"Triton cannot compile {source.name} for {target}: {str(error).strip()[:2000]}",
+            stage="triton compile",
+        ) from error
+    kinds = ("ptx", "cubin") if device.backend == "cuda" else ("amdgcn", "hsaco")
+    files = {k: _bytes(compiled.asm[k]) for k in kinds}
+    resources = _resources(target, device, files, compiled.metadata, source.schedule.warps * warp)
+    meta = _metadata(source, target, compiled, signature, constants, attributes, resources)
+    return Binary(target, files, resources, meta)
+
+
+def _bytes(value: str | bytes) -> bytes:
+    return value.encode() if isinstance(value, str) else value
+
+
+# Specialisation
+
+
+def _specialised(
+    source: Source, dtype: str, lanes: Mapping[str, int], special: Mapping[str, Any]
+) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]:
+    """Types of all arguments, values of constants, and what is known of pointers and strides."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    aligned = all(n % 16 == 0 for n in lanes.values())
+    for place, p in enumerate(source.parameters):
+        if p.constant:
+            signature[p.name] = "constexpr"
+            constants[p.name] = _constant(source, p, lanes, special)
+        elif p.kind == "pointer":
+            signature[p.name] = pointer_type(source, p.tensor, dtype)
+            attributes[place,] = [["tt.divisibility", 16]]
+        elif p.kind == "stride" and p.rank == last_rank(source, p.tensor):
+            signature[p.name] = "constexpr"
+            constants[p.name] = 1
+        else:
+            signature[p.name] = "fp32" if p.name == "dropout" else "i32"
+            if p.kind == "stride" and aligned and set(lanes) & set(ranks_of(source, p.tensor)):
+                attributes[place,] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def _constant(
+    source: Source, p: Parameter, lanes: Mapping[str, int], special: Mapping[str, Any]
+) -> Any:
+    schedule, roles = source.schedule, source.program.roles
+    if p.kind == "lane":
+        return padded_side(lanes[p.rank]) if p.name.startswith("BLOCK_") else lanes[p.rank]
+    if p.rank in (roles.row, roles.along):
+        return schedule.block_rows if p.rank == roles.row else schedule.block_along
+    known = {"PRECISION": schedule.precision, "LIST_ROWS": schedule.list_ratio[0],
+             "LIST_ALONG": schedule.list_ratio[1]}  # fmt: skip
+    return known[p.name] if p.name in known else special[p.name]
+
+
+def ranks_of(source: Source, tensor: str) -> tuple[str, ...]:
+    """The dimensions of an input, an output or a table."""
+    for decl in source.program.cascade.inputs:
+        if decl.name == tensor:
+            return decl.ranks
+    for output in source.outputs:
+        if output.name == tensor:
+            return output.ranks
+    return ()
+
+
+def last_rank(source: Source, tensor: str) -> str:
+    """The rank whose neighbours are next to each other in memory."""
+    ranks = ranks_of(source, tensor)
+    return ranks[-1] if ranks else ""
+
+
+def pointer_type(source: Source, tensor: str, dtype: str) -> str:
+    """The Triton type of a pointer: operands have ``dtype``, statistics and states float32."""
+    for decl in source.program.cascade.inputs:
+        if decl.name == tensor:
+            statistic = decl.dtype == "float" and not set(decl.ranks) & set(
+                source.program.roles.lanes
+            )
+            return POINTERS["float32" if statistic else _DECLARED.get(decl.dtype, dtype)]
+    for output in source.outputs:
+        if output.name == tensor:
+            wide = source.schedule.split or not set(output.ranks) & set(source.program.roles.lanes)
+            return POINTERS["float32" if wide else dtype.replace("float8_e4m3fn", "bfloat16")]
+    return "*i32"
+
+
+# Resources
+
+
+def _resources(
+    target: str, device: Device, files: Mapping[str, bytes], metadata: Any, threads: int
+) -> Resources:
+    if device.backend == "cuda":
+        registers, spilled = _ptxas(files["ptx"].decode(), int(device.arch))
+    else:
+        text = files["amdgcn"].decode()
+        registers = _number(text, r"\.vgpr_count:\s+(\d+)") + _number(text, r"\.agpr_count:\s+(\d+)")
+        spilled = 4 * sum(
+            _number(text, rf"\.{kind}_spill_count:\s+(\d+)") for kind in ("vgpr", "sgpr")
+        )
+    shared = int(metadata.shared)
+    return Resources(registers, spilled, shared, threads,
+                     occupancy_bound(LIMITS[target], registers, shared, threads))  # fmt: skip
+
+
+def _number(text: str, pattern: str) -> int:
+    found = re.search(pattern, text)
+    return int(found.group(1)) if found else 0
+
+
+def _ptxas(ptx: str, arch: int) -> tuple[int, int]:
+    """Registers a thread and bytes of spill stores, as the assembler reports them."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    name = re.search(r"\.target\s+(\w+)", ptx)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        command = [get_ptxas(arch).path, "-v", f"--gpu-name={name.group(1) if name else arch}",
+                   str(path), "-o", str(path.with_suffix(".cubin"))]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ToolError(f"ptxas failed: {done.stderr.strip()[:1000]}", stage="ptxas")
+    return (
+        _number(done.stderr, r"Used (\d+) registers"),
+        _number(done.stderr, r"(\d+) bytes spill stores"),
+    )
+
+
+def occupancy_bound(limits: Limits, registers: int, shared: int, threads: int) -> float:
+    """Upper bound on resident threads over the most a processor holds, between 0 and 1."""
+    granule = 8  # registers are handed out to a warp in steps of 8 a thread
+    each = max(1, -(-max(registers, 1) // granule) * granule * threads)
+    blocks = [limits.registers // each, limits.threads // threads]
+    if shared:
+        blocks.append(limits.shared // shared)
+    return min(1.0, min(blocks) * threads / limits.threads)
+
+
+# Metadata
+
+
+def _metadata(
+    source: Source,
+    target: str,
+    compiled: Any,
+    signature: Mapping[str, str],
+    constants: Mapping[str, Any],
+    attributes: Mapping[tuple[int, ...], Any],
+    resources: Resources,
+) -> dict[str, Any]:
+    """Everything a caller without Triton needs, as plain values."""
+    given = [
+        {
+            "name": p.name, "type": signature[p.name], "kind": p.kind, "tensor": p.tensor,
+            "rank": p.rank, "multiple_of": 16 if (place,) in attributes else 1,
+        }
+        for place, p in enumerate(source.parameters)
+        if signature[p.name] != "constexpr"
+    ]  # fmt: skip
+    roles, schedule = source.program.roles, source.schedule
+    return {
+        "function": compiled.metadata.name,
+        "target": target,
+        "threads": resources.threads,
+        "shared_bytes": resources.shared,
+        "arguments": given,
+        "trailing_null_pointers": 2,
+        "constants": dict(constants),
+        "unit_strides": [p.name for p in source.parameters if p.kind == "stride" and
+                         signature[p.name] == "constexpr"],
+        "grid": {
+            "rows": roles.row, "block_rows": schedule.block_rows, "packed_heads": schedule.pack,
+            "ranks": list(roles.grid), "split": schedule.split,
+        },
+        "outputs": [asdict(o) for o in source.outputs],
+        "resources": asdict(resources),
+        "schedule": {k: sorted(v) if isinstance(v, frozenset) else v
+                     for k, v in asdict(schedule).items()},
+    }  # fmt: skip
