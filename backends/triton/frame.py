@@ -353,12 +353,13 @@ class Memory:
         values = [frame.expressions.emit(i) for i in read.index]
         axes = tuple(a for a in frame.order if any(a in v.axes for v in values))
         zero = f"tl.zeros({frame.shape(axes)}, tl.int32)"
-        seed = frame.parameter(Parameter("seed", "special"))
+        pointer = frame.parameter(Parameter("seed_ptr", "pointer", "seed"))
         rate = frame.parameter(Parameter("dropout", "special"))
         counters = [f"{zero} + {v.over(axes)}" for v in reversed(values)]
         counters += [zero] * (4 - len(counters))
         name = frame.names.of(read.tensor)
-        frame.body.line(f"{name}_bits, _, _, _ = tl.philox({seed}, {', '.join(counters)})")
+        call = f"tl.philox(tl.load({pointer}), {', '.join(counters)})"
+        frame.body.line(f"{name}_bits, _, _, _ = {call}")
         frame.body.line(
             f"{name} = tl.where(tl.uint_to_uniform_float({name}_bits) >= {rate}, "
             f"1.0 / (1.0 - {rate}), 0.0)"

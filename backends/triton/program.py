@@ -160,6 +160,11 @@ class _Reader:
 
     def program(self) -> Program:
         rows, tiles = self._split()
+        for step, _ in tiles:
+            if self.row in step.folds():
+                raise Unreadable(
+                    "folds-rows", f"{step.text} folds {self.row}, of which a kernel sees one block"
+                )
         roles = self._roles([*rows.values(), *(s for s, _ in tiles)])
         levels = _Levels(self, rows, tiles)
         return Program(self.cascade, roles, levels.stages())
@@ -339,7 +344,7 @@ class _Levels:
                 if step.name.endswith(NEXT):
                     states.append(State(self.inits[step.name.removesuffix(NEXT)]))
         stores = tuple(s.name for s in body if s.name in self.outputs and self.along in s.ranks)
-        return Pass(tuple(states), tuple(body), stores)
+        return Pass(tuple(states), _used(body, {*stores, *(s.next for s in states)}), stores)
 
     def _recomputed(self, mine: Sequence[tuple[Step, bool]], level: int) -> list[Step]:
         """Values of earlier passes that carry the traversed rank: they are made again."""
@@ -357,6 +362,16 @@ class _Levels:
             found.insert(0, step)
             want |= step.uses()
         return found
+
+
+def _used(body: list[Step], wanted: set[str]) -> tuple[Step, ...]:
+    """The steps that the states and the stores of a pass need."""
+    found: list[Step] = []
+    for step in reversed(body):
+        if step.name in wanted:
+            found.insert(0, step)
+            wanted |= step.uses()
+    return tuple(found)
 
 
 def _start(step: Step, op: str) -> Step:

@@ -6,8 +6,9 @@ part of it, so one kernel serves every length.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 # How tiles that the guard empties are left out.
 SKIPPING = ("none", "bounds", "lists")
@@ -87,3 +88,24 @@ def default_schedule(
     if device.backend == "hip":
         stages = 1 if wide else 2
     return Schedule(block_rows=rows, block_along=along, warps=warps, stages=stages)
+
+
+def to_text(schedule: Schedule) -> str:
+    """The schedule as JSON, without fields that have their defaults."""
+    plain = Schedule()
+    fields = {
+        name: sorted(value) if isinstance(value, frozenset) else value
+        for name, value in asdict(schedule).items()
+        if value != getattr(plain, name)
+    }
+    return json.dumps(fields, sort_keys=True)
+
+
+def from_text(text: str) -> Schedule:
+    """The schedule `to_text` wrote."""
+    fields = json.loads(text)
+    if "widen" in fields:
+        fields["widen"] = frozenset(fields["widen"])
+    if "list_ratio" in fields:
+        fields["list_ratio"] = tuple(fields["list_ratio"])
+    return Schedule(**fields)

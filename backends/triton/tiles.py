@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from attn_rewrite.backends.triton.expressions import Value, as_number, bare, joined
-from attn_rewrite.backends.triton.frame import Frame
+from attn_rewrite.backends.triton.frame import Frame, Parameter
 from attn_rewrite.backends.triton.program import Step
 from attn_rewrite.cascade.expr import TRUE, Call, Const, Expr, Read
 from attn_rewrite.cascade.infer import IDENTITY
 from attn_rewrite.errors import LowerError
 
+_PRECISION = Parameter("PRECISION", "block")
 _FOLD = {"add": "tl.sum", "max": "tl.max", "min": "tl.min"}
 
 
@@ -196,7 +197,7 @@ class Steps:
         if len(stored) == 1 and widened:
             texts = [f"{v.atom()}.to(tl.float16)" for v in (first, second)]
         elif len(stored) == 1:
-            kind = f"{stored[0].atom()}.dtype"
+            kind = f"{stored[0].text.removeprefix('tl.trans(').removesuffix(')')}.dtype"
             texts = [t if v.raw else f"{v.atom()}.to({kind})" for t, v in
                      zip(texts, (first, second), strict=True)]  # fmt: skip
         frame.parameter(_PRECISION)
@@ -224,8 +225,3 @@ def _product(factors: Sequence[Expr]) -> Expr:
     for factor in factors[1:]:
         result = result * factor
     return result
-
-
-from attn_rewrite.backends.triton.frame import Parameter  # noqa: E402
-
-_PRECISION = Parameter("PRECISION", "block")

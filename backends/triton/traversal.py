@@ -14,7 +14,7 @@ from attn_rewrite.backends.triton.bounds import Range, Side, loop_ranges
 from attn_rewrite.backends.triton.expressions import Value, bare
 from attn_rewrite.backends.triton.frame import Frame, Parameter
 from attn_rewrite.backends.triton.program import Pass, Program
-from attn_rewrite.cascade.expr import TRUE, Const, Expr, Rank, substitute, call
+from attn_rewrite.cascade.expr import TRUE, Expr, Rank
 
 
 @dataclass(frozen=True)
@@ -203,6 +203,3 @@ def _condition(parts: Sequence[Part]) -> str:
     if not full:
         return ""
     return f"part != {full[0]}"
-
-
-__all__ = ["Part", "Traversal", "has_bounds", "integer_tensors", "Const", "substitute", "call"]

@@ -1,0 +1,105 @@
+"""The schedule of a program where nobody gave one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from attn_rewrite.backends.triton.emit import groups
+from attn_rewrite.backends.triton.lists import blockwise_tables
+from attn_rewrite.backends.triton.program import Program, reads_of
+from attn_rewrite.backends.triton.schedule import Device, Schedule, default_schedule
+from attn_rewrite.backends.triton.traversal import has_bounds
+from attn_rewrite.cascade.expr import Expr, Rank, Read, ranks_of, walk
+
+# Up to this many queries heads of a group are packed: rows of a block would be empty otherwise.
+_FEW_ROWS = 16
+
+
+def choose_schedule(
+    program: Program,
+    lanes: Mapping[str, int],
+    item_bytes: int,
+    device: Device,
+    extents: Mapping[str, int | None] | None = None,
+    *,
+    random: str | None = None,
+) -> Schedule:
+    """Sides by head dimension and type, skipping by what the guard allows, packing for few rows.
+
+    ``extents`` are lengths where they are fixed.  No timing: `autotune.tuned` improves on it.
+    """
+    base = default_schedule(lanes, item_bytes, device)
+    pairs = _pair_tiles(program)
+    if pairs or len(program.passes()) > 1 or _accumulators(program) > 1:
+        # Another tile of scores, or a second accumulator, wants its registers.
+        base = base.with_(block_rows=min(base.block_rows, 64), stages=min(base.stages, 2), warps=4)
+    return base.with_(
+        skipping=choose_skipping(program),
+        pack=_packing(program, extents or {}),
+        random=random,
+        widen=_widened(program),
+    )
+
+
+def choose_skipping(program: Program) -> str:
+    """Closed form where the guard has one; lists where blocks are known; else every tile runs."""
+    guards = program.guards()
+    if not guards:
+        return "none"
+    if has_bounds(program):
+        return "bounds"
+    (guard, *others) = guards
+    roles = {program.roles.row, program.roles.along}
+    if others or roles != {"q", "kv"} or not _by_position(guard):
+        return "none"
+    return "lists"
+
+
+def _by_position(guard: Expr) -> bool:
+    """Do positions, or tables of blocks, decide anything of the guard?"""
+    reads = [n for n in walk(guard) if isinstance(n, Read)]
+    return not reads or bool(blockwise_tables(guard)) or _has_free_term(guard)
+
+
+def _has_free_term(guard: Expr) -> bool:
+    from attn_rewrite.cascade.expr import conjuncts
+
+    terms = conjuncts(guard)
+    return any(not any(isinstance(n, Read) for n in walk(t)) for t in terms)
+
+
+def _packing(program: Program, extents: Mapping[str, int | None]) -> int:
+    """Query heads per block: all that share a key head, where there are few queries."""
+    rows = extents.get(program.roles.row)
+    group = groups(program)
+    if group == 1 or rows is None or rows > _FEW_ROWS or program.roles.row != "q":
+        return 1
+    if "h" not in program.roles.grid or any("h" in ranks_of(g) for g in program.guards()):
+        return 1
+    return group
+
+
+def _pair_tiles(program: Program) -> int:
+    """Inputs read at every pair of row and traversed coordinate, or computed ones."""
+    both = {program.roles.row, program.roles.along}
+    found: set[Read] = set()
+    inputs = {t.name for t in program.cascade.inputs}
+    for step in program.steps():
+        for read in reads_of(step):
+            ranks = {n.name for i in read.index for n in walk(i) if isinstance(n, Rank)}
+            if read.tensor in inputs and both <= ranks:
+                found.add(read)
+    return len(found)
+
+
+def _accumulators(program: Program) -> int:
+    """States as large as a block of rows times a head dimension."""
+    lanes = set(program.roles.lanes)
+    return max(
+        (sum(bool(lanes & s.init.ranks) for s in p.states) for p in program.passes()), default=0
+    )
+
+
+def _widened(program: Program) -> frozenset[str]:
+    """Values stored in 8 bits that meet computed probabilities: products run in float16."""
+    return frozenset(t.name for t in program.cascade.inputs if t.dtype == "i8")

@@ -1,0 +1,131 @@
+"""Lower a cascade to a generated Triton kernel: `lower(cascade, ...) -> Kernel | Refusal`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from attn_rewrite.backends.torch.lower import Kernel
+from attn_rewrite.backends.triton.choose import choose_schedule
+from attn_rewrite.backends.triton.emit import Source, emit
+from attn_rewrite.backends.triton.prepare import DROPOUT, with_lse
+from attn_rewrite.backends.triton.schedule import Device, to_text
+from attn_rewrite.backends.triton.staging import stages_of
+from attn_rewrite.cascade.attention import POINT, as_softmax, softmax_cascade
+from attn_rewrite.cascade.expr import Read
+from attn_rewrite.cascade.ir import Cascade, TensorDecl
+from attn_rewrite.errors import LowerError
+from attn_rewrite.graph import Builder, aten
+from attn_rewrite.passes.transform import Exactness
+from attn_rewrite.site import Refusal
+
+# The extents a text is shown for where the graph does not fix them.
+_SHOWN = {"d": 64, "e": 64, "f": 64}
+
+
+@dataclass(frozen=True)
+class TritonKernel(Kernel):
+    """A cascade lowered to Triton; ``sources`` are its kernels, in order."""
+
+    sources: tuple[Source, ...] = ()
+
+    @property
+    def source(self) -> str:
+        """The generated text of every kernel."""
+        return "\n".join(s.text for s in self.sources)
+
+
+def lower(
+    cascade: Cascade,
+    *,
+    dropout: float = 0.0,
+    extents: Mapping[str, int | None] | None = None,
+    device: Device | None = None,
+    item_bytes: int = 2,
+) -> TritonKernel | Refusal:
+    """Lower ``cascade`` to one generated kernel (two where a statistic is folded over rows).
+
+    ``extents`` gives fixed extents of ranks (None: dynamic); ``dropout`` the probability applied to
+    the attention probabilities, by Philox.  Reassociated.  A `Refusal` says what the emitter cannot
+    express; nothing is replaced by another kernel.
+    """
+    known = dict(extents or {})
+    if dropout:
+        randomised = with_dropout(cascade)
+        if isinstance(randomised, Refusal):
+            return randomised
+        cascade = randomised
+    found = stages_of(with_lse(cascade))
+    if isinstance(found, Refusal):
+        return found
+    text = str(cascade)
+    sources = []
+    for stage in found:
+        lanes = {r: known.get(r) or _SHOWN.get(r, 64) for r in stage.program.roles.lanes}
+        schedule = choose_schedule(
+            stage.program, lanes, item_bytes, device or Device(), known,
+            random=DROPOUT if dropout else None,
+        )  # fmt: skip
+        try:
+            sources.append(emit(stage.program, schedule, lanes))
+        except LowerError as problem:
+            return Refusal("not-lowered", str(problem))
+
+    def run(build: Builder, inputs: Sequence[Any]) -> Any:
+        seed = _seed(build, inputs[0]) if dropout else None
+        op = torch.ops.attn_rewrite.triton_cascade.default
+        result = build.call(op, list(inputs), seed, text, "", dropout)
+        return build.call(_first, result, 0)
+
+    # Registered here, so that a program can be built before anything is launched.
+    import attn_rewrite.backends.triton.ops  # noqa: F401
+
+    why = _why(sources[-1])
+    contract = {
+        "dtypes": "float16, bfloat16, float32, float8",
+        "head dims": "16 to 256 in registers; larger ones compile, and may spill",
+        "architectures": "sm_80, sm_90, sm_100, gfx942",
+        "query without keys": "0",
+        "dropout": str(dropout),
+        "schedule": to_text(sources[-1].schedule),
+    }
+    return TritonKernel("triton", cascade, Exactness.REASSOCIATED, why, contract, run,
+                        tuple(sources))  # fmt: skip
+
+
+def _first(results: Sequence[Any], place: int) -> Any:
+    return results[place]
+
+
+def _seed(build: Builder, like: Any) -> Any:
+    value = like.meta["val"] if hasattr(like, "meta") and "val" in getattr(like, "meta", {}) else like
+    return build.call(
+        aten.randint.low, 0, 2**31 - 1, [1], dtype=torch.int64, device=value.device
+    )
+
+
+def _why(source: Source) -> str:
+    skipping = {
+        "none": "every tile runs",
+        "bounds": "tiles outside the guard are left out by loop bounds",
+        "lists": "tiles outside the guard are left out by lists",
+    }[source.schedule.skipping]
+    passes = len(source.program.passes())
+    return f"generated with {passes} {'pass' if passes == 1 else 'passes'} over the keys; {skipping}"
+
+
+def with_dropout(cascade: Cascade) -> Cascade | Refusal:
+    """The cascade with a random factor on its probabilities, an input the kernel makes itself."""
+    form = as_softmax(cascade)
+    if form is None:
+        return Refusal("dropout", "dropout has no place in a cascade that is not softmax attention")
+    factor = Read(DROPOUT, POINT)
+    weight = factor if form.weight is None else form.weight * factor
+    reads = (*form.reads, TensorDecl(DROPOUT, ("b", "h", "q", "kv")))
+    return softmax_cascade(replace(form, weight=weight, reads=reads), cascade.name)
+
+
+

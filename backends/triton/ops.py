@@ -1,0 +1,302 @@
+"""The operators ``attn_rewrite::triton_*``; importing this file registers them.
+
+``triton_cascade(inputs, extra, cascade, schedule)`` runs the cascade that the text ``cascade``
+writes down: ``inputs`` are its inputs in order (a dimension of extent 1 broadcasts, any strides),
+``schedule`` a schedule as text, or empty for the default.  It gives the outputs of the cascade, and
+for a softmax attention the log-sum-exp [b, h, q] in float32 after them.  ``extra`` is empty, or
+holds the seed (int64 [1]) of a dropout named by the schedule.
+
+Operands are float16, bfloat16, float32 or 8-bit floats; sums and statistics are float32.  Output
+with a head dimension has the type of the first input.  A row that keeps no key gives 0, and -inf as
+log-sum-exp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attn_rewrite.backends.triton.emit import Source
+from attn_rewrite.backends.triton.launch import extents_of, run
+from attn_rewrite.backends.triton.lists import blockwise_tables, make_lists
+from attn_rewrite.backends.triton.prepare import (
+    DROPOUT,
+    backward,
+    cascade_of,
+    program_of,
+    softmax_form,
+    source_of,
+    stages,
+    with_lse,
+)
+from attn_rewrite.backends.triton.program import Program
+from attn_rewrite.backends.triton.schedule import from_text
+from attn_rewrite.cascade.text import parse_expr
+from attn_rewrite.errors import LowerError
+
+NAME = "attn_rewrite::triton_cascade"
+
+
+def _named(text: str, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Inputs by name; a random factor is not among them."""
+    declared = [t for t in cascade_of(text).inputs if t.name != DROPOUT]
+    if len(declared) != len(inputs):
+        names = ", ".join(t.name for t in declared)
+        raise LowerError(f"triton_cascade got {len(inputs)} inputs, the cascade has {names}")
+    for decl, tensor in zip(declared, inputs, strict=True):
+        if tensor.ndim != len(decl.ranks):
+            raise LowerError(
+                f"triton_cascade: {decl.name} has shape {list(tensor.shape)}, expected one "
+                f"dimension for each of [{', '.join(decl.ranks)}]"
+            )
+        if tensor.dtype == torch.float64:
+            raise LowerError(f"Triton kernels compute in float32, and {decl.name} is float64")
+    return {d.name: t for d, t in zip(declared, inputs, strict=True)}
+
+
+def check_device(tensor: Tensor) -> None:
+    """`LowerError` unless kernels can run on the tensor's device in this process."""
+    import triton
+
+    if tensor.device.type == "cuda" or triton.knobs.runtime.interpret:
+        return
+    raise LowerError(
+        f"Triton kernels run on an NVIDIA or AMD GPU, and the operands are on {tensor.device}; use "
+        "backend='torch' here, or compile ahead of time with --export triton:cuda:90"
+    )
+
+
+@torch.library.custom_op("attn_rewrite::tile_lists", mutates_args=())
+def tile_lists(
+    like: Tensor,
+    tables: Sequence[Tensor],
+    guard: str,
+    schedule: str,
+    sizes: Sequence[int],
+    rows: str,
+) -> tuple[Tensor, Tensor]:
+    """Lists of tiles of ``guard`` on the device of ``like``; ``sizes`` = [b, h, q, kv].
+
+    ``tables`` are the values of `blockwise_tables`, sorted by name.
+    """
+    names = sorted(blockwise_tables(parse_expr(guard)))
+    values = {n: t.cpu().numpy() for n, t in zip(names, tables, strict=True)}
+    batch, heads, q_len, kv_len = sizes
+    found = make_lists(
+        parse_expr(guard), from_text(schedule), q_len=q_len, kv_len=kv_len, heads=heads,
+        batch=batch, rows=rows, tables=values,
+    )  # fmt: skip
+    # At least one element: a pointer to nothing is not a pointer.
+    columns = np.append(found.columns, np.int32(0))
+    return (
+        torch.from_numpy(found.tiles).to(like.device),
+        torch.from_numpy(columns).to(like.device),
+    )
+
+
+@tile_lists.register_fake
+def _(
+    like: Tensor,
+    tables: Sequence[Tensor],
+    guard: str,
+    schedule: str,
+    sizes: Sequence[int],
+    rows: str,
+) -> tuple[Tensor, Tensor]:
+    count = torch.library.get_ctx().new_dynamic_size()
+    chosen, expr = from_text(schedule), parse_expr(guard)
+    from attn_rewrite.cascade.expr import ranks_of
+
+    used = ranks_of(expr)
+    side = chosen.block_rows // chosen.pack
+    length = sizes[2] if rows == "q" else sizes[3]
+    shape = [
+        sizes[0] if "b" in used else 1,
+        sizes[1] if "h" in used else 1,
+        (length + side - 1) // side,
+        3,
+    ]
+    tiles = like.new_empty(shape, dtype=torch.int32)
+    return tiles, like.new_empty([count], dtype=torch.int32)
+
+
+def _tables(source: Source, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The lists a source asks for."""
+    if source.schedule.skipping != "lists":
+        return {}
+    from attn_rewrite.backends.triton.schedule import to_text
+
+    (guard,) = source.program.guards()
+    known = sorted(blockwise_tables(guard))
+    sizes = extents_of(source, tensors)
+    tiles, columns = tile_lists(
+        next(iter(tensors.values())), [tensors[n] for n in known], str(guard),
+        to_text(source.schedule), [sizes[r] for r in ("b", "h", "q", "kv")],
+        source.program.roles.row,
+    )  # fmt: skip
+    return {"tiles": tiles, "columns": columns}
+
+
+def _execute(
+    program: Program,
+    tensors: Mapping[str, Tensor],
+    schedule: str,
+    dtypes: Mapping[str, torch.dtype],
+    extra: Sequence[Tensor],
+    name: str,
+) -> dict[str, Tensor]:
+    """Run one kernel on operands by name."""
+    random = DROPOUT if any(t.name == DROPOUT for t in program.cascade.inputs) else None
+    source = source_of(program, tensors, schedule, random=random, name=name)
+    tables = _tables(source, tensors)
+    special = {}
+    if random is not None:
+        tables["seed"] = extra[0]
+        special["dropout"] = float(extra[1])
+    return run(source, tensors, dtypes, tables=tables, special=special, wrap=True)
+
+
+@torch.library.triton_op(NAME, mutates_args=())
+def triton_cascade(
+    inputs: Sequence[Tensor], seed: Tensor | None, cascade: str, schedule: str, dropout: float
+) -> list[Tensor]:
+    """Run a cascade; see the module."""
+    tensors = _named(cascade, inputs)
+    check_device(inputs[0])
+    known = dict(tensors)
+    extra: Any = [] if seed is None else [seed, dropout]
+    for stage in stages(cascade):
+        chosen = schedule if stage is stages(cascade)[-1] else ""
+        names = {t.name for t in stage.cascade.inputs}
+        operands = {n: t for n, t in known.items() if n in names}
+        known |= _execute(stage.program, operands, chosen, {}, extra, "attention")
+    return [known[n] for n in with_lse(cascade_of(cascade)).outputs]
+
+
+@triton_cascade.register_fake
+def _(
+    inputs: Sequence[Tensor], seed: Tensor | None, cascade: str, schedule: str, dropout: float
+) -> list[Tensor]:
+    tensors = _named(cascade, inputs)
+    last = stages(cascade)[-1].program
+    sizes: dict[str, Any] = {}
+    for decl in cascade_of(cascade).inputs:
+        if decl.name in tensors:
+            for rank, extent in zip(decl.ranks, tensors[decl.name].shape, strict=True):
+                if rank not in sizes or (isinstance(sizes[rank], int) and sizes[rank] == 1):
+                    sizes[rank] = extent
+    found = []
+    for name in with_lse(cascade_of(cascade)).outputs:
+        einsum = last.cascade.producer(name)
+        assert einsum is not None
+        ranks = [str(i) for i in einsum.out.index]
+        wide = not set(last.roles.lanes) & set(ranks)
+        kind = torch.float32 if wide else inputs[0].dtype
+        found.append(inputs[0].new_empty([sizes[r] for r in ranks], dtype=kind))
+    return found
+
+
+# Gradients: an operator of its own, so that traced backward graphs hold one node.
+
+
+@torch.library.triton_op(f"{NAME}_backward", mutates_args=())
+def triton_cascade_backward(
+    grads: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    seed: Tensor | None,
+    cascade: str,
+    dropout: float,
+    wanted: Sequence[int],
+) -> list[Tensor]:
+    """Gradients of Q, K, V and of the inputs numbered by ``wanted``; ``grads`` of out and LSE."""
+    tensors = _named(cascade, inputs)
+    form = softmax_form(cascade)
+    names = tuple(form.reads[i - 3].name for i in wanted)
+    found = backward(cascade, names)
+    do = grads[0]
+    # The gradient of the log-sum-exp adds P * dLSE to that of the scores.
+    delta = (do.float() * out.float()).sum(-1) - grads[1]
+    operands = {**tensors, "DO": do, "LSE": lse, "DELTA": delta}
+    extra: Any = [] if seed is None else [seed, dropout]
+    f32 = torch.float32
+
+    def gradient(part: Any, row: str, along: str, dtypes: Mapping[str, torch.dtype]) -> Any:
+        program = program_of(part, row, along)
+        return _execute(program, operands, "", dtypes, extra, part.name.replace("-", "_"))
+
+    dq = gradient(found.queries, "q", "kv", {"DQ": inputs[0].dtype})["DQ"]
+    keys = gradient(found.keys, "kv", "q", {"DK": f32, "DV": f32})
+    parts = [dq, *(_folded(keys[n], t) for n, t in (("DK", inputs[1]), ("DV", inputs[2])))]
+    if found.reads is not None:
+        every = gradient(found.reads, "q", "kv", {})
+        for name, place in zip(names, wanted, strict=True):
+            parts.append(_reduced(every[f"D_{name}"], form, name, inputs[place]))
+    return parts
+
+
+def _folded(gradient: Tensor, like: Tensor) -> Tensor:
+    """The sum over query heads that share a key head, in the type of the operand."""
+    b, heads, length, lanes = gradient.shape
+    shared = like.shape[1]
+    total = gradient.view(b, shared, heads // shared, length, lanes).sum(2)
+    if like.shape[0] == 1 and b != 1:
+        total = total.sum(0, keepdim=True)
+    return total.to(like.dtype)
+
+
+def _reduced(gradient: Tensor, form: Any, name: str, like: Tensor) -> Tensor:
+    """The gradient at all points [b, h, q, kv], summed over what the tensor does not have."""
+    from attn_rewrite.backends.triton.gradient import plain_index
+
+    index = plain_index(form, name)
+    missing = [i for i, r in enumerate(("b", "h", "q", "kv")) if r not in index]
+    total = gradient.sum(missing) if missing else gradient
+    kept = [r for r in ("b", "h", "q", "kv") if r in index]
+    total = total.permute([kept.index(r) for r in index])
+    ones = [i for i, (a, b) in enumerate(zip(total.shape, like.shape, strict=True)) if a != b]
+    return (total.sum(ones, keepdim=True) if ones else total).to(like.dtype)
+
+
+@triton_cascade_backward.register_fake
+def _(
+    grads: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    seed: Tensor | None,
+    cascade: str,
+    dropout: float,
+    wanted: Sequence[int],
+) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in (*inputs[:3], *(inputs[i] for i in wanted))]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    tensors, seed, cascade, schedule, dropout = inputs
+    ctx.count, ctx.seeded = len(tensors), seed is not None
+    # Gradients of the inputs beside Q, K and V are made only where someone asks for them.
+    ctx.wanted = [i for i, t in enumerate(tensors) if i >= 3 and t.requires_grad]
+    ctx.cascade, ctx.dropout = cascade, dropout
+    ctx.save_for_backward(*tensors, *output[:2], *([seed] if seed is not None else []))
+
+
+def _differentiate(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors
+    tensors, (out, lse) = saved[: ctx.count], saved[ctx.count : ctx.count + 2]
+    seed = saved[-1] if ctx.seeded else None
+    found = torch.ops.attn_rewrite.triton_cascade_backward(
+        grads, tensors, out, lse, seed, ctx.cascade, ctx.dropout, ctx.wanted
+    )
+    by_input: list[Tensor | None] = [*found[:3], *([None] * (ctx.count - 3))]
+    for i, part in zip(ctx.wanted, found[3:], strict=True):
+        by_input[i] = part
+    return by_input, None, None, None, None
+
+
+triton_cascade.register_autograd(_differentiate, setup_context=_save)

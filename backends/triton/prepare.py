@@ -1,0 +1,148 @@
+"""From the text of a cascade to sources: everything that depends on no data, kept per process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from attn_rewrite.backends.triton.choose import choose_schedule
+from attn_rewrite.backends.triton.emit import Source, emit
+from attn_rewrite.backends.triton.gradient import Backward, backward_of
+from attn_rewrite.backends.triton.program import Program
+from attn_rewrite.backends.triton.schedule import Device, Schedule, from_text
+from attn_rewrite.backends.triton.staging import Stage, stages_of
+from attn_rewrite.cascade.attention import SoftmaxAttention, as_softmax
+from attn_rewrite.cascade.expr import Read, call
+from attn_rewrite.cascade.ir import Cascade, Einsum
+from attn_rewrite.cascade.text import parse
+from attn_rewrite.errors import LowerError
+from attn_rewrite.site import Refusal
+
+DROPOUT = "DROPOUT"
+LSE = "LSE"
+_EIGHT_BITS = ("float8_e4m3fn", "float8_e5m2", "int8")
+
+
+@lru_cache(maxsize=512)
+def cascade_of(text: str) -> Cascade:
+    """The cascade that ``text`` writes down."""
+    return parse(text)
+
+
+def with_lse(cascade: Cascade) -> Cascade:
+    """A softmax attention that also gives the log-sum-exp of each row, [b, h, q] in float32."""
+    if LSE in cascade.outputs or as_softmax(cascade) is None:
+        return cascade
+    total, top = cascade.producer("SD"), cascade.producer("GM")
+    assert total is not None
+    assert top is not None
+    lse = Einsum(Read(LSE, top.out.index), top.out + call("log", total.out))
+    return Cascade(
+        cascade.name, cascade.ranks, cascade.inputs, (*cascade.body, lse),
+        (*cascade.outputs, LSE), cascade.tensors,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=512)
+def stages(text: str) -> tuple[Stage, ...]:
+    """The kernels of a cascade; `LowerError` where it has none."""
+    found = stages_of(with_lse(cascade_of(text)))
+    if isinstance(found, Refusal):
+        raise LowerError(f"the Triton backend cannot run this cascade: {found.reason}", [found])
+    return found
+
+
+@lru_cache(maxsize=512)
+def backward(text: str, wanted: tuple[str, ...]) -> Backward:
+    """The backward cascades of a softmax attention; `LowerError` where there are none."""
+    form = softmax_form(text)
+    found = backward_of(form, wanted)
+    if isinstance(found, Refusal):
+        raise LowerError(
+            f"the Triton backend has no gradient of this attention: {found.reason}", [found]
+        )
+    return found
+
+
+def softmax_form(text: str) -> SoftmaxAttention:
+    """The softmax attention that ``text`` writes down; `LowerError` for another cascade."""
+    form = as_softmax(cascade_of(text))
+    if form is None:
+        raise LowerError(
+            "only softmax attention has a gradient in the Triton backend; this cascade is "
+            f"another one:\n{text}"
+        )
+    return form
+
+
+@lru_cache(maxsize=64)
+def program_of(cascade: Cascade, row: str, along: str) -> Program:
+    """The program of a backward cascade: its passes are as few as they get."""
+    from attn_rewrite.backends.triton.program import read_program
+
+    found = read_program(cascade, row, along)
+    if isinstance(found, Refusal):
+        raise LowerError(found.reason, [found])
+    return found
+
+
+def lanes_of(program: Program, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Extents of the head dimensions."""
+    found: dict[str, int] = {}
+    for decl in program.cascade.inputs:
+        if decl.name not in tensors:
+            continue
+        for rank, extent in zip(decl.ranks, tensors[decl.name].shape, strict=True):
+            if rank in program.roles.lanes:
+                found[rank] = int(extent)
+    return found
+
+
+def source_of(
+    program: Program,
+    tensors: Mapping[str, Tensor],
+    schedule: str = "",
+    *,
+    random: str | None = None,
+    name: str = "attention",
+) -> Source:
+    """The source for operands like ``tensors``; with the schedule chosen where ``schedule`` is
+    empty."""
+    lanes = lanes_of(program, tensors)
+    first = next(t for t in tensors.values() if t.is_floating_point() or t.dtype == torch.int8)
+    chosen = from_text(schedule) if schedule else None
+    if chosen is None:
+        rows = next((t.shape[d.ranks.index(program.roles.row)] for d, t in
+                     _declared(program, tensors) if program.roles.row in d.ranks), None)  # fmt: skip
+        known = {program.roles.row: rows if isinstance(rows, int) else None}
+        chosen = choose_schedule(
+            program, lanes, first.element_size(), device_of(first), known, random=random
+        )
+    wide = {n for n, t in tensors.items() if str(t.dtype).removeprefix("torch.") in _EIGHT_BITS}
+    if wide:
+        chosen = chosen.with_(widen=chosen.widen | frozenset(wide))
+    return _source(program, chosen, tuple(sorted(lanes.items())), name)
+
+
+def _declared(program: Program, tensors: Mapping[str, Tensor]) -> Sequence[tuple[object, Tensor]]:
+    return [(d, tensors[d.name]) for d in program.cascade.inputs if d.name in tensors]
+
+
+@lru_cache(maxsize=512)
+def _source(
+    program: Program, schedule: Schedule, lanes: tuple[tuple[str, int], ...], name: str
+) -> Source:
+    return emit(program, schedule, dict(lanes), name=name)
+
+
+def device_of(tensor: Tensor) -> Device:
+    """The kind of device a tensor lies on; where there is none, what the defaults are made for."""
+    if tensor.device.type != "cuda" or not torch.cuda.is_available():
+        return Device()
+    properties = torch.cuda.get_device_properties(tensor.device)
+    if torch.version.hip:
+        return Device("hip", properties.gcnArchName.split(":")[0])
+    return Device("cuda", properties.major * 10 + properties.minor)
