@@ -92,7 +92,7 @@ def _check(
             continue
         exact = None
         if item.cascade is not item.site.cascade:
-            exact = lowered(item.site, item.site.cascade).kernel
+            exact = lowered(item.site, item.site.cascade, item.backend).kernel
         candidates.append(Candidate(item.site, item.cascade, item.kernel, exact))
     if not candidates:
         return {}
@@ -120,7 +120,7 @@ def _after(item: Decision, check: SiteCheck | None) -> Decision:
         return item
     if check.verdict == "kept":
         return Decision(item.site, refusal=check.refusals[0])
-    return lowered(item.site, item.site.cascade)
+    return lowered(item.site, item.site.cascade, item.backend)
 
 
 Whole = tuple[dict[str, ErrorMeasure], fx.GraphModule, Plan, dict[str, SiteCheck], list[Decision]]

@@ -2,7 +2,8 @@
 
 ``torch.compile(model, backend="attn_rewrite", options={"policy": "window(size=256)"})``.  Options:
 ``policy`` (text, path of a policy file, or `Policy`), ``compiler`` (``"inductor"``, the default,
-``"aot_eager"`` or ``"eager"``), ``session`` (a `Session` that collects what happened).  Gradients
+``"aot_eager"`` or ``"eager"``), ``session`` (a `Session` that collects what happened), ``backend``
+(``"auto"``, ``"torch"`` or ``"triton"``: what computes the rewritten attention).  Gradients
 survive: AOTAutograd and Inductor run after the rewrite.  ``ATTN_REWRITE_DUMP`` gets one folder
 ``graph-00``, ``graph-01``, ... per captured graph.  Nothing is measured here, as the graphs
 hold no values: a policy with a budget is refused.
@@ -20,6 +21,7 @@ from torch import fx, nn
 
 from attn_rewrite import knobs
 from attn_rewrite.errors import PolicyError
+from attn_rewrite.lowering import check_backend
 from attn_rewrite.optimized import OptimizedModule
 from attn_rewrite.passes.transform import Exactness
 from attn_rewrite.policy import Policy
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from attn_rewrite.report import Report
 
 COMPILERS = ("inductor", "aot_eager", "eager")
-OPTIONS = ("policy", "compiler", "session")
+OPTIONS = ("policy", "compiler", "session", "backend")
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +78,9 @@ def attn_rewrite(
     """The backend registered with Dynamo (entry point ``torch_dynamo_backends``)."""
     options = dict(options or {})
     policy, compiler = read_options(options)
-    rewritten, record = rewrite_graph(gm, example_inputs, policy)
+    rewritten, record = rewrite_graph(
+        gm, example_inputs, policy, options.get("backend", "auto")
+    )
     session = options.get("session")
     if session is not None:
         session.graphs.append(record)
@@ -103,6 +107,7 @@ def read_options(options: Mapping[str, Any]) -> tuple[Policy, str]:
     compiler = options.get("compiler", "inductor")
     if compiler not in COMPILERS:
         raise PolicyError(f"compiler {compiler!r} is not known; expected {' or '.join(COMPILERS)}")
+    check_backend(options.get("backend", "auto"))
     policy = options.get("policy", "exact")
     if isinstance(policy, str):
         policy = Policy.load(policy) if Path(policy).suffix == ".toml" else Policy.parse(policy)
@@ -115,7 +120,7 @@ def read_options(options: Mapping[str, Any]) -> tuple[Policy, str]:
 
 
 def rewrite_graph(
-    gm: fx.GraphModule, example_inputs: list[Any], policy: Policy
+    gm: fx.GraphModule, example_inputs: list[Any], policy: Policy, backend: str = "auto"
 ) -> tuple[fx.GraphModule, GraphRecord]:
     """Retrace, find, plan, lower and splice one graph."""
     from attn_rewrite.apply import splice
@@ -136,7 +141,9 @@ def rewrite_graph(
     findings = find(host)
     if not findings.sites:
         return traced, _recorded(GraphRecord((), {}, findings.refusals))
-    plan, decisions = decide(findings, _for_graph(policy, findings.sites), None, watch)
+    plan, decisions = decide(
+        findings, _for_graph(policy, findings.sites), None, watch, backend
+    )
     done = {d.site.name: d.kernel.name for d in decisions if d.kernel is not None}
     said = tuple(d.refusal for d in decisions if d.refusal is not None)
     refusals = (*findings.refusals, *plan.refusals, *said)
@@ -193,15 +200,19 @@ class JustInTimeModule(OptimizedModule):
     forward.
     """
 
-    def __init__(self, source: nn.Module, policy: Policy, compiler: str) -> None:
+    def __init__(
+        self, source: nn.Module, policy: Policy, compiler: str, backend: str = "auto"
+    ) -> None:
         nn.Module.__init__(self)
         self._hold("_source", source)
         self._hold("_folder", None)  # nothing is saved: what is not here is the source's
-        self._hold("_policy", (policy, compiler))
+        self._hold("_policy", (policy, compiler, backend))
         self._hold("session", Session())
         for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self._hold(table, getattr(source, table))
-        options = {"policy": policy, "compiler": compiler, "session": self.session}
+        options = {
+            "policy": policy, "compiler": compiler, "session": self.session, "backend": backend,
+        }  # fmt: skip
         self._hold(
             "_compiled", torch.compile(source.forward, backend=attn_rewrite, options=options)
         )
@@ -278,11 +289,12 @@ class JustInTimeModule(OptimizedModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> JustInTimeModule:
         import copy
 
-        policy, compiler = self._policy
-        return JustInTimeModule(copy.deepcopy(self._source, memo), policy, compiler)
+        return JustInTimeModule(copy.deepcopy(self._source, memo), *self._policy)
 
 
-def compiled(model: nn.Module, policy: Policy, compiler: str = "inductor") -> JustInTimeModule:
+def compiled(
+    model: nn.Module, policy: Policy, compiler: str = "inductor", backend: str = "auto"
+) -> JustInTimeModule:
     """`optimize` without example inputs: the first call captures."""
-    read_options({"policy": policy})
-    return JustInTimeModule(model, policy, compiler)
+    read_options({"policy": policy, "backend": backend})
+    return JustInTimeModule(model, policy, compiler, backend)

@@ -17,12 +17,12 @@ from torch import fx, nn
 
 from attn_rewrite import knobs
 from attn_rewrite.apply import Replacement, splice
-from attn_rewrite.backends.torch.blocks import choose_block
-from attn_rewrite.backends.torch.lower import Kernel, lower
+from attn_rewrite.backends.torch.lower import Kernel
 from attn_rewrite.calls import CallForm
 from attn_rewrite.capture import Captured, capture_model
 from attn_rewrite.cascade.ir import Cascade
 from attn_rewrite.errors import PolicyError
+from attn_rewrite.lowering import check_backend, lower_site
 from attn_rewrite.passes.canonicalize import canonicalize
 from attn_rewrite.passes.find import find
 from attn_rewrite.plan import Plan, check_sites, make_plan, rewritten
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
     from attn_rewrite.budget import Budget
     from attn_rewrite.optimized import OptimizedModule
-
-BACKENDS = ("auto", "torch")
 
 
 @dataclass
@@ -64,6 +62,7 @@ class Decision:
     kernel: Kernel | None = None
     block: int = 128
     refusal: Refusal | None = None
+    backend: str = "auto"
 
     @property
     def replacement(self) -> Replacement | None:
@@ -118,7 +117,7 @@ def optimize(
     if isinstance(model, nn.Module) and not example_args and not example_kwargs:
         from attn_rewrite.compile_backend import compiled
 
-        return compiled(model, policy)
+        return compiled(model, policy, backend=backend)
     watch = Stopwatch()
     with watch.stage("capture"):
         captured = capture_model(
@@ -126,27 +125,31 @@ def optimize(
         )
     if not isinstance(model, nn.Module):  # a program is fixed to its device and dtype
         return optimize_captured(
-            captured, policy, watch, plan=plan, verify=verify, source=None, rebuild=None
-        )
+            captured, policy, watch, plan=plan, verify=verify, source=None, rebuild=None,
+            backend=backend,
+        )  # fmt: skip
     rebuild = partial(
-        _again, captured=captured, policy=policy, dynamic_shapes=dynamic_shapes, plan=plan
-    )
+        _again, captured=captured, policy=policy, dynamic_shapes=dynamic_shapes, plan=plan,
+        backend=backend,
+    )  # fmt: skip
     return optimize_captured(
-        captured, policy, watch, plan=plan, verify=verify, source=model, rebuild=rebuild
-    )
+        captured, policy, watch, plan=plan, verify=verify, source=model, rebuild=rebuild,
+        backend=backend,
+    )  # fmt: skip
 
 
 def _check_options(backend: str, calibration: Any) -> None:
-    if backend not in BACKENDS:
-        raise PolicyError(
-            f"backend {backend!r} is not available; this version has: {', '.join(BACKENDS)}"
-        )
+    check_backend(backend)
     if calibration is not None:
         raise PolicyError("no transform of this version is calibrated; leave calibration out")
 
 
 def decide(
-    findings: Findings, policy: Policy, plan: Plan | None, watch: Stopwatch
+    findings: Findings,
+    policy: Policy,
+    plan: Plan | None,
+    watch: Stopwatch,
+    backend: str = "auto",
 ) -> tuple[Plan, list[Decision]]:
     """Plan, rewrite and lower every site; what is made of each is dumped."""
     dump = watch.dumper.write
@@ -158,7 +161,7 @@ def decide(
         else:
             check_sites(plan, findings)
     with watch.stage("rewrite"):
-        decisions = [_decide(site, plan) for site in findings.sites]
+        decisions = [_decide(site, plan, backend) for site in findings.sites]
     dump("plan", plan.dumps(), suffix=".json")
     for item in decisions:
         name = item.site.name
@@ -169,24 +172,23 @@ def decide(
     return plan, decisions
 
 
-def _decide(site: Site, plan: Plan) -> Decision:
+def _decide(site: Site, plan: Plan, backend: str) -> Decision:
     steps = plan.of(site.name)
     if not steps or all(s.keeps for s in steps):
         return Decision(site)
     cascade = rewritten(site, *steps)
     if isinstance(cascade, Refusal):
         return Decision(site, refusal=cascade)
-    return lowered(site, cascade)
+    return lowered(site, cascade, backend)
 
 
-def lowered(site: Site, cascade: Cascade) -> Decision:
+def lowered(site: Site, cascade: Cascade, backend: str = "auto") -> Decision:
     """Lower a cascade for the place of ``site``."""
-    extents = {n: v if isinstance(v, int) else None for n, v in site.extents().items()}
-    block = choose_block(cascade, extents)
-    kernel = lower(cascade, dropout=site.dropout, block=block, extents=extents)
+    kernel, block = lower_site(site, cascade, backend)
     if isinstance(kernel, Refusal):
-        return Decision(site, cascade, refusal=replace(kernel, site=site.name, source=site.source))
-    return Decision(site, cascade, kernel, block)
+        refusal = replace(kernel, site=site.name, source=site.source)
+        return Decision(site, cascade, refusal=refusal, backend=backend)
+    return Decision(site, cascade, kernel, block, backend=backend)
 
 
 def replacements(decisions: list[Decision]) -> list[Replacement]:
@@ -203,6 +205,7 @@ def optimize_captured(
     verify: bool,
     source: nn.Module | None,
     rebuild: Any,
+    backend: str = "auto",
 ) -> OptimizedModule:
     """`optimize` from the captured graph on."""
     from attn_rewrite.accept import accept
@@ -216,7 +219,7 @@ def optimize_captured(
     dump("canonicalize", lambda: graph_text(host), suffix=".fx")
     with watch.stage("find"):
         findings = find(host)
-    plan, decisions = decide(findings, policy, plan, watch)
+    plan, decisions = decide(findings, policy, plan, watch, backend)
     outcome = accept(captured, host, findings, plan, decisions, policy.budget, watch, verify=verify)
     graph = outcome.graph
     knobs.tell(2, lambda: "\n".join(["refusals", *map(str, outcome.report.all_refusals())]))
@@ -246,7 +249,13 @@ def spliced(captured: Captured, decisions: list[Decision]) -> fx.GraphModule:
 
 
 def _again(
-    source: nn.Module, *, captured: Captured, policy: Policy, dynamic_shapes: Any, plan: Plan | None
+    source: nn.Module,
+    *,
+    captured: Captured,
+    policy: Policy,
+    dynamic_shapes: Any,
+    plan: Plan | None,
+    backend: str,
 ) -> OptimizedModule:
     """Capture and rewrite a source that moved: example inputs follow its device and dtype."""
     from torch.utils import _pytree as pytree
@@ -263,4 +272,6 @@ def _again(
         )
 
     args, kwargs = pytree.tree_map(follow, (captured.args, captured.kwargs))
-    return optimize(source, policy, args, kwargs, dynamic_shapes=dynamic_shapes, plan=plan)
+    return optimize(
+        source, policy, args, kwargs, dynamic_shapes=dynamic_shapes, plan=plan, backend=backend
+    )

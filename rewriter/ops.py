@@ -1,8 +1,14 @@
 """Registers every operator that a saved program may call: ``import attn_rewrite.ops``.
 
-Enough before a bare ``torch.export.load``.
+Enough before a bare ``torch.export.load``.  The Triton operators are registered where triton is
+installed.
 """
 
+import importlib.util
+
 from attn_rewrite.backends.torch.ops import tile_counts, tiled_attention
+
+if importlib.util.find_spec("triton") is not None:
+    import attn_rewrite.backends.triton.ops  # noqa: F401
 
 __all__ = ["tile_counts", "tiled_attention"]

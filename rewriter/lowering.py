@@ -1,0 +1,84 @@
+"""Which backend lowers a site: torch anywhere, Triton where a GPU runs its kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+from attn_rewrite.backends.torch.blocks import choose_block
+from attn_rewrite.backends.torch.lower import Kernel, lower
+from attn_rewrite.cascade.ir import Cascade
+from attn_rewrite.errors import LowerError, PolicyError
+from attn_rewrite.site import Refusal, Site
+
+if TYPE_CHECKING:
+    import torch
+
+BACKENDS = ("auto", "torch", "triton")
+
+
+def check_backend(name: str) -> None:
+    """`PolicyError` for an unknown backend, `LowerError` for one that cannot run here."""
+    if name not in BACKENDS:
+        raise PolicyError(
+            f"backend {name!r} is not available; this version has: {', '.join(BACKENDS)}"
+        )
+    if name != "triton":
+        return
+    if importlib.util.find_spec("triton") is None:
+        raise LowerError(
+            "backend 'triton' needs the triton package, which is not installed; install "
+            "attn-rewrite[triton], or use backend='torch'"
+        )
+    if not _has_gpu() and not _interpreted():
+        raise LowerError(
+            "backend 'triton' runs on an NVIDIA or AMD GPU and this process sees none; use "
+            "backend='torch' here, or compile ahead of time with --export triton:cuda:90"
+        )
+
+
+def lower_site(site: Site, cascade: Cascade, backend: str = "auto") -> tuple[Kernel | Refusal, int]:
+    """The kernel for the place of ``site``, and the side of its tiles.
+
+    ``auto``: torch, unless the operands are on a GPU, the kernel is not one of PyTorch's own fused
+    ones, and the Triton backend can lower it.  ``triton`` refuses what it cannot lower.
+    """
+    extents = {n: v if isinstance(v, int) else None for n, v in site.extents().items()}
+    block = choose_block(cascade, extents)
+    operand = site.inputs["Q"].node.meta["val"]
+    if backend == "triton":
+        return _triton(site, cascade, extents, operand), block
+    kernel = lower(cascade, dropout=site.dropout, block=block, extents=extents)
+    on_gpu = operand.device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    if backend == "torch" or not on_gpu or (isinstance(kernel, Kernel) and kernel.name == "sdpa"):
+        return kernel, block
+    generated = _triton(site, cascade, extents, operand)
+    return (kernel if isinstance(generated, Refusal) else generated), block
+
+
+def _triton(
+    site: Site, cascade: Cascade, extents: dict[str, int | None], operand: torch.Tensor
+) -> Kernel | Refusal:
+    from attn_rewrite.backends.triton.lower import lower as lower_to_triton
+    from attn_rewrite.backends.triton.prepare import device_of
+
+    if operand.element_size() > 4:
+        return Refusal(
+            "dtype", f"Triton kernels compute in float32, and the operands are {operand.dtype}"
+        )
+    return lower_to_triton(
+        cascade, dropout=site.dropout, extents=extents, device=device_of(operand),
+        item_bytes=operand.element_size(),
+    )  # fmt: skip
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _interpreted() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
