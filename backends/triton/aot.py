@@ -215,9 +215,8 @@ def _resources(
     else:
         text = files["amdgcn"].decode()
         registers = _number(text, r"\.vgpr_count:\s+(\d+)") + _number(text, r"\.agpr_count:\s+(\d+)")
-        spilled = 4 * sum(
-            _number(text, rf"\.{kind}_spill_count:\s+(\d+)") for kind in ("vgpr", "sgpr")
-        )
+        # Scalar registers spill into lanes of vector registers, which costs no memory.
+        spilled = 4 * _number(text, r"\.vgpr_spill_count:\s+(\d+)")
     shared = int(metadata.shared)
     return Resources(registers, spilled, shared, threads,
                      occupancy_bound(LIMITS[target], registers, shared, threads))  # fmt: skip

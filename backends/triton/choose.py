@@ -32,7 +32,11 @@ def choose_schedule(
     pairs = _pair_tiles(program)
     if pairs or len(program.passes()) > 1 or _accumulators(program) > 1:
         # Another tile of scores, or a second accumulator, wants its registers.
-        base = base.with_(block_rows=min(base.block_rows, 64), stages=min(base.stages, 2), warps=4)
+        base = base.with_(
+            block_rows=min(base.block_rows, 64),
+            block_along=min(base.block_along, 32),
+            stages=min(base.stages, 2),
+        )
     return base.with_(
         skipping=choose_skipping(program),
         pack=_packing(program, extents or {}),

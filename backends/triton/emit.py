@@ -206,8 +206,9 @@ class _Emitter:
         chunk = frame.parameter(Parameter("chunk", "special"))
         head.line("split = tl.program_id(1)")
         head.line(f"{along}_first = split * {chunk}")
-        head.line(f"{along}_last = tl.minimum({along}_first + {chunk}, "
-                  f"{frame.extent(frame.roles.along)})")  # fmt: skip
+        # A part beyond the length is empty: it must not run the last tile of another one.
+        end = f"tl.minimum({along}_first + {chunk}, {frame.extent(frame.roles.along)})"
+        head.line(f"{along}_last = tl.maximum({end}, {along}_first)")
 
     # Passes
 

@@ -237,7 +237,9 @@ class Memory:
                 continue
             stride = self.stride(tensor, rank)
             value = self._index(at)
-            if not value.axes:
+            if not value.axes and frame.is_along(at):
+                moving.append((value, stride))
+            elif not value.axes:
                 if value.text != "0":
                     fixed.append(f"{_wide(value)} * {stride}")
             else:
@@ -384,6 +386,8 @@ def _wide(value: Value) -> str:
 
 def _placed(value: Value, axes: Sequence[str], lanes: Sequence[str]) -> str:
     """An index over the axes of the tile; lanes are small and stay 32 bits wide."""
+    if not value.axes:
+        return f"tl.cast({value.text}, tl.int64)"
     if set(value.axes) <= set(lanes):
         return value.over(axes)
     wide = Value(_wide(value), value.axes, "int")

@@ -107,6 +107,7 @@ class Program:
     cascade: Cascade
     roles: Roles
     stages: tuple[Step | Pass, ...]
+    stepwise: bool = False  # one coordinate after the other instead of tiles
 
     def passes(self) -> tuple[Pass, ...]:
         """The traversals, in order."""
@@ -153,6 +154,9 @@ class _Reader:
         self.cascade, self.row, self.along = cascade, row, along
         parts = next((r.parts for r in cascade.ranks if r.name == along), ())
         self.outer, self.inner = parts if len(parts) == 2 else ("", "")
+        self.stepwise = any(isinstance(s, Loop) and s.rank == along for s in cascade.body)
+        if self.stepwise:
+            self.outer, self.inner = along, ""
         self.inputs = {t.name for t in cascade.inputs}
         self.defaults = {t.name: t.default for t in cascade.tensors}
         self.whole = call("add", call("mul", Rank(self.outer), Extent(self.inner)),
@@ -167,7 +171,7 @@ class _Reader:
                 )
         roles = self._roles([*rows.values(), *(s for s, _ in tiles)])
         levels = _Levels(self, rows, tiles)
-        return Program(self.cascade, roles, levels.stages())
+        return Program(self.cascade, roles, levels.stages(), self.stepwise)
 
     # Statements
 
@@ -202,9 +206,11 @@ class _Reader:
         out = self._local(e.out)
         ranks = frozenset(r for i in out.index for r in ranks_of(i))
         expr, guard = self._whole(e.expr), self._whole(e.guard)
-        names = {self.inner: self.along}
+        names = {self.inner: self.along} if self.inner else {}
         listed = tuple((names.get(r, r), op) for r, op in e.reduce)
         iterated = ranks_of(expr) - ranks - {r for r, _ in listed}
+        if self.stepwise:
+            iterated -= {self.along}
         listed = tuple((r, "add") for r in sorted(iterated)) + listed
         for rank, op in listed:
             if op not in _FOLDS:
@@ -217,7 +223,7 @@ class _Reader:
 
     def _whole(self, expr: Expr) -> Expr:
         def rule(node: Expr) -> Expr | None:
-            if node == self.whole:
+            if self.inner and node == self.whole:
                 return Rank(self.along)
             if isinstance(node, Read) and node.tensor not in self.inputs:
                 return self._local(node)
@@ -230,9 +236,9 @@ class _Reader:
         index: list[Expr] = []
         name = read.tensor
         for i in read.index:
-            if i == Rank(self.outer) + 1:
+            if self.outer and i == Rank(self.outer) + 1:
                 name += NEXT
-            elif i in (Rank(self.outer), Extent(self.outer)):
+            elif self.outer and i in (Rank(self.outer), Extent(self.outer)):
                 continue
             elif isinstance(i, Const) and self.outer:
                 continue
@@ -248,7 +254,8 @@ class _Reader:
 
     def _roles(self, steps: Sequence[Step]) -> Roles:
         """Head dimensions are folded away, or missing from the values of a tile."""
-        tiles = [s for s in steps if {self.row, self.along} <= s.ranks]
+        both = {self.row} if self.stepwise else {self.row, self.along}
+        tiles = [s for s in steps if both <= s.ranks]
         carried = frozenset.intersection(*(s.ranks for s in tiles)) if tiles else frozenset()
         folded = frozenset().union(*(s.folds() for s in steps)) - {self.row, self.along}
         every = frozenset().union(*(s.ranks for s in steps), folded) - {self.row, self.along}

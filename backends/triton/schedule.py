@@ -80,13 +80,16 @@ def default_schedule(
     """
     device = device or Device()
     width = max((padded_side(n) for n in lanes.values()), default=64)
-    wide, narrow = width * item_bytes > 256, width * item_bytes <= 128
-    rows = 64 if wide or item_bytes > 2 else 128
-    along = 32 if wide else 64
-    warps = 8 if rows == 128 and not narrow else 4
-    stages = 2 if wide else 3
+    if item_bytes > 2:  # products of float32 run on the general units, operand by operand
+        return _sides(*((64, 32, 8, 2) if width <= 64 else (32, 16, 4, 1)))
+    if width > 128:
+        return _sides(64, 32, 8 if device.backend == "cuda" else 4, 2 if device.backend == "cuda" else 1)
     if device.backend == "hip":
-        stages = 1 if wide else 2
+        return _sides(128, 64 if width <= 64 else 32, 4, 2)
+    return _sides(128, 64, 4 if width <= 64 else 8, 3)
+
+
+def _sides(rows: int, along: int, warps: int, stages: int) -> Schedule:
     return Schedule(block_rows=rows, block_along=along, warps=warps, stages=stages)
 
 

@@ -45,13 +45,16 @@ class Traversal:
     def __init__(self, frame: Frame) -> None:
         self.frame = frame
         self.along = frame.rank(frame.roles.along)
-        self.side = frame.side(frame.roles.along)
+        self.stepwise = frame.program.stepwise
+        self.side = "1" if self.stepwise else frame.side(frame.roles.along)
         self.first, self.last = "0", frame.extent(frame.roles.along)
         if frame.schedule.split:
             self.first, self.last = f"{self.along}_first", f"{self.along}_last"
 
     def parts(self, of: Pass) -> list[Part]:
         """The parts of a pass; writes the lines that compute their bounds."""
+        if self.stepwise:
+            return [Part("0", self.last, False)]
         guards = dict.fromkeys(s.guard for s in of.steps if s.guard != TRUE)
         if self.frame.schedule.skipping == "lists" and guards:
             return self._lists()
@@ -69,8 +72,12 @@ class Traversal:
         return [Part(self.first, "whole", False), Part("whole", self.last, True)]
 
     @contextmanager
-    def loop(self, parts: Sequence[Part]) -> Iterator[str]:
+    def loop(self, parts: Sequence[Part]) -> Iterator[str | None]:
         """The loop over the tiles of all parts; yields the test for tiles that are not full."""
+        if self.stepwise:
+            with self._steps():
+                yield None
+            return
         body, lists = self.frame.body, self.frame.schedule.skipping == "lists"
         condition = _condition(parts)
         if len(parts) == 1:
@@ -85,6 +92,14 @@ class Traversal:
                     body.line(f"last = {part.last}")
             with self._tiles("first", "last", condition, lists=lists):
                 yield condition
+
+    @contextmanager
+    def _steps(self) -> Iterator[None]:
+        """One coordinate after the other: it is a number, not an axis."""
+        frame = self.frame
+        with frame.body.block(f"for {self.along} in range(0, {self.last}):"), frame.tile():
+            frame.memo[Rank(frame.roles.along)] = Value(self.along, (), "int")
+            yield
 
     @contextmanager
     def _tiles(self, first: str, last: str, condition: str, *, lists: bool) -> Iterator[None]:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from attn_rewrite.plan import Plan
     from attn_rewrite.policy import Budget, Policy
 
-EXPORTS = ("pt2", "onnx", "onnx:portable", "onnx:onnxruntime")
+TRITON = ("triton:cuda:80", "triton:cuda:90", "triton:cuda:100", "triton:hip:gfx942")
+EXPORTS = ("pt2", "onnx", "onnx:portable", "onnx:onnxruntime", *TRITON)
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Rewriting:
     budget: BudgetText = None
     export: Annotated[
         list[str],
-        typer.Option(metavar="FORMAT", help="pt2, onnx or onnx:portable; may be repeated."),
+        typer.Option(metavar="FORMAT", help="pt2, onnx[:portable] or triton:cuda:90; may be repeated."),
     ] = field(default_factory=list)
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier result in DIR.")] = (
         False
@@ -51,6 +52,7 @@ class _Request:
     plan: Plan | None
     budget: Budget | None
     onnx: dict[str, str]  # file name -> target
+    triton: tuple[str, ...]  # targets, each once
 
 
 def optimize(model: Model, rewriting: Rewriting, options: ModelOptions, terminal: Terminal) -> int:
@@ -68,6 +70,7 @@ def optimize(model: Model, rewriting: Rewriting, options: ModelOptions, terminal
         with terminal.stage("writing model.pt2"):
             write_result(optimized, part, source=loaded)
         artifacts = _export(optimized, part, request.onnx, terminal)
+        artifacts += _export_triton(optimized, part, request.triton, terminal)
         seal(part, source=loaded, training=optimized.training)
     document = {
         "output": str(rewriting.output),
@@ -134,6 +137,7 @@ def _read(rewriting: Rewriting) -> _Request:
         plan=read_plan(rewriting.plan),
         budget=read_budget(rewriting.budget),
         onnx=_onnx_files(rewriting.export),
+        triton=tuple(dict.fromkeys(e.partition(":")[2] for e in rewriting.export if e in TRITON)),
     )
 
 
@@ -166,6 +170,23 @@ def _export(
     return artifacts
 
 
+def _export_triton(
+    optimized: OptimizedModule, folder: Path, targets: tuple[str, ...], terminal: Terminal
+) -> list[dict[str, Any]]:
+    """One folder of compiled kernels for each target, below ``triton/``."""
+    if not targets:
+        return []
+    from attn_rewrite.backends.triton.bundle import export_triton
+
+    artifacts = []
+    for target in targets:
+        name = f"triton/{target.replace(':', '-')}"
+        with terminal.stage(f"compiling the kernels for {target}"):
+            artifact = export_triton(optimized, folder / name, target=target)
+        artifacts.append({"file": name, **artifact.to_json()})
+    return artifacts
+
+
 def _artifact(artifact: OnnxArtifact, name: str) -> dict[str, Any]:
     return {
         "file": name,
@@ -188,6 +209,9 @@ def _view(
 
     render(optimized.report, console)
     for artifact in artifacts:
+        if "kernels" in artifact:
+            console.print(_kernels_line(artifact), markup=False)
+            continue
         worst = max(artifact["errors"].values(), default=0.0)
         console.print(
             f"{artifact['file']}: opset {artifact['opset']}, {artifact['bytes'] / 1e6:.1f} MB, "
@@ -195,3 +219,12 @@ def _view(
             markup=False,
         )
     console.print(f"written to {output}", markup=False)
+
+
+def _kernels_line(artifact: dict[str, Any]) -> str:
+    kernels = [k["resources"] for k in artifact["kernels"]]
+    return (
+        f"{artifact['file']}: {len(kernels)} kernels for {len(artifact['sites'])} sites, at most "
+        f"{max(k['registers'] for k in kernels)} registers a thread, "
+        f"{max(k['shared'] for k in kernels) / 1024:.0f} KiB shared, none spilled"
+    )

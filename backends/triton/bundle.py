@@ -1,0 +1,163 @@
+"""A folder with the kernels of a rewritten model for one GPU: source, binaries, metadata, loader."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attn_rewrite.backends.triton import loader
+from attn_rewrite.backends.triton.aot import Binary, Limits, compile_source, LIMITS, parse_target
+from attn_rewrite.backends.triton.emit import Source, emit
+from attn_rewrite.backends.triton.lower import TritonKernel, lower
+from attn_rewrite.backends.triton.schedule import Schedule
+from attn_rewrite.errors import LowerError, ToolError
+from attn_rewrite.site import Refusal, Site
+
+if TYPE_CHECKING:
+    from attn_rewrite.optimized import OptimizedModule
+
+
+@dataclass(frozen=True)
+class TritonArtifact:
+    """What was written: kernels by site, and why other sites have none."""
+
+    target: str
+    folder: str
+    kernels: tuple[dict[str, Any], ...]
+    sites: dict[str, tuple[str, ...]]
+    refusals: tuple[Refusal, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as in ``kernels.json``."""
+        return {
+            "target": self.target,
+            "kernels": list(self.kernels),
+            "sites": {n: list(k) for n, k in self.sites.items()},
+            "refusals": [r.to_json() for r in self.refusals],
+        }
+
+
+def export_triton(optimized: OptimizedModule, folder: str | Path, *, target: str) -> TritonArtifact:
+    """Compile the kernels of every rewritten site of ``optimized`` for ``target`` into ``folder``.
+
+    ``target`` is ``cuda:80``, ``cuda:90``, ``cuda:100`` or ``hip:gfx942``; no GPU is needed.  Sites
+    with the same kernel share it.  A kernel whose default schedule spills registers, or takes more
+    shared memory than a processor has, is compiled with smaller tiles; `ToolError` where none fits,
+    `PolicyError` for an unknown target, `LowerError` where no site has a kernel.
+    """
+    device = parse_target(target)
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    written: dict[tuple[str, str], dict[str, Any]] = {}
+    sites: dict[str, tuple[str, ...]] = {}
+    refusals: list[Refusal] = []
+    for site in optimized.sites:
+        kernel = _lowered(optimized, site, device)
+        if isinstance(kernel, Refusal):
+            refusals.append(kernel)
+            continue
+        names = []
+        for source in kernel.sources:
+            key = (source.text, _types(source, site))
+            if key not in written:
+                written[key] = _write(path, source, site, target)
+            names.append(written[key]["name"])
+        sites[site.name] = tuple(names)
+    if not sites:
+        raise LowerError(
+            f"no site has a Triton kernel for {target}: "
+            + "; ".join(r.reason for r in refusals[:3]), refusals,
+        )  # fmt: skip
+    found = TritonArtifact(target, path.name, tuple(written.values()), sites, tuple(refusals))
+    (path / "kernels.json").write_text(json.dumps(found.to_json(), indent=1) + "\n", "utf-8")
+    shutil.copyfile(loader.__file__, path / "load.py")
+    return found
+
+
+def _lowered(optimized: OptimizedModule, site: Site, device: Any) -> TritonKernel | Refusal:
+    """The kernel of a site as it was rewritten."""
+    from attn_rewrite.plan import rewritten
+
+    steps = optimized.plan.of(site.name)
+    if not steps or all(s.keeps for s in steps):
+        return Refusal("kept", f"{site.name} was left as it is", site=site.name)
+    cascade = rewritten(site, *steps)
+    if isinstance(cascade, Refusal):
+        return cascade
+    extents = {n: v if isinstance(v, int) else None for n, v in site.extents().items()}
+    missing = [r for r in ("d", "f") if extents.get(r) is None]
+    if missing:
+        return Refusal("dynamic-head", f"the head dimension {missing[0]} is dynamic", site=site.name)
+    size = site.inputs["Q"].node.meta["val"].element_size()
+    return lower(
+        cascade, dropout=site.dropout, extents=extents, device=device, item_bytes=size
+    )
+
+
+def _types(source: Source, site: Site) -> str:
+    """The operand type and head dimensions, as text: with the source they make the binary."""
+    dtype = str(site.inputs["Q"].node.meta["val"].dtype).removeprefix("torch.")
+    extents = site.extents()
+    lanes = [f"{r}{int(extents[r])}" for r in source.program.roles.lanes]
+    return "-".join([dtype, *lanes])
+
+
+def _write(path: Path, source: Source, site: Site, target: str) -> dict[str, Any]:
+    dtype = str(site.inputs["Q"].node.meta["val"].dtype).removeprefix("torch.")
+    extents = site.extents()
+    lanes = {r: int(extents[r]) for r in source.program.roles.lanes}
+    fitted, binary = fit(source, target, dtype, lanes)
+    name = f"{fitted.name}-{_types(source, site)}-{fitted.key}"
+    (path / f"{name}.py").write_text(fitted.text, "utf-8")
+    for kind, content in binary.files.items():
+        (path / f"{name}.{kind}").write_bytes(content)
+    metadata = {"kernel": name, "dtype": dtype, "lanes": lanes, **binary.metadata}
+    (path / f"{name}.json").write_text(json.dumps(metadata, indent=1) + "\n", "utf-8")
+    return {"name": name, "dtype": dtype, "lanes": lanes, "resources": asdict(binary.resources)}
+
+
+def fit(
+    source: Source, target: str, dtype: str, lanes: dict[str, int]
+) -> tuple[Source, Binary]:
+    """The kernel with the first schedule, from the given one down, that a processor can hold.
+
+    `ToolError` where every one of them spills or takes too much shared memory.
+    """
+    tried = []
+    for schedule in smaller(source.schedule):
+        candidate = source
+        if schedule != source.schedule:
+            candidate = emit(source.program, schedule, lanes, name=source.name)
+        binary = compile_source(candidate, target, dtype, lanes, {"dropout": 0.0})
+        if fits(binary, LIMITS[target]):
+            return candidate, binary
+        tried.append(f"{schedule.block_rows}x{schedule.block_along}: "
+                     f"{binary.resources.spilled} bytes spilled, "
+                     f"{binary.resources.shared} bytes of shared memory")  # fmt: skip
+    raise ToolError(
+        f"no schedule of {source.name} fits {target} with {dtype} and head dimensions {lanes} "
+        f"({'; '.join(tried)})", stage="triton resources",
+    )  # fmt: skip
+
+
+def fits(binary: Binary, limits: Limits) -> bool:
+    """No register is spilled, and one block's shared memory is there."""
+    reserved = 1024  # a block's share of the processor's shared memory for the system
+    return binary.resources.spilled == 0 and binary.resources.shared + reserved <= limits.shared
+
+
+def smaller(schedule: Schedule) -> Iterator[Schedule]:
+    """The schedule, then ones that need fewer registers and less shared memory."""
+    yield schedule
+    if schedule.skipping == "lists":
+        return  # lists are made for the sides of the tiles
+    rows, along = schedule.block_rows, schedule.block_along
+    if rows == 128 and schedule.warps == 4:
+        yield schedule.with_(warps=8)
+    for r, a in ((64, 64), (64, 32), (32, 32), (32, 16), (16, 16)):
+        if r * a < rows * along and r <= rows and a <= along:
+            yield schedule.with_(block_rows=r, block_along=a, warps=4, stages=1)
