@@ -80,11 +80,14 @@ def default_schedule(
     """
     device = device or Device()
     width = max((padded_side(n) for n in lanes.values()), default=64)
+    cuda = device.backend == "cuda"
     if item_bytes > 2:  # products of float32 run on the general units, operand by operand
-        return _sides(*((64, 32, 8, 2) if width <= 64 else (32, 16, 4, 1)))
+        if width > 128:
+            return _sides(32, 16, 8, 1)
+        return _sides(64, 32, 8, 2) if width <= 64 else _sides(64, 16, 8, 2)
     if width > 128:
-        return _sides(64, 32, 8 if device.backend == "cuda" else 4, 2 if device.backend == "cuda" else 1)
-    if device.backend == "hip":
+        return _sides(64, 32, 8, 2) if cuda else _sides(64, 32, 4, 1)
+    if not cuda:
         return _sides(128, 64 if width <= 64 else 32, 4, 2)
     return _sides(128, 64, 4 if width <= 64 else 8, 3)
 

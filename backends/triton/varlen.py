@@ -1,0 +1,69 @@
+"""Sequences of different lengths laid end to end: no padding is stored or computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attn_rewrite.backends.triton.choose import choose_schedule
+from attn_rewrite.backends.triton.emit import emit
+from attn_rewrite.backends.triton.launch import Call, launch
+from attn_rewrite.backends.triton.prepare import device_of, lanes_of, stages, with_lse
+from attn_rewrite.backends.triton.schedule import Schedule
+from attn_rewrite.cascade.ir import Cascade
+from attn_rewrite.errors import LowerError
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """Where sequences begin: ``q_starts`` and ``kv_starts`` int32 [b + 1], and the longest ones."""
+
+    q_starts: Tensor
+    kv_starts: Tensor
+    longest_q: int
+    longest_kv: int
+
+
+def attend_varlen(
+    cascade: Cascade,
+    inputs: Mapping[str, Tensor],
+    sequences: Sequences,
+    schedule: Schedule | None = None,
+) -> dict[str, Tensor]:
+    """AV [h, tokens, f] and LSE [h, tokens] of sequences laid end to end.
+
+    ``inputs`` has Q [h, tokens, d], K [hkv, tokens, d], V [hkv, tokens, f] and further inputs of
+    the cascade that do not have both ranks of the scores (a bias per pair has no place here);
+    positions and lengths in the mask are those of each sequence.  Reassociated.
+    """
+    both = [t.name for t in cascade.inputs if {"q", "kv"} <= set(t.ranks)]
+    if both:
+        raise LowerError(f"{both[0]} has a value for every pair, which sequences end to end lack")
+    (stage,) = stages(str(with_lse(cascade)))
+    program = stage.program
+    wide = {n: t[None] if n in ("Q", "K", "V") else t for n, t in inputs.items()}
+    lanes = lanes_of(program, wide)
+    first = wide["Q"]
+    chosen = schedule or choose_schedule(
+        program, lanes, first.element_size(), device_of(first), {"q": sequences.longest_q}
+    )
+    skipping = chosen.skipping if chosen.skipping == "bounds" else "none"
+    source = emit(program, chosen.with_(varlen=True, skipping=skipping), lanes, name="varlen")
+    count = len(sequences.q_starts) - 1
+    sizes = {
+        "b": count, "h": first.shape[1], "hkv": wide["K"].shape[1], "q": sequences.longest_q,
+        "kv": sequences.longest_kv, **lanes,
+    }  # fmt: skip
+    ranks: dict[str, Sequence[str]] = {t.name: t.ranks for t in program.cascade.inputs}
+    outputs = {}
+    for o in source.outputs:
+        shape = [{"b": 1, "q": first.shape[2]}.get(r, sizes[r]) for r in o.ranks]
+        kind = first.dtype if set(lanes) & set(o.ranks) else torch.float32
+        outputs[o.name] = torch.empty(shape, dtype=kind, device=first.device)
+        ranks[o.name] = o.ranks
+    starts = {"q_starts": sequences.q_starts, "kv_starts": sequences.kv_starts}
+    launch(source, Call({**wide, **starts, **outputs}, ranks, sizes))
+    return {n: t[0] for n, t in outputs.items()}
