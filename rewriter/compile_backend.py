@@ -78,9 +78,7 @@ def attn_rewrite(
     """The backend registered with Dynamo (entry point ``torch_dynamo_backends``)."""
     options = dict(options or {})
     policy, compiler = read_options(options)
-    rewritten, record = rewrite_graph(
-        gm, example_inputs, policy, options.get("backend", "auto")
-    )
+    rewritten, record = rewrite_graph(gm, example_inputs, policy, options.get("backend", "auto"))
     session = options.get("session")
     if session is not None:
         session.graphs.append(record)
@@ -141,9 +139,7 @@ def rewrite_graph(
     findings = find(host)
     if not findings.sites:
         return traced, _recorded(GraphRecord((), {}, findings.refusals))
-    plan, decisions = decide(
-        findings, _for_graph(policy, findings.sites), None, watch, backend
-    )
+    plan, decisions = decide(findings, _for_graph(policy, findings.sites), None, watch, backend)
     done = {d.site.name: d.kernel.name for d in decisions if d.kernel is not None}
     said = tuple(d.refusal for d in decisions if d.refusal is not None)
     refusals = (*findings.refusals, *plan.refusals, *said)

@@ -1,4 +1,4 @@
-"""Generated source becomes a Triton kernel: a module in a file, as ``triton.jit`` reads its text."""
+"""Generated source becomes a Triton kernel: a module in a file, as Triton reads its text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder with the kernels of a rewritten model for one GPU: source, binaries, metadata, loader."""
+"""A folder with the kernels of a rewritten model: source, binaries, metadata and a loader."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attn_rewrite.backends.triton import loader
-from attn_rewrite.backends.triton.aot import Binary, Limits, compile_source, LIMITS, parse_target
+from attn_rewrite.backends.triton.aot import LIMITS, Binary, Limits, compile_source, parse_target
 from attn_rewrite.backends.triton.emit import Source, emit
 from attn_rewrite.backends.triton.lower import TritonKernel, lower
 from attn_rewrite.backends.triton.schedule import Schedule
@@ -91,11 +91,11 @@ def _lowered(optimized: OptimizedModule, site: Site, device: Any) -> TritonKerne
     extents = {n: v if isinstance(v, int) else None for n, v in site.extents().items()}
     missing = [r for r in ("d", "f") if extents.get(r) is None]
     if missing:
-        return Refusal("dynamic-head", f"the head dimension {missing[0]} is dynamic", site=site.name)
+        return Refusal(
+            "dynamic-head", f"the head dimension {missing[0]} is dynamic", site=site.name
+        )
     size = site.inputs["Q"].node.meta["val"].element_size()
-    return lower(
-        cascade, dropout=site.dropout, extents=extents, device=device, item_bytes=size
-    )
+    return lower(cascade, dropout=site.dropout, extents=extents, device=device, item_bytes=size)
 
 
 def _types(source: Source, site: Site) -> str:
@@ -120,9 +120,7 @@ def _write(path: Path, source: Source, site: Site, target: str) -> dict[str, Any
     return {"name": name, "dtype": dtype, "lanes": lanes, "resources": asdict(binary.resources)}
 
 
-def fit(
-    source: Source, target: str, dtype: str, lanes: dict[str, int]
-) -> tuple[Source, Binary]:
+def fit(source: Source, target: str, dtype: str, lanes: dict[str, int]) -> tuple[Source, Binary]:
     """The kernel with the first schedule, from the given one down, that a processor can hold.
 
     `ToolError` where every one of them spills or takes too much shared memory.

@@ -245,4 +245,3 @@ def _join(
     tensors = {n: t for n, t in (operands | outputs).items() if t is not None}
     launch(source, Call(tensors, declared, {**sizes, SPLIT: splits}))
     return outputs
-

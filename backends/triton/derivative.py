@@ -20,12 +20,12 @@ def derivative(expr: Expr, wrt: Expr) -> Expr | Refusal:
     """
     try:
         found = _of(expr, wrt)
-    except _NoDerivative as problem:
+    except _NoDerivativeError as problem:
         return Refusal("no-derivative", str(problem))
     return simplify(found)
 
 
-class _NoDerivative(Exception):
+class _NoDerivativeError(Exception):
     pass
 
 
@@ -46,7 +46,7 @@ def _of(expr: Expr, wrt: Expr) -> Expr:
     if expr.op in _UNARY:
         (x,) = expr.args
         return _times(_of(x, wrt), _UNARY[expr.op](x))
-    raise _NoDerivative(f"{expr.op} has no derivative here, in {expr}")
+    raise _NoDerivativeError(f"{expr.op} has no derivative here, in {expr}")
 
 
 def _mentions(expr: Expr, wrt: Expr) -> bool:
@@ -80,7 +80,7 @@ def _quotient(a: Expr, b: Expr, da: Expr, db: Expr) -> Expr:
 
 def _power(a: Expr, b: Expr, da: Expr, db: Expr) -> Expr:
     if db != ZERO:
-        raise _NoDerivative(f"the exponent {b} of a power depends on the score")
+        raise _NoDerivativeError(f"the exponent {b} of a power depends on the score")
     return _times(da, b * a ** (b - 1))
 
 

@@ -133,7 +133,7 @@ class Frame:
     def tile(self) -> Iterator[None]:
         """A scope for what is loaded and defined for one tile."""
         outer = self.memo
-        self.memo = ChainMap({}, outer)  # type: ignore[arg-type]
+        self.memo = ChainMap({}, outer)
         try:
             yield
         finally:
@@ -317,9 +317,7 @@ class Memory:
         if page not in frame.memo:
             size = frame.parameter(Parameter("PAGE", "block"))
             name = frame.rank(rank)
-            frame.body.line(
-                f"page = tl.load(pages_at + {name} // {size}, mask={name}_ok, other=0)"
-            )
+            frame.body.line(f"page = tl.load(pages_at + {name} // {size}, mask={name}_ok, other=0)")
             frame.body.line(f"slot = {name} % {size}")
             frame.memo[page] = Value("page", (rank,), "int")
         jump = self.stride(tensor, "page")

@@ -137,7 +137,7 @@ def _reads(expr: Expr | None, name: str) -> list[Read]:
 
 def plain_index(form: SoftmaxAttention, name: str) -> tuple[str, ...]:
     """The ranks a tensor is read at, in the order of its dimensions."""
-    read = next(r for e in (form.score, form.weight) for r in _reads(e, name))
+    read = next(r for e in (form.score, form.weight, form.sink) for r in _reads(e, name))
     return tuple(i.name for i in read.index if isinstance(i, Rank))
 
 

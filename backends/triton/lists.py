@@ -119,7 +119,10 @@ def _assembled(covers: list[list[Cells]]) -> TileLists:
     for e, of_entry in enumerate(covers):
         for h, cells in enumerate(of_entry):
             for block, row in enumerate(cells):
-                partial, full = np.flatnonzero(row == Cover.PARTIAL), np.flatnonzero(row == Cover.FULL)
+                partial, full = (
+                    np.flatnonzero(row == Cover.PARTIAL),
+                    np.flatnonzero(row == Cover.FULL),
+                )
                 middle, end = place + len(partial), place + len(partial) + len(full)
                 tiles[e, h, block] = (place, middle, end)
                 columns += [partial, full]

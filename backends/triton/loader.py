@@ -11,6 +11,7 @@ says what each of them is, which strides must be 1, and which values must be mul
 import ctypes
 import json
 from pathlib import Path
+from typing import Any
 
 _C_TYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
 _LIBRARIES = {"cuda": ("libcuda.so.1", "cu"), "hip": ("libamdhip64.so", "hip")}
@@ -19,19 +20,19 @@ _LIBRARIES = {"cuda": ("libcuda.so.1", "cu"), "hip": ("libamdhip64.so", "hip")}
 class Bundle:
     """The kernels of one target."""
 
-    def __init__(self, folder=None):
+    def __init__(self, folder: "str | Path | None" = None) -> None:
         self.folder = Path(folder or Path(__file__).parent)
         self.index = json.loads((self.folder / "kernels.json").read_text())
         library, self.prefix = _LIBRARIES[self.index["target"].split(":")[0]]
         self.driver = ctypes.CDLL(library)
 
-    def call(self, name, *arguments):
+    def call(self, name: str, *arguments: Any) -> None:
         """Call a function of the driver; RuntimeError unless it succeeds."""
         status = getattr(self.driver, self.prefix + name)(*arguments)
         if status != 0:
             raise RuntimeError(f"{self.prefix}{name} failed with status {status}")
 
-    def of_site(self, site):
+    def of_site(self, site: str) -> "Kernel":
         """The last kernel of an attention, by the name the report has for it."""
         return Kernel(self, self.index["sites"][site][-1])
 
@@ -39,7 +40,7 @@ class Bundle:
 class Kernel:
     """A loaded kernel; a context of the device must be current (PyTorch makes one)."""
 
-    def __init__(self, bundle, name):
+    def __init__(self, bundle: Bundle, name: str) -> None:
         self.bundle, self.meta = bundle, json.loads((bundle.folder / f"{name}.json").read_text())
         suffix = "cubin" if bundle.prefix == "cu" else "hsaco"
         image = (bundle.folder / f"{name}.{suffix}").read_bytes()
@@ -50,9 +51,9 @@ class Kernel:
         if bundle.prefix == "cu":  # more than 48 KB of shared memory must be asked for
             bundle.call("FuncSetAttribute", self.function, 8, self.meta["shared_bytes"])
 
-    def __call__(self, grid, stream=0, **values):
+    def __call__(self, grid: "tuple[int, int, int]", stream: int = 0, **values: Any) -> None:
         """Launch; ValueError for a value the kernel was not compiled for."""
-        boxes = []
+        boxes: list[Any] = []
         for argument in self.meta["arguments"]:
             value = values[argument["name"]]
             if argument["multiple_of"] > 1 and value % argument["multiple_of"]:

@@ -101,10 +101,10 @@ def _first(results: Sequence[Any], place: int) -> Any:
 
 
 def _seed(build: Builder, like: Any) -> Any:
-    value = like.meta["val"] if hasattr(like, "meta") and "val" in getattr(like, "meta", {}) else like
-    return build.call(
-        aten.randint.low, 0, 2**31 - 1, [1], dtype=torch.int64, device=value.device
+    value = (
+        like.meta["val"] if hasattr(like, "meta") and "val" in getattr(like, "meta", {}) else like
     )
+    return build.call(aten.randint.low, 0, 2**31 - 1, [1], dtype=torch.int64, device=value.device)
 
 
 def _why(source: Source) -> str:
@@ -114,7 +114,9 @@ def _why(source: Source) -> str:
         "lists": "tiles outside the guard are left out by lists",
     }[source.schedule.skipping]
     passes = len(source.program.passes())
-    return f"generated with {passes} {'pass' if passes == 1 else 'passes'} over the keys; {skipping}"
+    return (
+        f"generated with {passes} {'pass' if passes == 1 else 'passes'} over the keys; {skipping}"
+    )
 
 
 def with_dropout(cascade: Cascade) -> Cascade | Refusal:
@@ -126,6 +128,3 @@ def with_dropout(cascade: Cascade) -> Cascade | Refusal:
     weight = factor if form.weight is None else form.weight * factor
     reads = (*form.reads, TensorDecl(DROPOUT, ("b", "h", "q", "kv")))
     return softmax_cascade(replace(form, weight=weight, reads=reads), cascade.name)
-
-
-

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from attn_rewrite.backends.triton.emit import Source
+from attn_rewrite.backends.triton.gradient import plain_index
 from attn_rewrite.backends.triton.launch import extents_of, run
 from attn_rewrite.backends.triton.lists import blockwise_tables, make_lists
 from attn_rewrite.backends.triton.prepare import (
@@ -34,7 +35,9 @@ from attn_rewrite.backends.triton.prepare import (
     with_lse,
 )
 from attn_rewrite.backends.triton.program import Program
-from attn_rewrite.backends.triton.schedule import from_text
+from attn_rewrite.backends.triton.schedule import from_text, to_text
+from attn_rewrite.cascade.attention import SoftmaxAttention
+from attn_rewrite.cascade.expr import Read, ranks_of
 from attn_rewrite.cascade.text import parse_expr
 from attn_rewrite.errors import LowerError
 
@@ -109,8 +112,6 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     count = torch.library.get_ctx().new_dynamic_size()
     chosen, expr = from_text(schedule), parse_expr(guard)
-    from attn_rewrite.cascade.expr import ranks_of
-
     used = ranks_of(expr)
     side = chosen.block_rows // chosen.pack
     length = sizes[2] if rows == "q" else sizes[3]
@@ -128,8 +129,6 @@ def _tables(source: Source, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The lists a source asks for."""
     if source.schedule.skipping != "lists":
         return {}
-    from attn_rewrite.backends.triton.schedule import to_text
-
     (guard,) = source.program.guards()
     known = sorted(blockwise_tables(guard))
     sizes = extents_of(source, tensors)
@@ -177,7 +176,7 @@ def triton_cascade(
     return [known[n] for n in with_lse(cascade_of(cascade)).outputs]
 
 
-@triton_cascade.register_fake
+@triton_cascade.register_fake  # type: ignore[untyped-decorator]
 def _(
     inputs: Sequence[Tensor], seed: Tensor | None, cascade: str, schedule: str, dropout: float
 ) -> list[Tensor]:
@@ -217,8 +216,9 @@ def triton_cascade_backward(
     """Gradients of Q, K, V and of the inputs numbered by ``wanted``; ``grads`` of out and LSE."""
     tensors = _named(cascade, inputs)
     form = softmax_form(cascade)
-    names = tuple(form.reads[i - 3].name for i in wanted)
-    found = backward(cascade, names)
+    names = [form.reads[i - 3].name for i in wanted]
+    sink = form.sink.tensor if isinstance(form.sink, Read) else ""
+    found = backward(cascade, tuple(n for n in names if n != sink))
     do = grads[0]
     # The gradient of the log-sum-exp adds P * dLSE to that of the scores.
     delta = (do.float() * out.float()).sum(-1) - grads[1]
@@ -233,11 +233,24 @@ def triton_cascade_backward(
     dq = gradient(found.queries, "q", "kv", {"DQ": inputs[0].dtype})["DQ"]
     keys = gradient(found.keys, "kv", "q", {"DK": f32, "DV": f32})
     parts = [dq, *(_folded(keys[n], t) for n, t in (("DK", inputs[1]), ("DV", inputs[2])))]
-    if found.reads is not None:
-        every = gradient(found.reads, "q", "kv", {})
-        for name, place in zip(names, wanted, strict=True):
+    every = {} if found.reads is None else gradient(found.reads, "q", "kv", {})
+    for name, place in zip(names, wanted, strict=True):
+        if name == sink:
+            parts.append(_of_sink(form, inputs[place], lse, delta))
+        else:
             parts.append(_reduced(every[f"D_{name}"], form, name, inputs[place]))
     return parts
+
+
+def _of_sink(form: SoftmaxAttention, sink: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """The gradient of a logit that joins the denominator: -DELTA times its probability."""
+    assert isinstance(form.sink, Read)
+    ranks = [str(i) for i in form.sink.index]
+    shape = [sink.shape[ranks.index(r)] if r in ranks else 1 for r in ("b", "h", "q")]
+    order = [ranks.index(r) for r in ("b", "h", "q") if r in ranks]
+    wide = sink.float().permute(order).reshape(shape)
+    pull = -(wide - lse).exp() * delta
+    return _reduced(pull, form, form.sink.tensor, sink)
 
 
 def _folded(gradient: Tensor, like: Tensor) -> Tensor:
@@ -250,20 +263,19 @@ def _folded(gradient: Tensor, like: Tensor) -> Tensor:
     return total.to(like.dtype)
 
 
-def _reduced(gradient: Tensor, form: Any, name: str, like: Tensor) -> Tensor:
+def _reduced(gradient: Tensor, form: SoftmaxAttention, name: str, like: Tensor) -> Tensor:
     """The gradient at all points [b, h, q, kv], summed over what the tensor does not have."""
-    from attn_rewrite.backends.triton.gradient import plain_index
-
     index = plain_index(form, name)
-    missing = [i for i, r in enumerate(("b", "h", "q", "kv")) if r not in index]
+    every: list[str] = ["b", "h", "q", "kv"][: gradient.ndim]
+    missing = [i for i, r in enumerate(every) if r not in index]
     total = gradient.sum(missing) if missing else gradient
-    kept = [r for r in ("b", "h", "q", "kv") if r in index]
+    kept = [r for r in every if r in index]
     total = total.permute([kept.index(r) for r in index])
     ones = [i for i, (a, b) in enumerate(zip(total.shape, like.shape, strict=True)) if a != b]
     return (total.sum(ones, keepdim=True) if ones else total).to(like.dtype)
 
 
-@triton_cascade_backward.register_fake
+@triton_cascade_backward.register_fake  # type: ignore[untyped-decorator]
 def _(
     grads: Sequence[Tensor],
     inputs: Sequence[Tensor],
@@ -278,7 +290,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    tensors, seed, cascade, schedule, dropout = inputs
+    tensors, seed, cascade, _, dropout = inputs
     ctx.count, ctx.seeded = len(tensors), seed is not None
     # Gradients of the inputs beside Q, K and V are made only where someone asks for them.
     ctx.wanted = [i for i, t in enumerate(tensors) if i >= 3 and t.requires_grad]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 
 import torch
@@ -115,9 +115,7 @@ def source_of(
     first = next(t for t in tensors.values() if t.is_floating_point() or t.dtype == torch.int8)
     chosen = from_text(schedule) if schedule else None
     if chosen is None:
-        rows = next((t.shape[d.ranks.index(program.roles.row)] for d, t in
-                     _declared(program, tensors) if program.roles.row in d.ranks), None)  # fmt: skip
-        known = {program.roles.row: rows if isinstance(rows, int) else None}
+        known = {program.roles.row: _rows(program, tensors)}
         chosen = choose_schedule(
             program, lanes, first.element_size(), device_of(first), known, random=random
         )
@@ -127,8 +125,14 @@ def source_of(
     return _source(program, chosen, tuple(sorted(lanes.items())), name)
 
 
-def _declared(program: Program, tensors: Mapping[str, Tensor]) -> Sequence[tuple[object, Tensor]]:
-    return [(d, tensors[d.name]) for d in program.cascade.inputs if d.name in tensors]
+def _rows(program: Program, tensors: Mapping[str, Tensor]) -> int | None:
+    """The number of rows, where it is not symbolic."""
+    row = program.roles.row
+    for decl in program.cascade.inputs:
+        if decl.name in tensors and row in decl.ranks:
+            extent = tensors[decl.name].shape[decl.ranks.index(row)]
+            return extent if isinstance(extent, int) else None
+    return None
 
 
 @lru_cache(maxsize=512)

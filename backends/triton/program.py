@@ -128,7 +128,7 @@ class Program:
         return tuple(dict.fromkeys(found))
 
 
-class Unreadable(Exception):
+class UnreadableError(Exception):
     """Carries the refusal of a cascade that this backend does not read."""
 
     def __init__(self, code: str, reason: str) -> None:
@@ -145,7 +145,7 @@ def read_program(cascade: Cascade, row: str = "q", along: str = "kv") -> Program
     """
     try:
         return _Reader(cascade, cascade.rank(row), cascade.rank(along)).program()
-    except Unreadable as problem:
+    except UnreadableError as problem:
         return problem.refusal
 
 
@@ -157,6 +157,7 @@ class _Reader:
         self.stepwise = any(isinstance(s, Loop) and s.rank == along for s in cascade.body)
         if self.stepwise:
             self.outer, self.inner = along, ""
+        self._places = (Rank(self.outer), Extent(self.outer))
         self.inputs = {t.name for t in cascade.inputs}
         self.defaults = {t.name: t.default for t in cascade.tensors}
         self.whole = call("add", call("mul", Rank(self.outer), Extent(self.inner)),
@@ -166,7 +167,7 @@ class _Reader:
         rows, tiles = self._split()
         for step, _ in tiles:
             if self.row in step.folds():
-                raise Unreadable(
+                raise UnreadableError(
                     "folds-rows", f"{step.text} folds {self.row}, of which a kernel sees one block"
                 )
         roles = self._roles([*rows.values(), *(s for s, _ in tiles)])
@@ -195,7 +196,7 @@ class _Reader:
 
     def _check_loop(self, loop: Loop) -> None:
         if loop.rank != self.outer or loop.descending:
-            raise Unreadable(
+            raise UnreadableError(
                 "iterative-rank",
                 f"cascade {self.cascade.name} iterates {loop.rank} step by step; a Triton kernel "
                 f"traverses {self.along} in tiles of any size",
@@ -214,7 +215,7 @@ class _Reader:
         listed = tuple((r, "add") for r in sorted(iterated)) + listed
         for rank, op in listed:
             if op not in _FOLDS:
-                raise Unreadable(
+                raise UnreadableError(
                     "reduction", f"{e.out} folds {rank} with {op}; known are add, max and min"
                 )
         return Step(
@@ -238,14 +239,12 @@ class _Reader:
         for i in read.index:
             if self.outer and i == Rank(self.outer) + 1:
                 name += NEXT
-            elif self.outer and i in (Rank(self.outer), Extent(self.outer)):
-                continue
-            elif isinstance(i, Const) and self.outer:
+            elif self.outer and (isinstance(i, Const) or i in self._places):
                 continue
             elif isinstance(i, Rank):
                 index.append(Rank(self.along) if i.name == self.inner else i)
             else:
-                raise Unreadable(
+                raise UnreadableError(
                     "computed-coordinate", f"{read} is a value at the computed coordinate {i}"
                 )
         return Read(name, tuple(index))
@@ -362,7 +361,7 @@ class _Levels:
             if not again or self.along not in step.ranks:
                 continue
             if inside and step.uses() & {n + NEXT for n in self.inits}:
-                raise Unreadable(
+                raise UnreadableError(
                     "value-crosses-passes",
                     f"{step.name} of the loop over {self.along} is needed in a later pass",
                 )

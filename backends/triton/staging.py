@@ -81,7 +81,8 @@ def _cut(
     inputs: tuple[TensorDecl, ...] = (),
 ) -> Cascade:
     """The part of ``cascade`` that ``outputs`` need, with ``given`` tensors as inputs."""
-    needed, body = set(outputs), []
+    needed = set(outputs)
+    body: list[Einsum] = []
     for statement in reversed(cascade.body):
         if not isinstance(statement, Einsum) or statement.out.tensor not in needed - given:
             continue
@@ -92,7 +93,10 @@ def _cut(
     return Cascade(
         name,
         cascade.ranks,
-        (*(t for t in cascade.inputs if t.name in needed), *(t for t in inputs if t.name in needed)),
+        (
+            *(t for t in cascade.inputs if t.name in needed),
+            *(t for t in inputs if t.name in needed),
+        ),
         tuple(body),
         tuple(order),
         tuple(t for t in cascade.tensors if t.name in have),
@@ -102,4 +106,3 @@ def _cut(
 def _order(cascade: Cascade) -> list[str]:
     made = [e.out.tensor for e in cascade.einsums()]
     return [*cascade.outputs, *(n for n in dict.fromkeys(made) if n not in cascade.outputs)]
-

@@ -37,7 +37,9 @@ class Rewriting:
     budget: BudgetText = None
     export: Annotated[
         list[str],
-        typer.Option(metavar="FORMAT", help="pt2, onnx[:portable] or triton:cuda:90; may be repeated."),
+        typer.Option(
+            metavar="FORMAT", help="pt2, onnx[:portable] or triton:cuda:90; may be repeated."
+        ),
     ] = field(default_factory=list)
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier result in DIR.")] = (
         False
