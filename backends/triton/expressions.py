@@ -89,6 +89,8 @@ class Expressions:
         return Value(f"{value.atom()} != 0", value.axes, "bool", 0)
 
     def _call(self, op: str, values: list[Value], args: Sequence[Expr]) -> Value:
+        if op not in _TRUTHS:
+            values = [_counted(v) for v in values]
         axes = joined(values, self.order)
         texts = [v.over(axes) if len(axes) > 1 else v.atom() for v in values]
         kind = "int" if all(v.kind == "int" for v in values) else "float"
@@ -150,6 +152,8 @@ class Expressions:
             self.helpers.add(op)
             return Value(f"{op}({bare(text)})", axes)
         kind = value.kind if op in ("neg", "abs", "relu") else "float"
+        if value.kind == "int" and op in _REAL:
+            text = f"{text} * 1.0"
         if op == "isneginf":
             return Value(f"{text} == float('-inf')", axes, "bool", 0)
         if op == "neg":
@@ -222,6 +226,15 @@ def as_number(value: Value) -> Value:
     return Value(f"{value.atom()}.to(tl.float32)", value.axes, "float")
 
 
+def _counted(value: Value) -> Value:
+    """A truth value as 0 or 1, for arithmetic."""
+    if value.kind != "bool":
+        return value
+    if value.text in ("True", "False"):
+        return Value(str(float(value.text == "True")))
+    return Value(f"{value.atom()}.to(tl.float32)", value.axes)
+
+
 def _literal(value: float | int | bool) -> Value:
     if isinstance(value, bool):
         return Value(str(value), (), "bool")
@@ -256,6 +269,14 @@ _FUNCTIONS = {
     "tanh": "{helper}", "gelu": "{helper}", "silu": "{helper}", "softplus": "{helper}",
     "log1p": "{helper}", "round": "{helper}", "sign": "{helper}", "reciprocal": "1.0 / ({})",
 }  # fmt: skip
+
+# Operators that take truth values as they are.
+_TRUTHS = frozenset({"and", "or", "not", "where", "cast_bool", "eq", "ne"})
+
+# Functions that take no integers.
+_REAL = frozenset(
+    "exp exp2 log log1p sqrt rsqrt sigmoid tanh erf sin cos gelu silu softplus".split()
+)
 
 # Definitions a source begins with where it uses them.
 HELPERS = {

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from attn_rewrite.backends.triton.expressions import Expressions, Value
+from attn_rewrite.backends.triton.expressions import HELPERS, Expressions, Value
 from attn_rewrite.backends.triton.program import Program, Roles
 from attn_rewrite.backends.triton.schedule import Schedule
 from attn_rewrite.backends.triton.writer import Writer
@@ -22,7 +22,7 @@ from attn_rewrite.cascade.expr import Call, Expr, Extent, Rank, Read, walk
 from attn_rewrite.errors import LowerError
 
 _RESERVED = frozenset({"tl", "triton", "part", "start", "item", "first", "last", "split", "pid",
-                       "rest", "row", "kernel", "PRECISION", "float", "range"})  # fmt: skip
+                       "rest", "row", "kernel", "PRECISION", "float", "range", *HELPERS})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,14 @@ class Names:
         self.taken = {*taken, *_RESERVED, *keyword.kwlist}
         self.given: dict[str, str] = {}
 
-    def of(self, name: str, prefix: str = "") -> str:
-        """The identifier of ``name``; another one where the plain spelling is taken."""
-        key = f"{prefix}/{name}"
+    def of(self, name: str, kind: str = "") -> str:
+        """The identifier of ``name``; another one where the plain spelling is taken.
+
+        ``kind`` keeps apart what a cascade may name alike: a tensor ``keep`` and a mask.
+        """
+        key = f"{kind}/{name}"
         if key not in self.given:
-            plain = re.sub(r"\W", "_", f"{prefix}{name}", flags=re.ASCII)
+            plain = re.sub(r"\W", "_", name, flags=re.ASCII)
             plain = plain if plain[:1].isalpha() or plain[:1] == "_" else f"_{plain}"
             while plain in self.taken:
                 plain += "_"
@@ -90,7 +93,9 @@ class Frame:
         roles = self.program.roles
         folded = {r for s in self.program.steps() for r in s.folds()} & set(roles.lanes)
         self.order = axis_order(roles, frozenset(folded))
-        self.names = Names([r.name for r in self.program.cascade.ranks])
+        ranks = [r.name for r in self.program.cascade.ranks]
+        made = ("{}_ok", "n_{}", "len_{}", "{}_start", "{}_low", "{}_high", "{}_first", "{}_last")
+        self.names = Names([*ranks, *(m.format(r) for r in ranks for m in made)])
         self.inputs = {t.name: t for t in self.program.cascade.inputs}
         self.expressions = Expressions(self.order, self.resolve)
         self.memory: Memory | None = None
@@ -253,12 +258,12 @@ class Memory:
 
     def pointer(self, tensor: str) -> str:
         """The argument that points to the first element of a tensor."""
-        name = self.frame.names.of(f"{tensor} ptr")
+        name = self.frame.names.of(f"{tensor} ptr", "address")
         return self.frame.parameter(Parameter(name, "pointer", tensor))
 
     def stride(self, tensor: str, rank: str) -> str:
         """The argument that is the distance of neighbours along a rank, in elements."""
-        name = self.frame.names.of(f"{tensor} {rank}")
+        name = self.frame.names.of(f"{tensor} {rank}", "address")
         return self.frame.parameter(Parameter(name, "stride", tensor, rank))
 
     def _index(self, at: Expr) -> Value:
@@ -274,7 +279,7 @@ class Memory:
         key = (pointer, tuple(fixed))
         if key not in self.bases:
             seen = sum(p == pointer for p, _ in self.bases)
-            name = self.frame.names.of(f"{tensor} at {seen}" if seen else f"{tensor} at")
+            name = self.frame.names.of(f"{tensor} at {seen}" if seen else f"{tensor} at", "address")
             self.frame.head.line(f"{name} = {pointer} + {' + '.join(fixed)}")
             self.bases[key] = name
         return self.bases[key]

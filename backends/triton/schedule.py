@@ -22,9 +22,9 @@ class Schedule:
     ``block_rows`` x ``block_along`` scores are a tile (powers of two, at least 16).  ``skipping``
     is ``"none"``, ``"bounds"`` (loop bounds in closed form) or ``"lists"`` (lists of blocks).
     ``pack`` query heads of one key head share the rows of a block.  ``precision`` is that of
-    products of float32 operands.  ``split`` cuts the traversed rank over programs that write partial states;
-    ``varlen`` reads sequences of different lengths laid end to end; ``paged`` reads keys and values
-    through a table of pages.  ``random`` names the input that is made by Philox instead of read.
+    products of float32 operands.  ``split`` cuts the traversed rank over programs that write partial
+    states; ``varlen`` reads sequences of different lengths laid end to end; ``paged`` reads keys and
+    values through a table of pages.  ``random`` names the input made by Philox instead of read.
     """
 
     block_rows: int = 64

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from attn_rewrite.backends.triton.expressions import Value, as_number, bare, joined
 from attn_rewrite.backends.triton.frame import Frame, Parameter
 from attn_rewrite.backends.triton.program import Step
-from attn_rewrite.cascade.expr import TRUE, Call, Const, Expr, Read
+from attn_rewrite.cascade.expr import TRUE, Call, Const, Expr, Read, call
 from attn_rewrite.cascade.infer import IDENTITY
 from attn_rewrite.errors import LowerError
 
@@ -98,7 +98,9 @@ class Steps:
             return inside
         truth = frame.expressions.truth(guard)
         axes = joined([truth, inside], frame.order)
-        name = frame.names.of(f"keep_{len(self.masking.keeps)}" if self.masking.keeps else "keep")
+        name = frame.names.of(
+            f"keep_{len(self.masking.keeps)}" if self.masking.keeps else "keep", "mask"
+        )
         texts = [v.over(axes) if len(axes) > 1 else v.atom() for v in (inside, truth)]
         with frame.body.block(f"if {self.masking.condition or 'True'}:"):
             frame.body.line(f"{name} = {texts[0]} & {texts[1]}")
@@ -137,6 +139,7 @@ class Steps:
         op = dict(step.reduce).get(self.frame.roles.along)
         if op is not None:
             value = self._neutral(step, step.expr, value, IDENTITY[op])
+        value = self._within_lanes(step, value)
         for rank, how in step.reduce:
             if rank not in value.axes:
                 raise LowerError(f"{step.text} folds {rank}, which its terms do not have")
@@ -148,10 +151,20 @@ class Steps:
         """The value with the identity of its fold outside the mask."""
         if self.masking.condition is None or self._value_outside(expr) == identity:
             return value
-        name = self.frame.names.of(f"{step.name}_in")
+        name = self.frame.names.of(f"{step.name}_in", "mask")
         self.frame.body.line(f"{name} = {bare(value.text)}")
         self._where(name, value.axes, step.guard, identity)
         return Value(name, value.axes, value.kind)
+
+    def _within_lanes(self, step: Step, value: Value) -> Value:
+        """The identity in lanes beyond the head dimension: a computed value is not 0 there."""
+        for rank, op in step.reduce:
+            if rank not in self.frame.padded or rank not in value.axes:
+                continue
+            inside = Value(f"{self.frame.rank(rank)}_ok", (rank,), "bool").over(value.axes)
+            other = "0.0" if op == "add" else f"float('{IDENTITY[op]}')"
+            value = Value(f"tl.where({inside}, {bare(value.text)}, {other})", value.axes)
+        return value
 
     def _matrix_product(self, step: Step) -> Value | None:
         """``left @ right`` where a sum of products spans three axes."""
@@ -167,6 +180,8 @@ class Steps:
         after = [f for f in factors if folded not in axes[f]]
         right = [f for f in factors if f not in after and y in axes[f]]
         left = [f for f in factors if f not in after and f not in right]
+        if not left or not right or any(len(axes[f]) > 2 for f in factors):
+            raise LowerError(f"{step.text} is no product of two matrices")
         first = self._operand(step, left, (x, folded))
         second = self._operand(step, right, (folded, y))
         return self._scaled(self._dot(first, second, (x, y), right), after)
@@ -183,6 +198,8 @@ class Steps:
         along = frame.roles.along
         if not value.raw and along in dict(step.reduce):
             value = self._neutral(step, _product(factors), value, 0.0)
+        if not value.raw:
+            value = self._within_lanes(step, value)
         if value.axes != axes:
             return Value(f"tl.trans({bare(value.text)})", axes, value.kind, raw=value.raw)
         return value
@@ -217,6 +234,8 @@ class Steps:
 def _factors(expr: Expr) -> list[Expr]:
     if isinstance(expr, Call) and expr.op == "mul":
         return _factors(expr.args[0]) + _factors(expr.args[1])
+    if isinstance(expr, Call) and expr.op == "div":
+        return [*_factors(expr.args[0]), call("div", 1.0, expr.args[1])]
     return [expr]
 
 
