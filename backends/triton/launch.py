@@ -97,10 +97,21 @@ def launch(source: Source, call: Call, splits: int = 1, *, wrap: bool = False) -
     kernel = kernel_of(source)
     values = arguments(source, call)
     if is_interpreted(kernel):
-        kernel[grid](**values)
+        _interpret(kernel, grid, values)
         return
     target = torch.library.wrap_triton(kernel) if wrap else kernel
     target[grid](**values, num_warps=source.schedule.warps, num_stages=source.schedule.stages)
+
+
+def _interpret(kernel: Any, grid: tuple[Any, ...], values: Mapping[str, Any]) -> None:
+    """Run in Triton's interpreter, which has no products of bfloat16: they are float32 there."""
+    wide = {
+        n: v.float() for n, v in values.items()
+        if isinstance(v, Tensor) and v.dtype == torch.bfloat16
+    }  # fmt: skip
+    kernel[grid](**{**values, **wide})
+    for name, tensor in wide.items():
+        values[name].copy_(tensor)
 
 
 def extents_of(
