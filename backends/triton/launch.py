@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -95,23 +95,21 @@ def launch(source: Source, call: Call, splits: int = 1, *, wrap: bool = False) -
     if isinstance(grid[0], int) and math.prod(grid) == 0:
         return
     kernel = kernel_of(source)
-    values = arguments(source, call)
     if is_interpreted(kernel):
-        _interpret(kernel, grid, values)
+        _interpret(kernel, grid, source, call)
         return
     target = torch.library.wrap_triton(kernel) if wrap else kernel
-    target[grid](**values, num_warps=source.schedule.warps, num_stages=source.schedule.stages)
+    schedule = source.schedule
+    target[grid](**arguments(source, call), num_warps=schedule.warps, num_stages=schedule.stages)
 
 
-def _interpret(kernel: Any, grid: tuple[Any, ...], values: Mapping[str, Any]) -> None:
+def _interpret(kernel: Any, grid: tuple[Any, ...], source: Source, call: Call) -> None:
     """Run in Triton's interpreter, which has no products of bfloat16: they are float32 there."""
-    wide = {
-        n: v.float() for n, v in values.items()
-        if isinstance(v, Tensor) and v.dtype == torch.bfloat16
-    }  # fmt: skip
-    kernel[grid](**{**values, **wide})
-    for name, tensor in wide.items():
-        values[name].copy_(tensor)
+    wide = {n: t.float() for n, t in call.tensors.items() if t.dtype == torch.bfloat16}
+    kernel[grid](**arguments(source, replace(call, tensors={**call.tensors, **wide})))
+    for output in source.outputs:
+        if output.name in wide:
+            call.tensors[output.name].copy_(wide[output.name])
 
 
 def extents_of(

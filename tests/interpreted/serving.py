@@ -1,0 +1,101 @@
+"""Decoding over parts and pages, and sequences end to end, under Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attn_rewrite.backends.triton.decode import Pages, decode, parts_for
+from attn_rewrite.backends.triton.schedule import Schedule
+from attn_rewrite.backends.triton.varlen import Sequences, attend_varlen
+from attn_rewrite.cascade import NAMED
+from attn_rewrite.cascade.attention import softmax_cascade
+from attn_rewrite.cascade.expr import KV, Q, Extent
+from attn_rewrite.errors import LowerError
+from tests.interpreted.dense import CASES, Case, bound, inputs_for, reference
+
+SMALL = Schedule(block_rows=16, block_along=16, skipping="bounds")
+SIZES = {"b": 2, "h": 4, "group": 2, "q": 3, "kv": 90, "d": 16, "f": 24}
+ONE = Case(KV <= Q + Extent("kv") - Extent("q"), CASES["cached"].mask, skipping="bounds")
+
+
+def close(found, case, x):
+    for got, want, low in zip(
+        (found["AV"], found["LSE"]), reference(case, x, torch.float64),
+        reference(case, x, torch.float32), strict=True,
+    ):  # fmt: skip
+        finite = want.isfinite()
+        assert torch.equal(got.isfinite(), finite)
+        assert (got.double() - want)[finite].abs().max() <= 2 * bound(want, low, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["cached", "sink logit", "bias", "late"])
+@pytest.mark.parametrize("splits", [1, 3, 50, None])
+def test_parts_of_the_keys_are_merged(name, splits):
+    case = CASES[name]
+    sizes = SIZES | ({"q": 20, "kv": 60} if name != "cached" else {})
+    x = inputs_for(case, sizes, torch.float32, 21)
+    cascade = softmax_cascade(case.form(2), "case")
+    close(decode(cascade, x, splits=splits, schedule=SMALL.with_(pack=2)), case, x)
+
+
+def test_a_part_without_keys_adds_nothing():
+    case = CASES["dense"]
+    x = inputs_for(case, SIZES | {"kv": 17}, torch.float32, 22)
+    cascade = softmax_cascade(case.form(2), "case")
+    close(decode(cascade, x, splits=2, schedule=SMALL.with_(skipping="none")), case, x)
+
+
+def test_pages_of_different_fill():
+    page, lengths = 32, [90, 41]
+    make = torch.Generator().manual_seed(23)
+    table = torch.randperm(8, generator=make)[:6].view(2, 3).to(torch.int32)
+    x = inputs_for(ONE, SIZES, torch.float32, 23)
+    keys, values = torch.randn(8, 2, page, 16), torch.randn(8, 2, page, 24)
+    found = decode(
+        softmax_cascade(ONE.form(2), "case"), {**x, "K": keys, "V": values},
+        pages=Pages(table, torch.tensor(lengths, dtype=torch.int32)), splits=3, schedule=SMALL,
+    )  # fmt: skip
+    for entry, length in enumerate(lengths):
+        whole = [
+            torch.cat(list(t[table[entry].long()]), 1)[None, :, :length] for t in (keys, values)
+        ]
+        mine = {"Q": x["Q"][entry : entry + 1], "K": whole[0], "V": whole[1]}
+        close({n: t[entry : entry + 1] for n, t in found.items()}, ONE, mine)
+
+
+def test_what_has_no_states_cannot_be_split():
+    with pytest.raises(LowerError, match="cannot be split"):
+        decode(NAMED["sigmoid"], {})
+
+
+def test_the_number_of_parts_fills_a_gpu_and_no_more():
+    assert parts_for(programs=8, tiles=512) == 33
+    assert parts_for(programs=8, tiles=40) == 10
+    assert parts_for(programs=1024, tiles=512) == 1
+    assert parts_for(programs=1, tiles=0) == 1
+
+
+@pytest.mark.parametrize("pack", [1, 2])
+def test_sequences_end_to_end(pack):
+    q_lens, kv_lens = [5, 0, 37, 1], [9, 3, 37, 50]
+    starts = [
+        torch.tensor([0, *torch.tensor(n).cumsum(0)], dtype=torch.int32) for n in (q_lens, kv_lens)
+    ]
+    x = inputs_for(ONE, SIZES | {"b": 1, "q": sum(q_lens), "kv": sum(kv_lens)}, torch.float32, 24)
+    found = attend_varlen(
+        softmax_cascade(ONE.form(2), "case"), {n: t[0] for n, t in x.items()},
+        Sequences(*starts, max(q_lens), max(kv_lens)), SMALL.with_(pack=pack),
+    )  # fmt: skip
+    for i, length in enumerate(q_lens):
+        if not length:
+            continue
+        rows, keys = (slice(int(s[i]), int(s[i + 1])) for s in starts)
+        mine = {"Q": x["Q"][:, :, rows], "K": x["K"][:, :, keys], "V": x["V"][:, :, keys]}
+        close({n: t[None, :, rows] for n, t in found.items()}, ONE, mine)
+
+
+def test_a_bias_per_pair_has_no_place_in_sequences_end_to_end():
+    case = CASES["bias"]
+    with pytest.raises(LowerError, match="every pair"):
+        attend_varlen(softmax_cascade(case.form(2), "case"), {}, None)
