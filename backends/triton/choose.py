@@ -29,8 +29,8 @@ def choose_schedule(
     ``extents`` are lengths where they are fixed.  No timing: `autotune.tuned` improves on it.
     """
     base = default_schedule(lanes, item_bytes, device)
-    pairs = _pair_tiles(program)
-    if pairs or len(program.passes()) > 1 or _accumulators(program) > 1:
+    more = _pair_tiles(program) or _score_products(program) > 1
+    if more or len(program.passes()) > 1 or _accumulators(program) > 1:
         # Another tile of scores, or a second accumulator, wants its registers.
         base = base.with_(
             block_rows=min(base.block_rows, 64),
@@ -94,6 +94,18 @@ def _pair_tiles(program: Program) -> int:
             if read.tensor in inputs and both <= ranks:
                 found.add(read)
     return len(found)
+
+
+def _score_products(program: Program) -> int:
+    """Products of matrices that make a tile of scores: two in a backward pass."""
+    both, lanes = {program.roles.row, program.roles.along}, set(program.roles.lanes)
+    return max(
+        (
+            sum(both <= s.ranks and bool(lanes & s.folds()) for s in p.steps)
+            for p in program.passes()
+        ),
+        default=0,
+    )
 
 
 def _accumulators(program: Program) -> int:

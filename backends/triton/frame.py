@@ -21,8 +21,9 @@ from attn_rewrite.backends.triton.writer import Writer
 from attn_rewrite.cascade.expr import Call, Expr, Extent, Rank, Read, walk
 from attn_rewrite.errors import LowerError
 
-_RESERVED = frozenset({"tl", "triton", "part", "start", "item", "first", "last", "split", "pid",
-                       "rest", "row", "kernel", "PRECISION", "float", "range", *HELPERS})  # fmt: skip
+_RESERVED = frozenset(
+    "tl triton part start item first last split pid rest row kernel PRECISION float range".split()
+) | frozenset(HELPERS)
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ class Schedule:
     ``block_rows`` x ``block_along`` scores are a tile (powers of two, at least 16).  ``skipping``
     is ``"none"``, ``"bounds"`` (loop bounds in closed form) or ``"lists"`` (lists of blocks).
     ``pack`` query heads of one key head share the rows of a block.  ``precision`` is that of
-    products of float32 operands.  ``split`` cuts the traversed rank over programs that write partial
-    states; ``varlen`` reads sequences of different lengths laid end to end; ``paged`` reads keys and
-    values through a table of pages.  ``random`` names the input made by Philox instead of read.
+    products of float32 operands.  ``split`` cuts the traversed rank over programs that write
+    partial states; ``varlen`` reads sequences of different lengths laid end to end; ``paged``
+    reads keys and values through a table of pages.  ``random`` names the input that Philox makes;
+    values of the inputs in ``widen`` are stored in 8 bits and multiplied in float16.
     """
 
     block_rows: int = 64
@@ -89,7 +90,7 @@ def default_schedule(
         return _sides(64, 32, 8, 2) if cuda else _sides(64, 32, 4, 1)
     if not cuda:
         return _sides(128, 64 if width <= 64 else 32, 4, 2)
-    return _sides(128, 64, 4 if width <= 64 else 8, 3)
+    return _sides(128, 64, 8, 3)
 
 
 def _sides(rows: int, along: int, warps: int, stages: int) -> Schedule:

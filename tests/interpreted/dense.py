@@ -72,14 +72,14 @@ CASES: dict[str, Case] = {
         eq(Q // 24, KV // 24), lambda q, k, x: q // 24 == k // 24, skipping="bounds"
     ),
     "neighbourhood": Case(
-        (KV >= call("clip", Q - 5, 0, NKV - 11)) & (KV < call("clip", Q - 5, 0, NKV - 11) + 11),
+        (call("clip", Q - 5, 0, NKV - 11) <= KV) & (call("clip", Q - 5, 0, NKV - 11) + 11 > KV),
         lambda q, k, x: (k >= (q - 5).clamp(0, x["K"].shape[2] - 11))
         & (k < (q - 5).clamp(0, x["K"].shape[2] - 11) + 11),
         skipping="bounds",
     ),
     "late": Case(Q - KV >= 7, lambda q, k, x: q - k >= 7, skipping="bounds"),  # empty rows
     "lengths": Case(
-        (KV < Read("lens", (B,))) & (KV <= Q),
+        (Read("lens", (B,)) > KV) & (KV <= Q),
         lambda q, k, x: (k < x["lens"][:, None, None, None]) & (k <= q),
         reads=(("lens", ("b",), "i32"),), skipping="bounds",
     ),

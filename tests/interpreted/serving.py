@@ -10,13 +10,13 @@ from attn_rewrite.backends.triton.schedule import Schedule
 from attn_rewrite.backends.triton.varlen import Sequences, attend_varlen
 from attn_rewrite.cascade import NAMED
 from attn_rewrite.cascade.attention import softmax_cascade
-from attn_rewrite.cascade.expr import KV, Q, Extent
+from attn_rewrite.cascade.expr import KV, Extent, Q
 from attn_rewrite.errors import LowerError
 from tests.interpreted.dense import CASES, Case, bound, inputs_for, reference
 
 SMALL = Schedule(block_rows=16, block_along=16, skipping="bounds")
 SIZES = {"b": 2, "h": 4, "group": 2, "q": 3, "kv": 90, "d": 16, "f": 24}
-ONE = Case(KV <= Q + Extent("kv") - Extent("q"), CASES["cached"].mask, skipping="bounds")
+ONE = Case(Q + Extent("kv") - Extent("q") >= KV, CASES["cached"].mask, skipping="bounds")
 
 
 def close(found, case, x):

@@ -1,0 +1,121 @@
+"""Tuning: a small space of schedules, timed once, remembered on disk.
+
+The space is the default schedule and its neighbours in tile sides, warps and stages; what cannot
+fit a processor is left out before anything is compiled.  Results are kept by source, class of
+shapes, type, device and versions, so that one length tunes all lengths of its class.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from attn_rewrite import knobs
+from attn_rewrite.backends.triton.program import Program
+from attn_rewrite.backends.triton.schedule import Schedule, from_text, padded_side, to_text
+from attn_rewrite.errors import ToolError
+
+Timer = Callable[[Schedule], float]
+_REGISTERS = 255  # a thread has no more
+_SHARED = 227 * 1024  # bytes one block can take on sm_90; smaller parts fail to launch and drop out
+
+
+def space(schedule: Schedule, lanes: Mapping[str, int], item_bytes: int) -> Iterator[Schedule]:
+    """The schedules worth timing: at most 24, the given one first."""
+    seen = {schedule}
+    yield schedule
+    for rows in (64, 128):
+        for along in (32, 64, 128):
+            for warps in (4, 8):
+                for stages in (2, 3):
+                    new = schedule.with_(
+                        block_rows=rows, block_along=along, warps=warps, stages=stages
+                    )
+                    if new not in seen and _plausible(new, lanes, item_bytes) and len(seen) < 24:
+                        seen.add(new)
+                        yield new
+
+
+def _plausible(schedule: Schedule, lanes: Mapping[str, int], item_bytes: int) -> bool:
+    """By counting: accumulator and scores within the registers, tiles within shared memory."""
+    width = max((padded_side(n) for n in lanes.values()), default=64)
+    threads = 32 * schedule.warps
+    words = schedule.block_rows * (width + 2 * schedule.block_along) / threads
+    tiles = (2 * schedule.block_along * schedule.stages + schedule.block_rows) * width * item_bytes
+    return words <= _REGISTERS - 32 and tiles <= _SHARED
+
+
+def shape_class(extents: Mapping[str, int]) -> str:
+    """Lengths by their power of two, other extents as they are."""
+    parts = []
+    for rank, extent in sorted(extents.items()):
+        long = rank in ("q", "kv") and extent > 16
+        parts.append(f"{rank}{'~' if long else ''}{_power(extent) if long else extent}")
+    return ",".join(parts)
+
+
+def _power(extent: int) -> int:
+    return 1 << max(0, math.ceil(math.log2(max(extent, 1))))
+
+
+def cache_key(program: Program, extents: Mapping[str, int], dtype: str, device: str) -> str:
+    """A digest of everything a result depends on: the program stands for its source."""
+    import torch
+    import triton
+
+    parts = [str(program.cascade), str(program.roles), shape_class(extents), dtype, device,
+             str(torch.__version__), str(triton.__version__)]  # fmt: skip
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def _path(key: str) -> Path:
+    return knobs.cache_directory() / "triton-tuned" / f"{key}.json"
+
+
+def remembered(key: str) -> Schedule | None:
+    """The schedule found earlier, if any; a file that cannot be read counts as none."""
+    try:
+        return from_text(json.loads(_path(key).read_text("utf-8"))["schedule"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def remember(key: str, schedule: Schedule, milliseconds: float) -> None:
+    """Keep a result; no reader sees it half written.  `ToolError` where the disk refuses."""
+    path = _path(key)
+    text = json.dumps({"schedule": to_text(schedule), "milliseconds": milliseconds})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
+        with os.fdopen(handle, "w", encoding="utf-8") as out:
+            out.write(text)
+        os.replace(part, path)
+    except OSError as error:
+        raise ToolError(
+            f"the tuned schedule cannot be written to {path}: {error.strerror or error}; point "
+            f"{knobs.CACHE} at a writable folder", stage="autotune",
+        ) from error  # fmt: skip
+
+
+def tuned(
+    key: str, schedule: Schedule, lanes: Mapping[str, int], item_bytes: int, timer: Timer
+) -> Schedule:
+    """The fastest schedule of the space, from disk or timed now with ``timer`` (milliseconds).
+
+    ``timer`` gives infinity for a schedule that does not run.  The default is returned where none
+    does.
+    """
+    known = remembered(key)
+    if known is not None:
+        return known
+    times = {s: timer(s) for s in space(schedule, lanes, item_bytes)}
+    best = min(times, key=times.__getitem__)
+    if math.isfinite(times[best]):
+        remember(key, best, times[best])
+        return best
+    return schedule

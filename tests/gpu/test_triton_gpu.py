@@ -1,0 +1,152 @@
+"""Compiled kernels on a GPU against dense float64 attention: every class of kernel, and opcheck."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attn_rewrite.backends.triton.decode import Pages, decode
+from attn_rewrite.backends.triton.lower import lower
+from attn_rewrite.backends.triton.varlen import Sequences, attend_varlen
+from attn_rewrite.cascade.attention import softmax_cascade
+from attn_rewrite.cascade.expr import KV, Extent, Q
+from attn_rewrite.graph import EagerBuilder
+from tests.interpreted.dense import CASES, Case, bound, inputs_for, reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA or AMD GPU"),
+]
+SIZES = {"b": 2, "h": 4, "group": 2, "q": 301, "kv": 301, "d": 64, "f": 64}
+CACHED = Case(Q + Extent("kv") - Extent("q") >= KV, CASES["cached"].mask)
+
+
+def on_gpu(x):
+    return {n: t.cuda() for n, t in x.items()}
+
+
+def check(found, case, x, index=0):
+    wanted = reference(case, x, torch.float64)[index]
+    plain = reference(case, x, x["Q"].dtype)[index]
+    finite = wanted.isfinite()
+    error = (found.double().cpu() - wanted)[finite].abs().max().item()
+    assert error <= bound(wanted, plain, x["Q"].dtype)
+
+
+def run(case, x, dropout=0.0):
+    group = x["Q"].shape[1] // x["K"].shape[1]
+    kernel = lower(softmax_cascade(case.form(group), "case"), dropout=dropout)
+    return kernel.emit(EagerBuilder(), list(x.values()))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_attention(name, dtype):
+    x = inputs_for(CASES[name], SIZES, dtype, 1)
+    check(run(CASES[name], on_gpu(x)), CASES[name], x)
+
+
+@pytest.mark.parametrize("d", [16, 40, 64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("name", ["dense", "causal"])
+def test_head_dimensions(name, d):
+    x = inputs_for(CASES[name], SIZES | {"d": d, "f": d}, torch.bfloat16, 2)
+    check(run(CASES[name], on_gpu(x)), CASES[name], x)
+
+
+@pytest.mark.parametrize("q", [1, 2, 127, 128, 129, 1000])
+@pytest.mark.parametrize("kv", [1, 63, 64, 65, 1000])
+def test_lengths(q, kv):
+    x = inputs_for(CASES["cached"], SIZES | {"q": q, "kv": kv}, torch.float16, 3)
+    check(run(CASES["cached"], on_gpu(x)), CASES["cached"], x)
+
+
+@pytest.mark.parametrize(
+    "name", ["dense", "causal", "window", "late", "bias", "soft cap", "sink logit"]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gradients(name, dtype):
+    case = CASES[name]
+    x = inputs_for(case, SIZES, dtype, 4)
+    pull = torch.randn(2, 4, 301, 64)
+    results = []
+    for kind, device in ((dtype, "cuda"), (torch.float64, "cpu"), (dtype, "cpu")):
+        mine = {n: t.to(device, kind if t.is_floating_point() else t.dtype) for n, t in x.items()}
+        asked = [t.requires_grad_() for t in mine.values() if t.is_floating_point()]
+        out = run(case, mine) if device == "cuda" else reference(case, mine, kind)[0]
+        results.append(torch.autograd.grad(out, asked, pull.to(device, out.dtype)))
+    for got, want, low in zip(*results, strict=True):
+        assert (got.double().cpu() - want).abs().max() <= 2 * bound(want, low, dtype)
+
+
+@pytest.mark.parametrize("splits", [None, 1, 7])
+def test_decoding(splits):
+    x = inputs_for(CACHED, SIZES | {"q": 1, "kv": 4097}, torch.bfloat16, 5)
+    found = decode(softmax_cascade(CACHED.form(2), "case"), on_gpu(x), splits=splits)
+    check(found["AV"], CACHED, x)
+
+
+def test_decoding_from_pages():
+    page, length = 64, 1000
+    x = inputs_for(CACHED, SIZES | {"b": 1, "q": 1, "kv": length}, torch.bfloat16, 6)
+    table = torch.randperm(32)[:16].to(torch.int32)[None]
+    cache = {n: torch.zeros(32, 2, page, 64, dtype=torch.bfloat16) for n in "KV"}
+    for n, t in cache.items():
+        padded = torch.nn.functional.pad(x[n][0], (0, 0, 0, 16 * page - length))
+        t[table[0].long()] = padded.view(2, 16, page, 64).transpose(0, 1)
+    pages = Pages(table.cuda(), torch.tensor([length], dtype=torch.int32, device="cuda"))
+    found = decode(softmax_cascade(CACHED.form(2), "case"), on_gpu({**x, **cache}), pages=pages)
+    check(found["AV"], CACHED, x)
+
+
+def test_sequences_end_to_end():
+    lens = [100, 1, 257]
+    starts = torch.tensor([0, *torch.tensor(lens).cumsum(0)], dtype=torch.int32)
+    x = inputs_for(CACHED, SIZES | {"b": 1, "q": sum(lens), "kv": sum(lens)}, torch.bfloat16, 7)
+    found = attend_varlen(
+        softmax_cascade(CACHED.form(2), "case"), on_gpu({n: t[0] for n, t in x.items()}),
+        Sequences(starts.cuda(), starts.cuda(), max(lens), max(lens)),
+    )  # fmt: skip
+    for i in range(len(lens)):
+        part = slice(int(starts[i]), int(starts[i + 1]))
+        check(found["AV"][None, :, part], CACHED, {n: t[:, :, part] for n, t in x.items()})
+
+
+@pytest.mark.parametrize("name", ["causal", "per head", "bias"])
+def test_opcheck(name):
+    x = on_gpu(inputs_for(CASES[name], SIZES, torch.float32, 8))
+    inputs = [t.requires_grad_() if t.is_floating_point() else t for t in x.values()]
+    text = str(softmax_cascade(CASES[name].form(2), "case"))
+    torch.library.opcheck(
+        torch.ops.attn_rewrite.triton_cascade.default, (inputs, None, text, "", 0.0)
+    )
+
+
+@pytest.mark.parametrize("name", ["causal", "per head"])
+def test_torch_compile_gives_the_same(name):
+    x = on_gpu(inputs_for(CASES[name], SIZES, torch.bfloat16, 9))
+    wanted = run(CASES[name], x)
+    found = torch.compile(lambda **t: run(CASES[name], t), fullgraph=True)(**x)
+    assert torch.equal(found, wanted)
+
+
+def test_no_compilation_for_another_length():
+    """One source, and one binary of it, whatever the length."""
+    from attn_rewrite.backends.triton.build import _kernel
+
+    built = []
+    for length in (512, 640, 1024, 4096):
+        x = on_gpu(
+            inputs_for(CASES["causal"], SIZES | {"q": length, "kv": length}, torch.bfloat16, 1)
+        )
+        before = _kernel.cache_info().misses
+        run(CASES["causal"], x)
+        built.append(_kernel.cache_info().misses - before)
+    assert sum(built[1:]) == 0
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    x = on_gpu(inputs_for(CASES["dense"], SIZES, torch.float32, 10))
+    x["V"] = torch.ones_like(x["V"])
+    out = run(CASES["dense"], x, dropout=0.25)
+    assert abs(out.mean().item() - 1.0) < 0.02
+    assert out.std() > 0.001
