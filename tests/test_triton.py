@@ -311,6 +311,7 @@ def compiled(target, name, dtype, d):
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("ATTN_REWRITE_CACHE", str(tmp_path / "cache"))
+    autotune.remembered.cache_clear()
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "compiled"))
 
 

@@ -13,6 +13,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 
 from attn_rewrite import knobs
@@ -77,6 +78,7 @@ def _path(key: str) -> Path:
     return knobs.cache_directory() / "triton-tuned" / f"{key}.json"
 
 
+@lru_cache(maxsize=1024)
 def remembered(key: str) -> Schedule | None:
     """The schedule found earlier, if any; a file that cannot be read counts as none."""
     try:
@@ -95,6 +97,7 @@ def remember(key: str, schedule: Schedule, milliseconds: float) -> None:
         with os.fdopen(handle, "w", encoding="utf-8") as out:
             out.write(text)
         os.replace(part, path)
+        remembered.cache_clear()
     except OSError as error:
         raise ToolError(
             f"the tuned schedule cannot be written to {path}: {error.strerror or error}; point "

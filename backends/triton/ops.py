@@ -125,7 +125,7 @@ def _(
     return tiles, like.new_empty([count], dtype=torch.int32)
 
 
-def _tables(source: Source, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def tables_of(source: Source, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The lists a source asks for."""
     if source.schedule.skipping != "lists":
         return {}
@@ -151,7 +151,7 @@ def _execute(
     """Run one kernel on operands by name."""
     random = DROPOUT if any(t.name == DROPOUT for t in program.cascade.inputs) else None
     source = source_of(program, tensors, schedule, random=random, name=name)
-    tables = _tables(source, tensors)
+    tables = tables_of(source, tensors)
     special = {}
     if random is not None:
         tables["seed"] = extra[0]

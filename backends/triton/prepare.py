@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from attn_rewrite.backends.triton.autotune import cache_key, remembered
 from attn_rewrite.backends.triton.choose import choose_schedule
 from attn_rewrite.backends.triton.emit import Source, emit
 from attn_rewrite.backends.triton.gradient import Backward, backward_of
@@ -112,17 +113,54 @@ def source_of(
     """The source for operands like ``tensors``; with the schedule chosen where ``schedule`` is
     empty."""
     lanes = lanes_of(program, tensors)
-    first = next(t for t in tensors.values() if t.is_floating_point() or t.dtype == torch.int8)
-    chosen = from_text(schedule) if schedule else None
-    if chosen is None:
-        known = {program.roles.row: _rows(program, tensors)}
-        chosen = choose_schedule(
-            program, lanes, first.element_size(), device_of(first), known, random=random
-        )
+    if schedule:
+        chosen = from_text(schedule)
+    else:
+        chosen = _tuned(program, tensors) or default_of(program, tensors, random=random)
     wide = {n for n, t in tensors.items() if str(t.dtype).removeprefix("torch.") in _EIGHT_BITS}
     if wide:
         chosen = chosen.with_(widen=chosen.widen | frozenset(wide))
     return _source(program, chosen, tuple(sorted(lanes.items())), name)
+
+
+def default_of(
+    program: Program, tensors: Mapping[str, Tensor], *, random: str | None = None
+) -> Schedule:
+    """The schedule chosen without timing."""
+    first = _first(tensors)
+    return choose_schedule(
+        program, lanes_of(program, tensors), first.element_size(), device_of(first),
+        {program.roles.row: _rows(program, tensors)}, random=random,
+    )  # fmt: skip
+
+
+def _tuned(program: Program, tensors: Mapping[str, Tensor]) -> Schedule | None:
+    """What `tune` found for this class of shapes on this device; nothing where it never ran."""
+    first = _first(tensors)
+    if first.device.type != "cuda" or any(not isinstance(n, int) for n in first.shape):
+        return None
+    sizes = sizes_of(program, tensors)
+    return remembered(cache_key(program, sizes, str(first.dtype), device_name(first)))
+
+
+def _first(tensors: Mapping[str, Tensor]) -> Tensor:
+    """The operand that stands for the type and the device of all."""
+    return next(t for t in tensors.values() if t.is_floating_point() or t.dtype == torch.int8)
+
+
+def sizes_of(program: Program, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Extents of the ranks of the operands; a dimension of one broadcasts."""
+    found: dict[str, int] = {}
+    for decl in program.cascade.inputs:
+        if decl.name in tensors:
+            for rank, extent in zip(decl.ranks, tensors[decl.name].shape, strict=True):
+                found[rank] = max(int(extent), found.get(rank, 1))
+    return found
+
+
+def device_name(tensor: Tensor) -> str:
+    """The name of the GPU a tensor lies on."""
+    return torch.cuda.get_device_name(tensor.device) if tensor.device.type == "cuda" else "cpu"
 
 
 def _rows(program: Program, tensors: Mapping[str, Tensor]) -> int | None:
