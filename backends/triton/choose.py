@@ -36,6 +36,8 @@ def choose_schedule(
             block_rows=min(base.block_rows, 64),
             block_along=min(base.block_along, 32),
             stages=min(base.stages, 2),
+            # On sm_100 a thread of two warp groups has half the registers.
+            warps=4 if device.arch == 100 else base.warps,
         )
     return base.with_(
         skipping=choose_skipping(program),

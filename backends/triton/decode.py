@@ -35,6 +35,7 @@ SPLIT = "split"
 # tiles that are worth a part.
 _PROGRAMS = 264
 _LEAST_TILES = 4
+_FEW_QUERIES, _TYPICAL_TILE = 16, 64
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,15 @@ class _Joiner:
 # Running
 
 
+def is_worth_splitting(inputs: Mapping[str, Tensor]) -> bool:
+    """Few queries, and keys for several parts, all of known length."""
+    sizes = (*inputs["Q"].shape[:3], inputs["K"].shape[2])
+    if not all(isinstance(n, int) for n in sizes) or sizes[2] > _FEW_QUERIES:
+        return False
+    programs = sizes[0] * inputs["K"].shape[1]
+    return parts_for(programs, sizes[3] // _TYPICAL_TILE) > 1
+
+
 def parts_for(programs: int, tiles: int) -> int:
     """Parts that keep a GPU busy, each of a few tiles at least."""
     if tiles <= 0:
@@ -149,12 +159,13 @@ def decode(
     pages: Pages | None = None,
     splits: int | None = None,
     schedule: Schedule | None = None,
+    wrap: bool = False,
 ) -> dict[str, Tensor]:
     """The outputs of an attention over a cache, and LSE [b, h, q].
 
     ``inputs`` by name, in the declared ranks; with ``pages`` K and V are [pages, hkv, page, d].
-    ``splits`` and ``schedule`` are chosen where not given.  Reassociated.  Raises `LowerError` for
-    an attention without states that merge.
+    ``splits`` and ``schedule`` are chosen where not given; ``wrap`` as in `launch`.  Reassociated.
+    Raises `LowerError` for an attention without states that merge.
     """
     form = split_form(cascade)
     first = inputs["Q"]
@@ -166,8 +177,12 @@ def decode(
     source = emit(form.partial, chosen, lanes, name="decode_part")
     sizes = extents_of(source, inputs, _sizes(inputs, pages))
     chunk, splits = _chunk(source, sizes, splits)
-    states = _run_parts(source, inputs, sizes, chunk, splits, pages)
-    return _join(form.joined, states, inputs, sizes, splits, lanes)
+    call = _parts(source, inputs, sizes, chunk, splits, pages)
+    launch(source, call, splits, wrap=wrap)
+    states = {o.name: call.tensors[o.name] for o in source.outputs}
+    source, call = _join(form.joined, states, inputs, sizes, splits, lanes)
+    launch(source, call, wrap=wrap)
+    return {o.name: call.tensors[o.name] for o in source.outputs}
 
 
 def _small(schedule: Schedule, q: Tensor) -> dict[str, Any]:
@@ -198,14 +213,15 @@ def _chunk(source: Source, sizes: Mapping[str, int], splits: int | None) -> tupl
     return chunk, max(1, -(-length // chunk))
 
 
-def _run_parts(
+def _parts(
     source: Source,
     inputs: Mapping[str, Tensor],
     sizes: Mapping[str, int],
     chunk: int,
     splits: int,
     pages: Pages | None,
-) -> dict[str, Tensor]:
+) -> Call:
+    """The launch of all parts, states allocated."""
     ranks: dict[str, Sequence[str]] = {t.name: t.ranks for t in source.program.cascade.inputs}
     special: dict[str, int] = {"chunk": chunk}
     tables: dict[str, Tensor] = {}
@@ -219,8 +235,7 @@ def _run_parts(
         shape = [splits, *(sizes[r] for r in o.ranks)]
         states[o.name] = torch.empty(shape, dtype=torch.float32, device=inputs["Q"].device)
         ranks[o.name] = (SPLIT, *o.ranks)
-    launch(source, Call({**inputs, **tables, **states}, ranks, sizes, special), splits)
-    return states
+    return Call({**inputs, **tables, **states}, ranks, sizes, special)
 
 
 def _join(
@@ -230,8 +245,8 @@ def _join(
     sizes: Mapping[str, int],
     splits: int,
     lanes: Mapping[str, int],
-) -> dict[str, Tensor]:
-    """Fold the states of all parts and finish."""
+) -> tuple[Source, Call]:
+    """The launch that folds the states of all parts and finishes."""
     mine = {r: n for r, n in lanes.items() if r in program.roles.lanes}
     source = emit(program, Schedule(block_rows=16, block_along=16), mine, name="decode_join")
     declared = {t.name: t.ranks for t in program.cascade.inputs}
@@ -243,5 +258,4 @@ def _join(
         outputs[o.name] = torch.empty(shape, dtype=kind, device=inputs["Q"].device)
         declared[o.name] = o.ranks
     tensors = {n: t for n, t in (operands | outputs).items() if t is not None}
-    launch(source, Call(tensors, declared, {**sizes, SPLIT: splits}))
-    return outputs
+    return source, Call(tensors, declared, {**sizes, SPLIT: splits})

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attn_rewrite.backends.triton.decode import decode, is_worth_splitting
 from attn_rewrite.backends.triton.emit import Source
 from attn_rewrite.backends.triton.gradient import plain_index
 from attn_rewrite.backends.triton.launch import extents_of, run
@@ -36,7 +37,7 @@ from attn_rewrite.backends.triton.prepare import (
 )
 from attn_rewrite.backends.triton.program import Program
 from attn_rewrite.backends.triton.schedule import from_text, to_text
-from attn_rewrite.cascade.attention import SoftmaxAttention
+from attn_rewrite.cascade.attention import SoftmaxAttention, as_softmax
 from attn_rewrite.cascade.expr import Read, ranks_of
 from attn_rewrite.cascade.text import parse_expr
 from attn_rewrite.errors import LowerError
@@ -166,6 +167,10 @@ def triton_cascade(
     """Run a cascade; see the module."""
     tensors = _named(cascade, inputs)
     check_device(inputs[0])
+    outputs = with_lse(cascade_of(cascade)).outputs
+    if _decodes(cascade, schedule, seed, tensors):
+        merged = decode(cascade_of(cascade), tensors, wrap=True)
+        return [merged[n] for n in outputs]
     known = dict(tensors)
     extra: Any = [] if seed is None else [seed, dropout]
     for stage in stages(cascade):
@@ -173,7 +178,16 @@ def triton_cascade(
         names = {t.name for t in stage.cascade.inputs}
         operands = {n: t for n, t in known.items() if n in names}
         known |= _execute(stage.program, operands, chosen, {}, extra, "attention")
-    return [known[n] for n in with_lse(cascade_of(cascade)).outputs]
+    return [known[n] for n in outputs]
+
+
+def _decodes(
+    cascade: str, schedule: str, seed: Tensor | None, tensors: Mapping[str, Tensor]
+) -> bool:
+    """Few queries over a long cache, and nobody asked for a schedule or for dropout."""
+    if schedule or seed is not None or as_softmax(cascade_of(cascade)) is None:
+        return False
+    return is_worth_splitting(tensors)
 
 
 @triton_cascade.register_fake  # type: ignore[untyped-decorator]

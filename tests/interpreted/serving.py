@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attn_rewrite.backends.triton.decode import Pages, decode, parts_for
+from attn_rewrite.backends.triton.decode import Pages, decode, is_worth_splitting, parts_for
 from attn_rewrite.backends.triton.schedule import Schedule
 from attn_rewrite.backends.triton.varlen import Sequences, attend_varlen
 from attn_rewrite.cascade import NAMED
@@ -46,22 +46,35 @@ def test_a_part_without_keys_adds_nothing():
     close(decode(cascade, x, splits=2, schedule=SMALL.with_(skipping="none")), case, x)
 
 
-def test_pages_of_different_fill():
-    page, lengths = 32, [90, 41]
+@pytest.mark.parametrize(("case", "skipping"), [(ONE, "bounds"), (CASES["dense"], "none")])
+def test_pages_of_different_fill(case, skipping):
+    page, lengths = 32, [90, 20]
     make = torch.Generator().manual_seed(23)
     table = torch.randperm(8, generator=make)[:6].view(2, 3).to(torch.int32)
-    x = inputs_for(ONE, SIZES, torch.float32, 23)
+    x = inputs_for(case, SIZES, torch.float32, 23)
     keys, values = torch.randn(8, 2, page, 16), torch.randn(8, 2, page, 24)
     found = decode(
-        softmax_cascade(ONE.form(2), "case"), {**x, "K": keys, "V": values},
-        pages=Pages(table, torch.tensor(lengths, dtype=torch.int32)), splits=3, schedule=SMALL,
+        softmax_cascade(case.form(2), "case"), {**x, "K": keys, "V": values},
+        pages=Pages(table, torch.tensor(lengths, dtype=torch.int32)), splits=3, schedule=SMALL.with_(skipping=skipping),
     )  # fmt: skip
     for entry, length in enumerate(lengths):
         whole = [
             torch.cat(list(t[table[entry].long()]), 1)[None, :, :length] for t in (keys, values)
         ]
         mine = {"Q": x["Q"][entry : entry + 1], "K": whole[0], "V": whole[1]}
-        close({n: t[entry : entry + 1] for n, t in found.items()}, ONE, mine)
+        close({n: t[entry : entry + 1] for n, t in found.items()}, case, mine)
+
+
+def test_the_operator_splits_few_queries_over_many_keys():
+    import attn_rewrite.ops  # noqa: F401
+
+    x = inputs_for(ONE, SIZES | {"b": 1, "h": 2, "q": 1, "kv": 600}, torch.float32, 25)
+    cascade = softmax_cascade(ONE.form(2), "case")
+    found = torch.ops.attn_rewrite.triton_cascade(list(x.values()), None, str(cascade), "", 0.0)
+    close(dict(zip(("AV", "LSE"), found, strict=True)), ONE, x)
+    split = decode(cascade, x)
+    assert torch.equal(found[0], split["AV"])
+    assert not is_worth_splitting({**x, "K": x["K"][:, :, :100]})
 
 
 def test_what_has_no_states_cannot_be_split():
