@@ -60,7 +60,18 @@ def source_of(cascade, lanes=None, schedule=None, device=None):
 
 
 @pytest.mark.parametrize(
-    "name", ["dense", "causal", "sinks", "soft cap", "factor", "sink logit", "per head", "lengths"]
+    "name",
+    [
+        "dense",
+        "causal",
+        "sinks",
+        "soft cap",
+        "factor",
+        "sink logit",
+        "per head",
+        "lengths",
+        "dilated",
+    ],
 )
 def test_golden_sources(name, golden):
     golden(f"triton/{name.replace(' ', '-')}.py.txt", source_of(with_lse(cascade_of(name))).text)
@@ -414,6 +425,30 @@ def test_export_with_dynamic_lengths_runs_the_fake_kernel_only():
     (node,) = (n for n in program.graph.nodes if "triton_cascade" in str(n.target))
     av, lse = node.meta["val"]
     assert (av.shape[:2], av.dtype, lse.ndim, lse.dtype) == ((2, 4), x[0].dtype, 3, torch.float32)
+
+
+@pytest.mark.parametrize(("name", "lists"), [("causal", 0), ("dilated ahead", 1)])
+def test_compilers_see_the_kernel_and_not_an_opaque_operator(name, lists):
+    from torch._functorch.aot_autograd import aot_export_module
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    import attn_rewrite.ops  # noqa: F401
+
+    text = str(cascade_of(name, 2))
+
+    class Model(torch.nn.Module):
+        def forward(self, *inputs):
+            found = torch.ops.attn_rewrite.triton_cascade(list(inputs), None, text, "", 0.0)
+            return (found[0],)
+
+    with FakeTensorMode():
+        shapes = ((2, 4, 512, 64), (2, 2, 512, 64), (2, 2, 512, 64))
+        x = [torch.empty(s, device="cuda", dtype=torch.bfloat16) for s in shapes]
+        graph, _ = aot_export_module(Model(), x, trace_joint=False)
+    targets = [str(n.target) for n in graph.graph.nodes if n.op == "call_function"]
+    assert sum("triton_kernel_wrapper" in t for t in targets) == 1
+    assert sum("tile_lists" in t for t in targets) == lists
+    assert not any("triton_cascade" in t for t in targets)
 
 
 @pytest.mark.parametrize("name", ["clipped-softmax", "softmax-over-queries", "attention-weights"])

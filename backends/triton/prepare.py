@@ -137,7 +137,9 @@ def default_of(
 def _tuned(program: Program, tensors: Mapping[str, Tensor]) -> Schedule | None:
     """What `tune` found for this class of shapes on this device; nothing where it never ran."""
     first = _first(tensors)
-    if first.device.type != "cuda" or any(not isinstance(n, int) for n in first.shape):
+    if first.device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    if any(not isinstance(n, int) for n in first.shape):
         return None
     sizes = sizes_of(program, tensors)
     return remembered(cache_key(program, sizes, str(first.dtype), device_name(first)))

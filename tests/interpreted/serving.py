@@ -29,8 +29,8 @@ def close(found, case, x):
         assert (got.double() - want)[finite].abs().max() <= 2 * bound(want, low, torch.float32)
 
 
-@pytest.mark.parametrize("name", ["cached", "sink logit", "bias", "late"])
-@pytest.mark.parametrize("splits", [1, 3, 50, None])
+@pytest.mark.parametrize("name", ["cached", "sink logit", "late"])
+@pytest.mark.parametrize("splits", [3, 50, None])
 def test_parts_of_the_keys_are_merged(name, splits):
     case = CASES[name]
     sizes = SIZES | ({"q": 20, "kv": 60} if name != "cached" else {})
