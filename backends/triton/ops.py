@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,7 +84,8 @@ def tile_lists(
 ) -> tuple[Tensor, Tensor]:
     """Lists of tiles of ``guard`` on the device of ``like``; ``sizes`` = [b, h, q, kv].
 
-    ``tables`` are the values of `blockwise_tables`, sorted by name.
+    ``tables`` are the values of `blockwise_tables`, sorted by name.  ``columns`` has room for every
+    tile, so that its shape depends on no data.
     """
     names = sorted(blockwise_tables(parse_expr(guard)))
     values = {n: t.cpu().numpy() for n, t in zip(names, tables, strict=True)}
@@ -94,12 +94,21 @@ def tile_lists(
         parse_expr(guard), from_text(schedule), q_len=q_len, kv_len=kv_len, heads=heads,
         batch=batch, rows=rows, tables=values,
     )  # fmt: skip
-    # At least one element: a pointer to nothing is not a pointer.
-    columns = np.append(found.columns, np.int32(0))
-    return (
-        torch.from_numpy(found.tiles).to(like.device),
-        torch.from_numpy(columns).to(like.device),
-    )
+    columns = like.new_zeros(_room(guard, schedule, sizes, rows)[1], dtype=torch.int32)
+    columns[: found.kept] = torch.from_numpy(found.columns)
+    return torch.from_numpy(found.tiles).to(like.device), columns
+
+
+def _room(guard: str, schedule: str, sizes: Sequence[int], rows: str) -> tuple[list[int], int]:
+    """The shape of ``tiles``, and how many tiles there are at most (one, where there is none)."""
+    chosen, used = from_text(schedule), ranks_of(parse_expr(guard))
+    batch, heads, q_len, kv_len = sizes
+    length, across = (q_len, kv_len) if rows == "q" else (kv_len, q_len)
+    side = chosen.block_rows // chosen.pack
+    blocks = (length + side - 1) // side
+    shape = [batch if "b" in used else 1, heads if "h" in used else 1, blocks, 3]
+    tiles = (across + chosen.block_along - 1) // chosen.block_along
+    return shape, shape[0] * shape[1] * blocks * tiles + 1
 
 
 @tile_lists.register_fake
@@ -111,19 +120,8 @@ def _(
     sizes: Sequence[int],
     rows: str,
 ) -> tuple[Tensor, Tensor]:
-    count = torch.library.get_ctx().new_dynamic_size()
-    chosen, expr = from_text(schedule), parse_expr(guard)
-    used = ranks_of(expr)
-    side = chosen.block_rows // chosen.pack
-    length = sizes[2] if rows == "q" else sizes[3]
-    shape = [
-        sizes[0] if "b" in used else 1,
-        sizes[1] if "h" in used else 1,
-        (length + side - 1) // side,
-        3,
-    ]
-    tiles = like.new_empty(shape, dtype=torch.int32)
-    return tiles, like.new_empty([count], dtype=torch.int32)
+    shape, count = _room(guard, schedule, sizes, rows)
+    return like.new_empty(shape, dtype=torch.int32), like.new_empty([count], dtype=torch.int32)
 
 
 def tables_of(source: Source, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
