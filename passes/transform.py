@@ -124,6 +124,8 @@ def literal(value: object) -> str:
         return str(value).lower()
     if isinstance(value, tuple | list):
         return f"[{', '.join(literal(v) for v in value)}]"
+    if isinstance(value, Transform):
+        return str(value)
     return repr(value)
 
 
@@ -190,10 +192,10 @@ def _default(f: Any) -> object:
 
 
 def field_infos(transform: type[Transform]) -> tuple[FieldInfo, ...]:
-    """The options of a transform class, in the order of positional arguments."""
+    """The options of a transform class, in the order of positional arguments, then the others."""
     hints = typing.get_type_hints(transform, include_extras=True)
     infos = []
-    for f in fields(transform):
+    for f in sorted(fields(transform), key=lambda f: f.kw_only):
         hint, option = hints[f.name], Option()
         if typing.get_origin(hint) is typing.Annotated:
             hint, *extras = typing.get_args(hint)

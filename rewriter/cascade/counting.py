@@ -49,7 +49,8 @@ def block_pairs(
         "q": np.append(np.arange(0, q_len, block_q), q_len),
         "kv": np.append(np.arange(0, kv_len, block_kv), kv_len),
     }
-    for radix in (flat, None):
+    # Digits first: without them a short mask of blocks would be tabulated token by token.
+    for radix in (None, flat):
         try:
             corners = _corners(mask, radix, lengths, edges)
         except (NotFactored, NoValue):

@@ -209,6 +209,9 @@ class Expansion:
 
     def of(self, mask: Expr) -> Sum:
         """Expand a mask; raises `NotFactored`."""
+        level = self._only_digit(mask)
+        if level is not None:
+            return self.one({level: mask})
         match mask:
             case Const(value):
                 return self.one() if value else {}
@@ -227,6 +230,15 @@ class Expansion:
             case Call(op, _) if op in COMPARISONS:
                 return self._comparison(mask)
         raise NotFactored(f"{mask} is no comparison")
+
+    def _only_digit(self, mask: Expr) -> int | None:
+        """The digit a mask is about, if it is one and short enough for a table."""
+        levels = {_level(name) for name in ranks_of(mask)}
+        if len(levels) != 1 or not _is_whole(mask):
+            return None
+        (level,) = levels
+        pairs = self.digits.extent("q", level) * self.digits.extent("kv", level)
+        return level if pairs <= TABLE_LIMIT else None
 
     def _comparison(self, atom: Call) -> Sum:
         left, right = atom.args
@@ -312,11 +324,30 @@ def _against_zero(op: str, offset: float) -> tuple[str | None, bool] | None:
     return known.get((op, offset))
 
 
+def _level(name: str) -> int:
+    """The digit a rank of `Radix.names` stands for."""
+    return int(name.lstrip("qkv"))
+
+
+def _is_whole(mask: Expr) -> bool:
+    """True if a mask compares integers only: its value at a point is exact."""
+    match mask:
+        case Const(value):
+            return isinstance(value, bool)
+        case Call("and" | "or" | "not" | "cast_bool", args):
+            return all(map(_is_whole, args))
+        case Call("where", (condition, yes, no)):
+            return all(map(_is_whole, (condition, yes, no)))
+        case Call(op, args) if op in COMPARISONS:
+            return all(map(is_integer, args))
+    return False
+
+
 def _by_level(form: Affine) -> dict[int, Affine]:
     """The terms of a form by the digit they speak of; `NotFactored` for a term of two digits."""
     groups: dict[int, Affine] = {}
     for term, factor in form.terms.items():
-        levels = {int(name.lstrip("qkv")) for name in ranks_of(term)}
+        levels = {_level(name) for name in ranks_of(term)}
         if len(levels) > 1:
             raise NotFactored(f"{term} mixes digits")
         level = min(levels, default=0)

@@ -1,0 +1,252 @@
+"""The token grid of a Site, from the shapes of the captured graph.
+
+The token axis of Q is followed back to where it was flattened: the two or three axes that a reshape
+merged into it, read from its input's shape, are the grid (the height and width a patch embedding
+leaves, the frames of a video, the window of a Swin block).  Concatenations on the way are tokens
+before and after it.  No class of any library is named.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from attn_rewrite.graph import is_call, is_tensor, op_name, shape_of
+from attn_rewrite.token_layout import TokenLayout
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from attn_rewrite.site import Site
+
+_STEPS = 4000
+_SPATIAL = frozenset({"conv1d", "conv2d", "conv3d", "convolution"})
+_RESHAPES = frozenset({"view", "reshape", "flatten", "unflatten", "_unsafe_view"})
+_KEEPS_LEADING = frozenset({"linear", "layer_norm", "rms_norm", "native_layer_norm", "softmax"})
+
+
+def found_layout(site: Site) -> TokenLayout | None:
+    """The layout of the queries of ``site``; None where no grid is visible or sizes are dynamic."""
+    operand = site.inputs.get("Q")
+    if operand is None or not isinstance(site.q_len, int) or site.q_len != site.kv_len:
+        return None
+    dims = [d for d, factors in enumerate(operand.dims) if any(f.role == "q" for f in factors)]
+    if len(dims) != 1:
+        return None
+    spot = _Spot(operand.node, dims[0], site.q_len)
+    for _ in range(_STEPS):
+        step = _back(spot)
+        if step is None:
+            return None
+        if isinstance(step, TokenLayout):
+            return step
+        spot = step
+    return None
+
+
+@dataclass(frozen=True)
+class _Spot:
+    """The token axis ``dim`` of ``node``: ``length`` grid tokens with others before and after.
+
+    ``grid`` are inner axes found already: the axis still to be split comes before them.
+    """
+
+    node: fx.Node
+    dim: int
+    length: int
+    text: int = 0
+    suffix: int = 0
+    grid: tuple[int, ...] = ()
+
+    def layout(self, grid: Sequence[int]) -> TokenLayout | None:
+        """The layout, if ``grid`` has two or three axes in the end."""
+        axes = tuple(n for n in (*grid, *self.grid))
+        if not 2 <= len(axes) <= 3 or math.prod(axes) < 2:
+            return None
+        return TokenLayout(axes, text=self.text, suffix=self.suffix)
+
+
+def _back(spot: _Spot) -> _Spot | TokenLayout | None:
+    node, name = spot.node, op_name(spot.node)
+    if node.op != "call_function":
+        return spot.layout((spot.length,)) if spot.grid else None
+    if name in _RESHAPES:
+        return _reshape(spot)
+    if name in ("transpose", "permute", "t"):
+        return _permuted(spot)
+    if name == "cat" or is_call(node, "stack"):
+        return _cat(spot) if name == "cat" else None
+    if name in ("unsqueeze", "squeeze", "select"):
+        return _dimension(spot)
+    if name in _SPATIAL:
+        return _embedded(spot)
+    return _onward(spot)
+
+
+def _onward(spot: _Spot) -> _Spot | TokenLayout | None:
+    """Through an operator that keeps the axis in place: to the earliest input that has it."""
+    shape = shape_of(spot.node) if is_tensor(spot.node) else ()
+    behind = len(shape) - spot.dim
+    candidates = []
+    for source in spot.node.all_input_nodes:
+        value = source.meta.get("val")
+        if isinstance(value, (tuple, list)):  # parts of a split: the axis stays where it is
+            candidates.append((source, spot.dim))
+            continue
+        if not is_tensor(source):
+            continue
+        other = shape_of(source)
+        for dim in (len(other) - behind, spot.dim):
+            if 0 <= dim < len(other) and shape and _same(other[dim], shape[spot.dim]):
+                candidates.append((source, dim))
+                break
+    activations = [c for c in candidates if c[0].op != "get_attr" and not _is_constant(c[0])]
+    if not activations:
+        return spot.layout((spot.length,)) if spot.grid else None
+    order = {n: i for i, n in enumerate(spot.node.graph.nodes)}
+    node, dim = min(activations, key=lambda c: order[c[0]])
+    return replace(spot, node=node, dim=dim)
+
+
+def _is_constant(node: fx.Node) -> bool:
+    from attn_rewrite.graph import is_parameter
+
+    return is_parameter(node)
+
+
+def _same(first: Any, second: Any) -> bool:
+    return isinstance(first, int) and isinstance(second, int) and first == second
+
+
+def _source(spot: _Spot) -> fx.Node | None:
+    from torch import fx as torch_fx
+
+    source = spot.node.args[0] if spot.node.args else None
+    return source if isinstance(source, torch_fx.Node) and is_tensor(source) else None
+
+
+def _reshape(spot: _Spot) -> _Spot | TokenLayout | None:
+    """Find the input axes that became the token axis."""
+    source = _source(spot)
+    if source is None:
+        return None
+    before, after = shape_of(source), shape_of(spot.node)
+    if not all(isinstance(n, int) for n in (*before, *after)):
+        return None
+    groups = _groups(before, after)
+    mine = next((g for g in groups if spot.dim in g[1]), None)
+    if mine is None:
+        return None
+    merged, split = ([d for d in side if n[d] != 1] for side, n in zip(mine, (before, after), strict=True))
+    if split == [spot.dim] and len(merged) > 1:
+        return _merged(spot, source, [before[d] for d in merged], merged)
+    if len(merged) == 1 and split == [spot.dim]:
+        return replace(spot, node=source, dim=merged[0])
+    # The axis is part of a larger one (batch and frames, windows of an image): it ends here.
+    return spot.layout((spot.length,)) if spot.grid else None
+
+
+def _merged(
+    spot: _Spot, source: fx.Node, sizes: list[int], dims: list[int]
+) -> _Spot | TokenLayout | None:
+    """Several axes were flattened: the grid, unless the first or the last splits further."""
+    if math.prod(sizes) != spot.length or len(sizes) + len(spot.grid) > 3:
+        return None
+    if len(sizes) + len(spot.grid) == 3:
+        return spot.layout(sizes)
+    inner = replace(spot, node=source, dim=dims[-1], length=sizes[-1])
+    found = _follow(inner)
+    if found is not None and len(found) == 2 and not spot.grid:
+        return spot.layout((sizes[0], *found))
+    outer = _follow(replace(spot, node=source, dim=dims[0], length=sizes[0]))
+    if outer is not None and len(outer) == 2 and not spot.grid:
+        return spot.layout((*outer, sizes[-1]))
+    return spot.layout(sizes)
+
+
+def _follow(spot: _Spot) -> tuple[int, ...] | None:
+    """The axes that one axis of a grid came from, where it was flattened earlier."""
+    place: _Spot = replace(spot, text=0, suffix=0, grid=())
+    for _ in range(_STEPS):
+        step = _back(place)
+        if not isinstance(step, _Spot):
+            return step.grid if step is not None and not (step.text or step.suffix) else None
+        place = step
+    return None
+
+
+def _groups(
+    before: Sequence[int], after: Sequence[int]
+) -> list[tuple[list[int], list[int]]]:
+    """Dimensions of a reshape that belong together: the smallest runs of equal product."""
+    groups: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(before) or j < len(after):
+        left, right = [i] if i < len(before) else [], [j] if j < len(after) else []
+        a = before[i] if left else 1
+        b = after[j] if right else 1
+        i, j = i + 1, j + 1
+        while a != b:
+            if a < b and i < len(before):
+                a, left, i = a * before[i], [*left, i], i + 1
+            elif j < len(after):
+                b, right, j = b * after[j], [*right, j], j + 1
+            else:
+                return groups
+        groups.append((left, right))
+    return groups
+
+
+def _permuted(spot: _Spot) -> _Spot | None:
+    from attn_rewrite.passes.find.layout import permutation
+
+    source = _source(spot)
+    if source is None:
+        return None
+    order = permutation(spot.node, len(shape_of(source)))
+    return replace(spot, node=source, dim=order[spot.dim])
+
+
+def _cat(spot: _Spot) -> _Spot | TokenLayout | None:
+    """Other tokens are put before or after: follow the longest part."""
+    parts = spot.node.args[0]
+    dim = spot.node.args[1] if len(spot.node.args) > 1 else spot.node.kwargs.get("dim", 0)
+    assert isinstance(parts, (list, tuple))
+    nodes = [p for p in parts if is_tensor(p)]
+    if not nodes or not isinstance(dim, int):
+        return None
+    if dim % len(shape_of(spot.node)) != spot.dim:
+        return _onward(spot)
+    sizes = [shape_of(p)[spot.dim] for p in nodes]  # type: ignore[arg-type]
+    if not all(isinstance(n, int) for n in sizes) or sum(sizes) != spot.length:
+        return None
+    at = max(range(len(sizes)), key=lambda n: sizes[n])
+    return replace(
+        spot,
+        node=nodes[at],  # type: ignore[arg-type]
+        length=sizes[at],
+        text=spot.text + sum(sizes[:at]),
+        suffix=spot.suffix + sum(sizes[at + 1 :]),
+    )
+
+
+def _dimension(spot: _Spot) -> _Spot | None:
+    source = _source(spot)
+    if source is None:
+        return None
+    at = spot.node.args[1] if len(spot.node.args) > 1 else spot.node.kwargs.get("dim")
+    if not isinstance(at, int):
+        return None
+    name = op_name(spot.node)
+    rank = len(shape_of(source)) + (name == "unsqueeze")
+    at %= rank
+    if name == "unsqueeze":
+        return replace(spot, node=source, dim=spot.dim - (spot.dim > at))
+    return replace(spot, node=source, dim=spot.dim + (spot.dim >= at))
+
+
+def _embedded(spot: _Spot) -> TokenLayout | None:
+    """A convolution made the axis: with nothing found before, it is no grid by itself."""
+    return spot.layout((spot.length,)) if spot.grid else None
