@@ -133,13 +133,13 @@ def _reshape(spot: _Spot) -> _Spot | TokenLayout | None:
     if source is None:
         return None
     before, after = shape_of(source), shape_of(spot.node)
-    if not all(isinstance(n, int) for n in (*before, *after)):
-        return None
     groups = _groups(before, after)
     mine = next((g for g in groups if spot.dim in g[1]), None)
     if mine is None:
         return None
-    merged, split = ([d for d in side if n[d] != 1] for side, n in zip(mine, (before, after), strict=True))
+    merged, split = (
+        [d for d in side if n[d] != 1] for side, n in zip(mine, (before, after), strict=True)
+    )
     if split == [spot.dim] and len(merged) > 1:
         return _merged(spot, source, [before[d] for d in merged], merged)
     if len(merged) == 1 and split == [spot.dim]:
@@ -152,7 +152,9 @@ def _merged(
     spot: _Spot, source: fx.Node, sizes: list[int], dims: list[int]
 ) -> _Spot | TokenLayout | None:
     """Several axes were flattened: the grid, unless the first or the last splits further."""
-    if math.prod(sizes) != spot.length or len(sizes) + len(spot.grid) > 3:
+    if not all(isinstance(n, int) for n in sizes) or math.prod(sizes) != spot.length:
+        return None
+    if len(sizes) + len(spot.grid) > 3:
         return None
     if len(sizes) + len(spot.grid) == 3:
         return spot.layout(sizes)
@@ -177,24 +179,46 @@ def _follow(spot: _Spot) -> tuple[int, ...] | None:
     return None
 
 
-def _groups(
-    before: Sequence[int], after: Sequence[int]
+def _groups(before: Sequence[Any], after: Sequence[Any]) -> list[tuple[list[int], list[int]]]:
+    """Dimensions of a reshape that belong together: the smallest runs of equal product.
+
+    Dynamic sizes belong together where they are the same symbol at the same end of both shapes.
+    """
+    first = 0
+    while first < min(len(before), len(after)) and _equal(before[first], after[first]):
+        first += 1
+    last = 0
+    room = min(len(before), len(after)) - first
+    while last < room and _equal(before[-1 - last], after[-1 - last]):
+        last += 1
+    groups = [([n], [n]) for n in range(first)]
+    groups += _runs(before, after, first, last)
+    ends = (len(before), len(after))
+    return groups + [([ends[0] - n], [ends[1] - n]) for n in range(last, 0, -1)]
+
+
+def _equal(first: Any, second: Any) -> bool:
+    return str(first) == str(second)
+
+
+def _runs(
+    before: Sequence[Any], after: Sequence[Any], first: int, last: int
 ) -> list[tuple[list[int], list[int]]]:
-    """Dimensions of a reshape that belong together: the smallest runs of equal product."""
-    groups: list[tuple[list[int], list[int]]] = []
-    i = j = 0
-    while i < len(before) or j < len(after):
-        left, right = [i] if i < len(before) else [], [j] if j < len(after) else []
-        a = before[i] if left else 1
-        b = after[j] if right else 1
-        i, j = i + 1, j + 1
-        while a != b:
-            if a < b and i < len(before):
+    """`_groups` of what lies between the dimensions that stayed."""
+    i, j = first, first
+    end_i, end_j = len(before) - last, len(after) - last
+    if not all(isinstance(n, int) for n in (*before[i:end_i], *after[j:end_j])):
+        return [(list(range(i, end_i)), list(range(j, end_j)))]
+    groups = []
+    while i < end_i or j < end_j:
+        left, right, a, b = [], [], 1, 1
+        while not (left or right) or a != b:
+            if a <= b and i < end_i:
                 a, left, i = a * before[i], [*left, i], i + 1
-            elif j < len(after):
+            elif j < end_j:
                 b, right, j = b * after[j], [*right, j], j + 1
             else:
-                return groups
+                a, left, i = a * before[i], [*left, i], i + 1
         groups.append((left, right))
     return groups
 
