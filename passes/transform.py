@@ -195,7 +195,7 @@ def field_infos(transform: type[Transform]) -> tuple[FieldInfo, ...]:
     """The options of a transform class, in the order of positional arguments, then the others."""
     hints = typing.get_type_hints(transform, include_extras=True)
     infos = []
-    for f in sorted(fields(transform), key=lambda f: f.kw_only):
+    for f in sorted(fields(transform), key=lambda f: bool(f.kw_only)):
         hint, option = hints[f.name], Option()
         if typing.get_origin(hint) is typing.Annotated:
             hint, *extras = typing.get_args(hint)
@@ -302,9 +302,7 @@ class SparsePattern(Transform):
         return _no_positions(self, site, named_kinds) if self.positional else None
 
 
-def _no_positions(
-    transform: Transform, site: Site, named_kinds: tuple[str, ...]
-) -> Refusal | None:
+def _no_positions(transform: Transform, site: Site, named_kinds: tuple[str, ...]) -> Refusal | None:
     """Why the positions of queries and keys of ``site`` cannot be compared, or None."""
     name = transform.name
     if site.kind == "pooling":

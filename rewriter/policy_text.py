@@ -124,4 +124,6 @@ class _Reader:
             value = ...
         if value is None or isinstance(value, bool | int | float | str):
             return value
-        raise self.at(node, f"{ast.unparse(node)!r} is no number, true, false, none, text, list or transform")
+        raise self.at(
+            node, f"{ast.unparse(node)!r} is no number, true, false, none, text, list or transform"
+        )

@@ -149,5 +149,3 @@ class TokenLayout:
 def plain(length: int) -> TokenLayout:
     """A text of ``length`` tokens."""
     return TokenLayout((length,))
-
-

@@ -209,9 +209,11 @@ def _runs(
     end_i, end_j = len(before) - last, len(after) - last
     if not all(isinstance(n, int) for n in (*before[i:end_i], *after[j:end_j])):
         return [(list(range(i, end_i)), list(range(j, end_j)))]
-    groups = []
+    groups: list[tuple[list[int], list[int]]] = []
     while i < end_i or j < end_j:
-        left, right, a, b = [], [], 1, 1
+        left: list[int] = []
+        right: list[int] = []
+        a = b = 1
         while not (left or right) or a != b:
             if a <= b and i < end_i:
                 a, left, i = a * before[i], [*left, i], i + 1

@@ -28,4 +28,4 @@ class Longformer(SparsePattern):
         near = (at - KV <= reach) & (KV - at <= reach)
         if not self.global_tokens:
             return near
-        return near | (KV < self.global_tokens) | (at < self.global_tokens)
+        return near | (self.global_tokens > KV) | (at < self.global_tokens)

@@ -37,4 +37,4 @@ class LongLora(SparsePattern):
         plain = eq(at // self.size, KV // self.size)
         moved = eq((at + shift) // self.size, (KV + shift) // self.size)
         kept = ((half > H) & plain) | ((half <= H) & moved) if half else plain
-        return kept | (KV < self.sinks) if self.sinks else kept
+        return kept | (self.sinks > KV) if self.sinks else kept

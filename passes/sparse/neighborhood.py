@@ -110,7 +110,7 @@ class Neighborhood(LaidOut):
 
     def between(self, grid: Grid, site: Site) -> Expr | Refusal:
         """Inside the window on every axis."""
-        mask = TRUE
+        mask: Expr = TRUE
         spans = self.spans(len(grid.q))
         for axis, (span, extent) in enumerate(zip(spans, grid.sizes(), strict=True)):
             if problem := span.problem(extent):

@@ -26,4 +26,4 @@ class Prefix(SparsePattern):
 
     def mask(self, site: Site) -> Expr | Refusal:
         """``kv < size`` or ``kv <= pos``."""
-        return (KV < self.size) | (KV <= position(site))
+        return (self.size > KV) | (position(site) >= KV)

@@ -91,9 +91,7 @@ class Radial(LaidOut):
         """Blocks straddle frames: a block is kept if one of the frame pairs it touches keeps it."""
         assert grid.layout is not None
         text = grid.layout.text
-        rows, columns = (
-            (p - text if text else p) // BLOCK * BLOCK for p in (position(site), KV)
-        )
+        rows, columns = ((p - text if text else p) // BLOCK * BLOCK for p in (position(site), KV))
         ends = frames * tokens
         mask: Expr = FALSE
         for row_frame, row in _frames(rows, tokens, ends):
@@ -194,5 +192,7 @@ def _touches(distance: int, width: int) -> bool:
     row, column = (0, BLOCK), (distance, distance + BLOCK)
     third = BLOCK // 3 + 1
     touched = min(column[1], row[1] + width) - max(column[0], row[0] - width)
-    covered = min(column[1], row[1] + width - third + 1) - max(column[0], row[0] + third - 1 - width)
+    covered = min(column[1], row[1] + width - third + 1) - max(
+        column[0], row[0] + third - 1 - width
+    )
     return touched > 0 and covered * 5 > touched * 3

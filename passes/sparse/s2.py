@@ -45,4 +45,4 @@ class S2(SparsePattern):
         kept = (m - n < self.local) | eq((n + shift) % self.vertical, 0)
         if self.dense_heads:
             kept = kept | (head >= site.hkv - self.dense_heads)
-        return (KV <= at) & kept
+        return (at >= KV) & kept

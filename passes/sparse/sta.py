@@ -45,7 +45,7 @@ class Sta(LaidOut):
 
     def between(self, grid: Grid, site: Site) -> Expr | Refusal:
         """Neighborhoods over the tile coordinates."""
-        mask = TRUE
+        mask: Expr = TRUE
         entries = zip(grid.sizes(), self.tile, self.window, strict=True)
         for axis, (extent, tile, window) in enumerate(entries):
             if extent is None or extent % tile:

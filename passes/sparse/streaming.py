@@ -33,4 +33,4 @@ class Streaming(SparsePattern):
             return self.refuse(site, "streaming-not-causal", reason)
         at = position(site)
         near = at - KV < self.recent
-        return (KV <= at) & ((near | (KV < self.sinks)) if self.sinks else near)
+        return (at >= KV) & ((near | (self.sinks > KV)) if self.sinks else near)

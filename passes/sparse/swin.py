@@ -40,7 +40,7 @@ class Swin(LaidOut):
 
     def between(self, grid: Grid, site: Site) -> Expr | Refusal:
         """Same window on every axis."""
-        mask = TRUE
+        mask: Expr = TRUE
         count = len(grid.q)
         sizes = zip(per_axis(self.window, count), per_axis(self.shift, count), strict=True)
         for q, kv, (window, shift) in zip(grid.q, grid.kv, sizes, strict=True):

@@ -25,17 +25,15 @@ from attn_rewrite.cascade.digits import (
     radix_of,
 )
 from attn_rewrite.cascade.expr import Expr, Read, ranks_of, walk
-from attn_rewrite.cascade.points import NoValue
-from attn_rewrite.cascade.relation import NotFactored
+from attn_rewrite.cascade.points import PointError
+from attn_rewrite.cascade.relation import FactorError
 
 Ints = npt.NDArray[np.int64]
 _CUT_LIMIT = 16
 _CHUNK = 1 << 21  # corners computed at a time; bounds memory
 
 
-def block_pairs(
-    mask: Expr, *, q_len: int, kv_len: int, block_q: int, block_kv: int
-) -> Ints | None:
+def block_pairs(mask: Expr, *, q_len: int, kv_len: int, block_q: int, block_kv: int) -> Ints | None:
     """Kept pairs of every block, int64 [ceil(q_len / block_q), ceil(kv_len / block_kv)].
 
     ``mask`` is over ``q`` and ``kv`` with extents and the head substituted.  None where the mask
@@ -53,9 +51,10 @@ def block_pairs(
     for radix in (None, flat):
         try:
             corners = _corners(mask, radix, lengths, edges)
-        except (NotFactored, NoValue):
+        except (FactorError, PointError):
             continue
-        return np.diff(np.diff(corners, axis=0), axis=1)
+        pairs: Ints = np.diff(np.diff(corners, axis=0), axis=1)
+        return pairs
     return None
 
 
@@ -68,7 +67,7 @@ def _corners(
     for rank, length in lengths.items():
         inner = sorted({c for c in at[rank] if 0 < c < length})
         if len(inner) > _CUT_LIMIT:
-            raise NotFactored("the mask is cut too often")
+            raise FactorError("the mask is cut too often")
         parts[rank] = list(pairwise([0, *inner, length]))
     total = np.zeros((len(edges["q"]), len(edges["kv"])), np.int64)
     for q, kv in product(parts["q"], parts["kv"]):
@@ -90,7 +89,7 @@ def _part(
         starts = (spans[0][0], spans[1][0])
         radix = Radix((1,), {"q": starts[0], "kv": starts[1]})
     if any(span[0] < start for span, start in zip(spans, starts, strict=True)):
-        raise NotFactored("digits before their origin")
+        raise FactorError("digits before their origin")
     lengths = {r: s[1] - o for r, s, o in zip(("q", "kv"), spans, starts, strict=True)}
     expansion = Expansion(Digits(radix, lengths))
     terms = expansion.of(in_digits(mask, radix))
@@ -105,7 +104,8 @@ def _part(
             some = points[0][start : start + rows]
             total[start : start + rows] += sign * _below(expansion, atoms, 0, some, points[1])
     # The last point of each side is where the span begins: take away what lies before it.
-    return total[:-1, :-1] - total[-1:, :-1] - total[:-1, -1:] + total[-1, -1]
+    inside: Ints = total[:-1, :-1] - total[-1:, :-1] - total[:-1, -1:] + total[-1, -1]
+    return inside
 
 
 def _below(expansion: Expansion, atoms: Atoms, level: int, x: Ints, y: Ints) -> Ints:
@@ -116,21 +116,24 @@ def _below(expansion: Expansion, atoms: Atoms, level: int, x: Ints, y: Ints) -> 
     found = expansion.relation(level, atoms[level])
     if level + 1 == len(strides):
         return found.below(x, y)
-    (x_digit, x_rest), (y_digit, y_rest) = np.divmod(x, strides[level]), np.divmod(y, strides[level])
-    whole = np.asarray([strides[level]], np.int64)
-    inner = _below(
-        expansion, atoms, level + 1, np.append(x_rest, whole), np.append(y_rest, whole)
+    (x_digit, x_rest), (y_digit, y_rest) = (
+        np.divmod(x, strides[level]),
+        np.divmod(y, strides[level]),
     )
+    whole = np.asarray([strides[level]], np.int64)
+    inner = _below(expansion, atoms, level + 1, np.append(x_rest, whole), np.append(y_rest, whole))
     # Corners at x and x + 1 of the few values the digit has.
-    (xs, x_at), (ys, y_at) = np.unique(x_digit, return_inverse=True), np.unique(
-        y_digit, return_inverse=True
+    (xs, x_at), (ys, y_at) = (
+        np.unique(x_digit, return_inverse=True),
+        np.unique(y_digit, return_inverse=True),
     )
     here = found.below(xs, ys)
     row, column = found.below(xs + 1, ys) - here, found.below(xs, ys + 1) - here
     both = found.below(xs + 1, ys + 1) - here - row - column
 
     def spread(table: Ints) -> Ints:
-        return table[x_at][:, y_at]
+        wide: Ints = table[x_at][:, y_at]
+        return wide
 
     return (
         spread(here) * inner[-1, -1]

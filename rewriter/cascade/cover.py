@@ -3,10 +3,10 @@
 A mask is an expression over ``b, h, q, kv`` (True = keep).  Where it factors over digits of the
 positions (windows, grids, blocks), the kept pairs of every block are counted (`counting`).  Every
 other mask is decided by interval arithmetic over the box of a block, with sums normalised to affine
-forms first so that ``q - kv`` is one interval and not two.  Blocks that intervals leave open are settled by
-evaluation at points (a kept and a dropped point prove PARTIAL) and by splitting the box, so the
-answer is exact for every mask of positions; what stays open when the budget of boxes is spent, or
-depends on data, is PARTIAL.  EMPTY and FULL are always proven.
+forms first so that ``q - kv`` is one interval and not two.  Blocks that intervals leave open are
+settled by evaluation at points (a kept and a dropped point prove PARTIAL) and by splitting the box,
+so the answer is exact for every mask of positions; what stays open when the budget of boxes is
+spent, or depends on data, is PARTIAL.  EMPTY and FULL are always proven.
 
 No token-level matrix is built: the cost follows the number of blocks and the length of the borders
 between kept and dropped regions.
@@ -171,7 +171,8 @@ def _areas(q: tuple[Ints, Ints], kv: tuple[Ints, Ints]) -> Ints:
 
 def _cells(pairs: Ints, areas: Ints) -> Cells:
     """`Cover` of blocks whose kept pairs are known."""
-    return ((pairs > 0).astype(np.int8) + (pairs == areas)).astype(np.int8)
+    cells: Cells = ((pairs > 0).astype(np.int8) + (pairs == areas)).astype(np.int8)
+    return cells
 
 
 def _bounds(length: int, block: int) -> tuple[Ints, Ints]:

@@ -8,6 +8,7 @@ are split by the values of one summand.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -26,8 +27,8 @@ from attn_rewrite.cascade.expr import (
     walk,
 )
 from attn_rewrite.cascade.interval import Affine, affine, is_integer
-from attn_rewrite.cascade.points import NoValue, values
-from attn_rewrite.cascade.relation import TABLE_LIMIT, NotFactored, Relation, relation
+from attn_rewrite.cascade.points import PointError, values
+from attn_rewrite.cascade.relation import TABLE_LIMIT, FactorError, Relation, relation
 
 COMPARISONS = frozenset({"lt", "le", "gt", "ge", "eq", "ne"})
 _NEGATED = {"lt": "ge", "ge": "lt", "gt": "le", "le": "gt", "eq": "ne", "ne": "eq"}
@@ -98,16 +99,16 @@ def _coordinates(expr: Expr) -> list[tuple[str, int, int, int | None]]:
 
 
 def radix_of(mask: Expr) -> Radix:
-    """The radix the digit expressions of ``mask`` ask for; `NotFactored` where they disagree."""
+    """The radix the digit expressions of ``mask`` ask for; `FactorError` where they disagree."""
     found = _coordinates(mask)
     strides = {1} | {n for _, _, n, _ in found} | {n * m for _, _, n, m in found if m is not None}
     chain = sorted(strides, reverse=True)
-    if any(high % low for high, low in zip(chain, chain[1:], strict=False)):
-        raise NotFactored(f"strides {chain} do not divide each other")
+    if any(high % low for high, low in itertools.pairwise(chain)):
+        raise FactorError(f"strides {chain} do not divide each other")
     origin: dict[str, int] = {}
     for rank, start, _, _ in found:
         if origin.setdefault(rank, start) != start:
-            raise NotFactored(f"{rank} is counted from {origin[rank]} and from {start}")
+            raise FactorError(f"{rank} is counted from {origin[rank]} and from {start}")
     other = next(iter(origin.values()), 0)
     return Radix(tuple(chain), {r: origin.get(r, other) for r in RANKS})
 
@@ -165,9 +166,7 @@ class Expansion:
             return False
         key = (level, atoms)
         if key not in self.empty:
-            ends = (
-                np.asarray([self.digits.extent(r, level)], dtype=np.int64) for r in RANKS
-            )
+            ends = (np.asarray([self.digits.extent(r, level)], dtype=np.int64) for r in RANKS)
             self.empty[key] = not self.relation(level, atoms).below(*ends)[0, 0]
         return self.empty[key]
 
@@ -186,13 +185,13 @@ class Expansion:
             if n and not any(self._is_empty(level, a) for level, a in enumerate(t))
         }
         if len(kept) > TERM_LIMIT:
-            raise NotFactored(f"the mask has more than {TERM_LIMIT} products")
+            raise FactorError(f"the mask has more than {TERM_LIMIT} products")
         return kept
 
     def times(self, left: Sum, right: Sum) -> Sum:
         """The conjunction."""
         if len(left) * len(right) > TERM_LIMIT**2:
-            raise NotFactored("the mask has too many products")
+            raise FactorError("the mask has too many products")
         out: Sum = {}
         for a, m in left.items():
             for b, n in right.items():
@@ -208,7 +207,7 @@ class Expansion:
         return self._pruned(out)
 
     def of(self, mask: Expr) -> Sum:
-        """Expand a mask; raises `NotFactored`."""
+        """Expand a mask; raises `FactorError`."""
         level = self._only_digit(mask)
         if level is not None:
             return self.one({level: mask})
@@ -229,7 +228,7 @@ class Expansion:
                 return self.of(a)
             case Call(op, _) if op in COMPARISONS:
                 return self._comparison(mask)
-        raise NotFactored(f"{mask} is no comparison")
+        raise FactorError(f"{mask} is no comparison")
 
     def _only_digit(self, mask: Expr) -> int | None:
         """The digit a mask is about, if it is one and short enough for a table."""
@@ -244,7 +243,7 @@ class Expansion:
         left, right = atom.args
         form = affine(left).plus(affine(right), -1.0)
         if not all(map(is_integer, form.terms)):
-            raise NotFactored(f"{atom} may round")
+            raise FactorError(f"{atom} may round")
         groups = _by_level(form)
         if not groups:
             return self.one() if bool(values(call_of(atom.op, form), {})) else {}
@@ -290,7 +289,7 @@ class Expansion:
     def _separated(self, op: str, form: Affine, groups: Mapping[int, Affine]) -> Sum:
         """``f(one digit) + g(another) op constant``: a product for each value of f."""
         if len(groups) != 2:
-            raise NotFactored("a comparison over more than two digits")
+            raise FactorError("a comparison over more than two digits")
         (first, f), (second, g) = sorted(groups.items())
         rest = Affine(g.terms, form.constant)
         summand = _sum_of(f)
@@ -306,10 +305,10 @@ class Expansion:
         q, kv = self.digits.radix.names(level)
         rows, columns = (np.arange(self.digits.extent(r, level)) for r in RANKS)
         if len(rows) * len(columns) > TABLE_LIMIT or not is_integer(summand):
-            raise NotFactored("a summand with too many values")
+            raise FactorError("a summand with too many values")
         found = np.unique(values(summand, {q: rows[:, None], kv: columns[None]}))
         if len(found) > 2 * TERM_LIMIT:
-            raise NotFactored("a summand with too many values")
+            raise FactorError("a summand with too many values")
         return [int(v) for v in found]
 
 
@@ -344,12 +343,12 @@ def _is_whole(mask: Expr) -> bool:
 
 
 def _by_level(form: Affine) -> dict[int, Affine]:
-    """The terms of a form by the digit they speak of; `NotFactored` for a term of two digits."""
+    """The terms of a form by the digit they speak of; `FactorError` for a term of two digits."""
     groups: dict[int, Affine] = {}
     for term, factor in form.terms.items():
         levels = {_level(name) for name in ranks_of(term)}
         if len(levels) > 1:
-            raise NotFactored(f"{term} mixes digits")
+            raise FactorError(f"{term} mixes digits")
         level = min(levels, default=0)
         groups[level] = groups.get(level, Affine({}, 0.0)).plus(Affine({term: factor}, 0.0))
     return groups
@@ -359,7 +358,7 @@ def _sum_of(form: Affine) -> Expr:
     total: Expr | None = None
     for term, factor in form.terms.items():
         if not float(factor).is_integer():
-            raise NotFactored("a comparison with fractions")
+            raise FactorError("a comparison with fractions")
         part = term if factor == 1 else term * int(factor)
         total = part if total is None else total + part
     constant = int(form.constant)
@@ -371,7 +370,7 @@ def _sum_of(form: Affine) -> Expr:
 def call_of(op: str, form: Affine) -> Expr:
     """``form op 0``."""
     if not float(form.constant).is_integer():
-        raise NotFactored("a comparison with fractions")
+        raise FactorError("a comparison with fractions")
     return Call(op, (_sum_of(form), Const(0)))
 
 
@@ -393,7 +392,7 @@ def single_rank_cut(atom: Expr) -> tuple[str, int] | None:
 
 
 def decided(mask: Expr, at: Mapping[str, int]) -> Expr:
-    """``mask`` with comparisons of one position with a literal replaced by their truth at ``at``."""
+    """``mask`` with comparisons of one position with a literal replaced by their truth."""
 
     def fold(node: Expr) -> Expr:
         cut = single_rank_cut(node)
@@ -432,16 +431,3 @@ def cuts(mask: Expr) -> dict[str, set[int]]:
         if cut is not None:
             found[cut[0]].add(cut[1])
     return found
-
-
-__all__ = [
-    "Digits",
-    "Expansion",
-    "NoValue",
-    "NotFactored",
-    "Radix",
-    "cuts",
-    "decided",
-    "in_digits",
-    "radix_of",
-]

@@ -22,14 +22,14 @@ _RULES: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
-class NoValue(ValueError):
+class PointError(ValueError):
     """An expression uses an operator or a tensor that has no value at a point."""
 
 
 def values(expr: Expr, coordinates: Mapping[str, Array]) -> Array:
     """The value of ``expr`` at the points of ``coordinates`` (int64 arrays that broadcast).
 
-    Raises `NoValue` for tensor reads, extents, unknown ranks and operators that round.
+    Raises `PointError` for tensor reads, extents, unknown ranks and operators that round.
     """
     memo: dict[Expr, Array] = {}
 
@@ -50,4 +50,4 @@ def _value(node: Expr, coordinates: Mapping[str, Array], of: Callable[[Expr], Ar
         case Call(op, args) if op in _RULES:
             with np.errstate(divide="ignore", invalid="ignore"):
                 return np.asarray(_RULES[op](*map(of, args)))
-    raise NoValue(f"{node} has no value at a point")
+    raise PointError(f"{node} has no value at a point")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ Ints = npt.NDArray[np.int64]
 TABLE_LIMIT = 1 << 22
 
 
-class NotFactored(ValueError):
+class FactorError(ValueError):
     """A mask, or a part of it, has no closed form of this kind."""
 
 
@@ -73,7 +73,7 @@ def _capped(ends: Ints, x: Ints, y: Ints) -> Ints:
 def relation(atoms: Iterable[Expr], q: str, kv: str, lengths: tuple[int, int]) -> Relation:
     """The conjunction of ``atoms`` over ranks ``q`` and ``kv`` of the given lengths.
 
-    Raises `NotFactored` where the digits are long and the atoms are no band.
+    Raises `FactorError` where the digits are long and the atoms are no band.
     """
     atoms = tuple(atoms)
     if lengths[0] * lengths[1] > TABLE_LIMIT:
@@ -98,7 +98,7 @@ def _band(atoms: tuple[Expr, ...], q: str, kv: str, lengths: tuple[int, int]) ->
     low, high = np.clip(low, 0, lengths[1]), np.clip(high, 0, lengths[1])
     high = np.maximum(low, high)
     if (np.diff(low) < 0).any() or (np.diff(high) < 0).any():
-        raise NotFactored("a long digit whose keys do not move forward with the query")
+        raise FactorError("a long digit whose keys do not move forward with the query")
     return Band(low, high)
 
 
@@ -117,11 +117,11 @@ def _bounds(atom: Expr, kv: str) -> tuple[_Bound, ...]:
         ):
             form = affine(left).plus(affine(right), -1.0)  # form op 0
         case _:
-            raise NotFactored(f"{atom} is no bound on {kv}")
+            raise FactorError(f"{atom} is no bound on {kv}")
     factor = form.terms.get(Rank(kv), 0.0)
     rest = Affine({t: v for t, v in form.terms.items() if t != Rank(kv)}, form.constant)
     if abs(factor) != 1 or any(kv in ranks_of(t) for t in rest.terms):
-        raise NotFactored(f"{atom} is no bound on {kv}")
+        raise FactorError(f"{atom} is no bound on {kv}")
     end = _expression(rest.times(-1.0 / factor))  # form = factor * (kv - end)
     slack = {"lt": -1, "gt": 1}.get(op, 0) * int(factor)
     if op == "eq":
@@ -130,9 +130,9 @@ def _bounds(atom: Expr, kv: str) -> tuple[_Bound, ...]:
 
 
 def _expression(form: Affine) -> Expr:
-    total: Any = Const(int(form.constant))
+    total: Expr = Const(int(form.constant))
     for term, value in form.terms.items():
         if not float(value).is_integer():
-            raise NotFactored("a bound with fractions")
+            raise FactorError("a bound with fractions")
         total = total + term * int(value)
     return total

@@ -28,9 +28,9 @@ class TileOptions:
     tile_q: Annotated[str | None, typer.Option(help="Query tile.")] = None
     tile_kv: Annotated[str | None, typer.Option(help="Key tile.")] = None
     dilation: Annotated[str | None, typer.Option(help="Distance of keys per axis [1].")] = None
-    causal: Annotated[
-        str | None, typer.Option(help="Axes that see their past only, as 1x0x0.")
-    ] = None
+    causal: Annotated[str | None, typer.Option(help="Axes that see their past only, as 1x0x0.")] = (
+        None
+    )
     share: Annotated[
         float | None, typer.Option(help="Share of run time spent in attention, 0 to 1.")
     ] = None

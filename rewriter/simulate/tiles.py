@@ -21,9 +21,9 @@ import numpy.typing as npt
 from attn_rewrite.errors import PolicyError
 
 Ints = npt.NDArray[np.int64]
-# Tile areas (query, key) and the candidate tiles per axis that `search` tries.
+# Tile areas (query, key) and the number of windows that `search` tries.
 _AREAS = ((64, 64), (64, 128), (128, 128), (256, 128))
-_MOST_WINDOWS = 400
+_MOST_WINDOWS = 24
 
 
 @dataclass(frozen=True)
@@ -179,8 +179,8 @@ def search(
     """The strides and tiles with the best bound, for a window or for the windows of a sparsity.
 
     A larger stride is another approximation of the model, so of equal bounds the one with the
-    smaller strides comes first.  ``sparsity`` is the share of pairs left out; windows within a
-    tenth of the density are tried.
+    smaller strides comes first.  ``sparsity`` is the share of pairs left out; the windows most like
+    the grid in shape, within a twentieth of the density, are tried.
     """
     if (window is None) == (sparsity is None):
         raise PolicyError("search needs either a window or a sparsity")
@@ -190,9 +190,7 @@ def search(
     for tile_q, tile_kv in _tile_pairs(grid):
         wanted = [window] if window is not None else _windows_of(grid, tile_kv, sparsity or 0.0)
         for one in wanted:
-            base = Case(
-                grid, one, (1,) * len(grid), tile_q, tile_kv, (1,) * len(grid), causal
-            )
+            base = Case(grid, one, (1,) * len(grid), tile_q, tile_kv, (1,) * len(grid), causal)
             found.append(simulate(_best_stride(base), share))
     found.sort(key=lambda r: (-r.dense / r.visited_max, -r.full_total, math.prod(r.case.stride)))
     return found[:count]
@@ -230,13 +228,13 @@ def _boxes(area: int, grid: tuple[int, ...]) -> list[tuple[int, ...]]:
 def _windows_of(
     grid: tuple[int, ...], tile: tuple[int, ...], sparsity: float
 ) -> list[tuple[int, ...]]:
-    """Windows of whole key tiles whose density is within a tenth of what is asked."""
+    """Windows of whole key tiles whose density is within a twentieth of what is asked."""
     density = 1.0 - sparsity
     sides = [sorted({*range(t, x + 1, t), x}) for x, t in zip(grid, tile, strict=True)]
     fits = []
     for window in itertools.product(*sides):
         share = math.prod(window) / math.prod(grid)
-        if abs(share - density) <= density / 10:
+        if abs(share - density) <= density / 20:
             shape = [w / x for w, x in zip(window, grid, strict=True)]
             fits.append((max(shape) / min(shape), window))
     fits.sort()
