@@ -130,7 +130,8 @@ class TokenLayout:
         q_text, kv_text = self._is_text(q, end), self._is_text(kv, keys_end)
         if self.extra:
             extra = (kv >= end) & (kv < keys_end)
-            mask = ((kv < end) & mask) | extra
+            seen = extra if q_text == FALSE else extra & ~q_text
+            mask = ((kv < end) & mask) | seen
             q_text = q_text & ~extra if q_text != FALSE else q_text
         for text in (q_text, kv_text):
             mask = mask if text == FALSE else text | mask

@@ -572,7 +572,7 @@ def test_bad_layouts_are_one_sentence(text: str) -> None:
         ("clear(radius=2)", "layout-unknown"),
         ("neighborhood(window=[3, 3])", "layout-unknown"),
         ("neighborhood(window=40)", "neighborhood-misfit"),
-        ("sta(window=[4, 4], tile=[2, 2], layout='grid=4x8')", "sta-misfit"),
+        ("sta(window=[4, 3], tile=[2, 3], layout='grid=4x8')", "sta-misfit"),
         ("streaming(recent=4)", "streaming-not-causal"),
         ("s2", "s2-not-causal"),
         ("tile(references=9, layout='frames=4,tokens=8')", "tile-misfit"),
@@ -583,9 +583,6 @@ def test_what_does_not_fit_is_refused(policy: str, code: str) -> None:
     site = make_site()
     (transform,) = parse_pipeline(policy)
     result = transform.apply(site.cascade, site)
-    if policy.startswith("sta"):
-        assert not isinstance(result, Refusal)  # 4x8 divides into tiles of 2x2
-        return
     assert isinstance(result, Refusal)
     assert result.code == code
 

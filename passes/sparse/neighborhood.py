@@ -1,4 +1,4 @@
-"""Neighborhood attention: windows on every axis of a grid that shift at the border, never shrink."""
+"""Neighborhood attention: windows on the axes of a grid that shift at borders and never shrink."""
 
 from __future__ import annotations
 

@@ -104,8 +104,8 @@ def _part(
             some = points[0][start : start + rows]
             total[start : start + rows] += sign * _below(expansion, atoms, 0, some, points[1])
     # The last point of each side is where the span begins: take away what lies before it.
-    inside: Ints = total[:-1, :-1] - total[-1:, :-1] - total[:-1, -1:] + total[-1, -1]
-    return inside
+    counts: Ints = total[:-1, :-1] - total[-1:, :-1] - total[:-1, -1:] + total[-1, -1]
+    return counts
 
 
 def _below(expansion: Expansion, atoms: Atoms, level: int, x: Ints, y: Ints) -> Ints:
@@ -135,9 +135,10 @@ def _below(expansion: Expansion, atoms: Atoms, level: int, x: Ints, y: Ints) -> 
         wide: Ints = table[x_at][:, y_at]
         return wide
 
-    return (
+    below: Ints = (
         spread(here) * inner[-1, -1]
         + spread(column) * inner[-1:, :-1]
         + spread(row) * inner[:-1, -1:]
         + spread(both) * inner[:-1, :-1]
     )
+    return below

@@ -27,7 +27,7 @@ from attn_rewrite.cascade.expr import (
     walk,
 )
 from attn_rewrite.cascade.interval import Affine, affine, is_integer
-from attn_rewrite.cascade.points import PointError, values
+from attn_rewrite.cascade.points import values
 from attn_rewrite.cascade.relation import TABLE_LIMIT, FactorError, Relation, relation
 
 COMPARISONS = frozenset({"lt", "le", "gt", "ge", "eq", "ne"})
