@@ -85,7 +85,7 @@ CASES: list[tuple[Callable[[], Case], str | None, str]] = [
     (swin, "grid=16x16", "clear(radius=4)"),
     (wan, "grid=8x8x12", "gna(window=[3, 4, 4], stride=[1, 2, 2])"),
     (wan, "grid=8x8x12", "tile(references=1)"),
-    (cogvideo, None, "gna(window=[2, 4, 6], layout='grid=8x8x12,text=8')"),
+    (cogvideo, "grid=8x8x12,text=8", "gna(window=[2, 4, 6])"),
     (pixart, "grid=16x24", "sta(window=[8, 8], tile=[4, 8])"),
     (llama("sdpa"), None, "s2(block=32, local=2, vertical=4)"),
     (llama("eager"), None, "chunked(size=64)"),

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from attn_rewrite.graph import is_call, is_tensor, op_name, shape_of
+from attn_rewrite.graph import arguments, is_parameter, is_tensor, op_name, shape_of
 from attn_rewrite.token_layout import TokenLayout
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ def found_layout(site: Site) -> TokenLayout | None:
 class _Spot:
     """The token axis ``dim`` of ``node``: ``length`` grid tokens with others before and after.
 
-    ``grid`` are inner axes found already: the axis still to be split comes before them.
+    ``grid`` are inner axes found already: the axis still to be split comes before them.  ``start``
+    is the first of the tokens on the axis, where a slice took some of it.
     """
 
     node: fx.Node
@@ -59,6 +60,7 @@ class _Spot:
     text: int = 0
     suffix: int = 0
     grid: tuple[int, ...] = ()
+    start: int = 0
 
     def layout(self, grid: Sequence[int]) -> TokenLayout | None:
         """The layout, if ``grid`` has two or three axes in the end."""
@@ -76,8 +78,10 @@ def _back(spot: _Spot) -> _Spot | TokenLayout | None:
         return _reshape(spot)
     if name in ("transpose", "permute", "t"):
         return _permuted(spot)
-    if name == "cat" or is_call(node, "stack"):
-        return _cat(spot) if name == "cat" else None
+    if name == "cat":
+        return _cat(spot)
+    if name == "slice":
+        return _sliced(spot)
     if name in ("unsqueeze", "squeeze", "select"):
         return _dimension(spot)
     if name in _SPATIAL:
@@ -87,7 +91,7 @@ def _back(spot: _Spot) -> _Spot | TokenLayout | None:
 
 def _onward(spot: _Spot) -> _Spot | TokenLayout | None:
     """Through an operator that keeps the axis in place: to the earliest input that has it."""
-    shape = shape_of(spot.node) if is_tensor(spot.node) else ()
+    shape = _shape(spot.node) if is_tensor(spot.node) else ()
     behind = len(shape) - spot.dim
     candidates = []
     for source in spot.node.all_input_nodes:
@@ -97,12 +101,12 @@ def _onward(spot: _Spot) -> _Spot | TokenLayout | None:
             continue
         if not is_tensor(source):
             continue
-        other = shape_of(source)
+        other = _shape(source)
         for dim in (len(other) - behind, spot.dim):
-            if 0 <= dim < len(other) and shape and _same(other[dim], shape[spot.dim]):
+            if 0 <= dim < len(other) and shape and _equal(other[dim], shape[spot.dim]):
                 candidates.append((source, dim))
                 break
-    activations = [c for c in candidates if c[0].op != "get_attr" and not _is_constant(c[0])]
+    activations = [c for c in candidates if not _is_constant(c[0])]
     if not activations:
         return spot.layout((spot.length,)) if spot.grid else None
     order = {n: i for i, n in enumerate(spot.node.graph.nodes)}
@@ -111,13 +115,16 @@ def _onward(spot: _Spot) -> _Spot | TokenLayout | None:
 
 
 def _is_constant(node: fx.Node) -> bool:
-    from attn_rewrite.graph import is_parameter
-
-    return is_parameter(node)
-
-
-def _same(first: Any, second: Any) -> bool:
-    return isinstance(first, int) and isinstance(second, int) and first == second
+    """True if only parameters and constants lead to ``node`` (a position embedding)."""
+    queue, seen = [node], {node}
+    while queue:
+        here = queue.pop()
+        if here.op == "placeholder" and not is_parameter(here):
+            return False
+        fresh = [n for n in here.all_input_nodes if n not in seen]
+        seen.update(fresh)
+        queue += fresh
+    return True
 
 
 def _source(spot: _Spot) -> fx.Node | None:
@@ -132,7 +139,7 @@ def _reshape(spot: _Spot) -> _Spot | TokenLayout | None:
     source = _source(spot)
     if source is None:
         return None
-    before, after = shape_of(source), shape_of(spot.node)
+    before, after = _shape(source), _shape(spot.node)
     groups = _groups(before, after)
     mine = next((g for g in groups if spot.dim in g[1]), None)
     if mine is None:
@@ -152,7 +159,8 @@ def _merged(
     spot: _Spot, source: fx.Node, sizes: list[int], dims: list[int]
 ) -> _Spot | TokenLayout | None:
     """Several axes were flattened: the grid, unless the first or the last splits further."""
-    if not all(isinstance(n, int) for n in sizes) or math.prod(sizes) != spot.length:
+    whole = all(isinstance(n, int) for n in sizes) and not spot.start
+    if not whole or math.prod(sizes) != spot.length:
         return None
     if len(sizes) + len(spot.grid) > 3:
         return None
@@ -197,6 +205,11 @@ def _groups(before: Sequence[Any], after: Sequence[Any]) -> list[tuple[list[int]
     return groups + [([ends[0] - n], [ends[1] - n]) for n in range(last, 0, -1)]
 
 
+def _shape(node: fx.Node) -> tuple[Any, ...]:
+    """The shape of a node; symbols that stand for one number become it."""
+    return tuple(int(str(n)) if str(n).isdigit() else n for n in shape_of(node))
+
+
 def _equal(first: Any, second: Any) -> bool:
     return str(first) == str(second)
 
@@ -231,7 +244,7 @@ def _permuted(spot: _Spot) -> _Spot | None:
     source = _source(spot)
     if source is None:
         return None
-    order = permutation(spot.node, len(shape_of(source)))
+    order = permutation(spot.node, len(_shape(source)))
     return replace(spot, node=source, dim=order[spot.dim])
 
 
@@ -243,19 +256,45 @@ def _cat(spot: _Spot) -> _Spot | TokenLayout | None:
     nodes = [p for p in parts if is_tensor(p)]
     if not nodes or not isinstance(dim, int):
         return None
-    if dim % len(shape_of(spot.node)) != spot.dim:
+    if dim % len(_shape(spot.node)) != spot.dim:
         return _onward(spot)
-    sizes = [shape_of(p)[spot.dim] for p in nodes]  # type: ignore[arg-type]
-    if not all(isinstance(n, int) for n in sizes) or sum(sizes) != spot.length:
+    sizes = [_shape(p)[spot.dim] for p in nodes]
+    if not all(isinstance(n, int) for n in sizes):
         return None
+    if sum(sizes) != spot.length:
+        return _part_of(spot, nodes, sizes)
     at = max(range(len(sizes)), key=lambda n: sizes[n])
     return replace(
         spot,
-        node=nodes[at],  # type: ignore[arg-type]
+        node=nodes[at],
         length=sizes[at],
         text=spot.text + sum(sizes[:at]),
         suffix=spot.suffix + sum(sizes[at + 1 :]),
     )
+
+
+def _part_of(spot: _Spot, nodes: Sequence[Any], sizes: Sequence[int]) -> _Spot | None:
+    """The part of a concatenation that a later slice takes, whole or some of it."""
+    first = 0
+    for node, size in zip(nodes, sizes, strict=True):
+        if first <= spot.start and spot.start + spot.length <= first + size:
+            return replace(spot, node=node, start=spot.start - first)
+        first += size
+    return None
+
+
+def _sliced(spot: _Spot) -> _Spot | TokenLayout | None:
+    source = _source(spot)
+    given = arguments(spot.node)
+    if source is None or not isinstance(given.get("dim", 0), int):
+        return None
+    if given.get("dim", 0) % len(_shape(source)) != spot.dim:
+        return replace(spot, node=source)
+    start, step = given.get("start") or 0, given.get("step", 1)
+    size = _shape(source)[spot.dim]
+    if not isinstance(start, int) or not isinstance(size, int) or step != 1:
+        return None
+    return replace(spot, node=source, start=spot.start + (start + size if start < 0 else start))
 
 
 def _dimension(spot: _Spot) -> _Spot | None:
@@ -266,7 +305,7 @@ def _dimension(spot: _Spot) -> _Spot | None:
     if not isinstance(at, int):
         return None
     name = op_name(spot.node)
-    rank = len(shape_of(source)) + (name == "unsqueeze")
+    rank = len(_shape(source)) + (name == "unsqueeze")
     at %= rank
     if name == "unsqueeze":
         return replace(spot, node=source, dim=spot.dim - (spot.dim > at))
