@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import attn_rewrite as ar
-from attn_rewrite.passes.find.token_grid import found_layout
+from attn_rewrite.passes.token_grid import found_layout
 
 Case = tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]]
 

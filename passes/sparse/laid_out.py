@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from attn_rewrite.cascade.expr import KV, Const, Expr, Extent, call
 from attn_rewrite.errors import PolicyError
-from attn_rewrite.passes.find.token_grid import found_layout
 from attn_rewrite.passes.transform import Option, SparsePattern, position
 from attn_rewrite.site import Refusal
 from attn_rewrite.token_layout import TokenLayout
@@ -91,6 +90,8 @@ class LaidOut(SparsePattern):
             return given if problem is None else self.refuse(site, "layout-misfit", problem)
         if wanted == 1:
             return None
+        from attn_rewrite.passes.token_grid import found_layout  # needs torch
+
         found = found_layout(site)
         if found is not None and wanted in (None, len(found.grid)):
             return found

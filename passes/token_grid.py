@@ -253,7 +253,7 @@ def _cat(spot: _Spot) -> _Spot | TokenLayout | None:
     parts = spot.node.args[0]
     dim = spot.node.args[1] if len(spot.node.args) > 1 else spot.node.kwargs.get("dim", 0)
     assert isinstance(parts, (list, tuple))
-    nodes = [p for p in parts if is_tensor(p)]
+    nodes: list[Any] = [p for p in parts if is_tensor(p)]
     if not nodes or not isinstance(dim, int):
         return None
     if dim % len(_shape(spot.node)) != spot.dim:
