@@ -17,6 +17,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from attn_rewrite.cascade.expr import (
+    KV,
     TRUE,
     Call,
     Const,
@@ -27,6 +28,7 @@ from attn_rewrite.cascade.expr import (
     call,
     conjunction,
     conjuncts,
+    ranks_of,
     where,
 )
 from attn_rewrite.site import UNKNOWN_OFFSET
@@ -122,6 +124,8 @@ def literal(value: object) -> str:
         return str(value).lower()
     if isinstance(value, tuple | list):
         return f"[{', '.join(literal(v) for v in value)}]"
+    if isinstance(value, Transform):
+        return str(value)
     return repr(value)
 
 
@@ -188,10 +192,10 @@ def _default(f: Any) -> object:
 
 
 def field_infos(transform: type[Transform]) -> tuple[FieldInfo, ...]:
-    """The options of a transform class, in the order of positional arguments."""
+    """The options of a transform class, in the order of positional arguments, then the others."""
     hints = typing.get_type_hints(transform, include_extras=True)
     infos = []
-    for f in fields(transform):
+    for f in sorted(fields(transform), key=lambda f: bool(f.kw_only)):
         hint, option = hints[f.name], Option()
         if typing.get_origin(hint) is typing.Annotated:
             hint, *extras = typing.get_args(hint)
@@ -256,11 +260,22 @@ class SparsePattern(Transform):
         """The pairs to keep, over ``b, h, q, kv`` (True = keep)."""
         raise TypeError(f"{type(self).__name__} must define mask()")
 
+    def guard(self, site: Site) -> Expr | Refusal:
+        """`mask`, and the causality of the Site.
+
+        A causal mask may be an additive term of the score, which leaves out no block: as a guard
+        it does, and it drops nothing that has weight.
+        """
+        mask = self.mask(site)
+        if site.causal and site.offset != UNKNOWN_OFFSET and isinstance(mask, Expr):
+            return mask & (position(site) >= KV)
+        return mask
+
     def apply(self, cascade: Cascade, site: Site) -> Cascade | Refusal:
         """Restrict the iteration space of the cascade to the mask."""
         from attn_rewrite.cascade.attention import restrict
 
-        mask = self.mask(site)
+        mask = self.guard(site)
         return restrict(cascade, mask) if isinstance(mask, Expr) else mask
 
     def apply_to_heads(
@@ -270,7 +285,7 @@ class SparsePattern(Transform):
         from attn_rewrite.cascade.attention import restrict
         from attn_rewrite.cascade.simplify import simplify
 
-        mask = self.mask(site)
+        mask = self.guard(site)
         if not isinstance(mask, Expr):
             return mask
         # Term by term, so that what holds for every head already (causality) is not made to look
@@ -284,24 +299,28 @@ class SparsePattern(Transform):
         if site.family != "softmax":
             reason = f"{self.name} keeps pairs of positions, but this attention is {site.family}"
             return self.refuse(site, f"{self.name}-{site.family}", reason)
-        if not self.positional:
-            return None
-        if site.kind == "pooling":
-            reason = f"{self.name} needs positions, but pooling has one learned query"
-            return self.refuse(site, f"{self.name}-pooling", reason)
-        if site.offset == UNKNOWN_OFFSET:
-            reason = (
-                f"{self.name} compares positions, but there are {site.q_len} queries for "
-                f"{site.kv_len} keys and the graph does not show which key is a query's own"
-            )
-            return self.refuse(site, f"{self.name}-position", reason)
-        if site.kind in ("cross", "joint") and site.kind not in named_kinds:
-            reason = (
-                f"{self.name} compares positions, but this is {site.kind} attention between two "
-                f'sequences; write kind = "{site.kind}" in the rule to say that they are aligned'
-            )
-            return self.refuse(site, f"{self.name}-{site.kind}", reason)
-        return None
+        return _no_positions(self, site, named_kinds) if self.positional else None
+
+
+def _no_positions(transform: Transform, site: Site, named_kinds: tuple[str, ...]) -> Refusal | None:
+    """Why the positions of queries and keys of ``site`` cannot be compared, or None."""
+    name = transform.name
+    if site.kind == "pooling":
+        reason = f"{name} needs positions, but pooling has one learned query"
+        return transform.refuse(site, f"{name}-pooling", reason)
+    if site.offset == UNKNOWN_OFFSET:
+        reason = (
+            f"{name} compares positions, but there are {site.q_len} queries for "
+            f"{site.kv_len} keys and the graph does not show which key is a query's own"
+        )
+        return transform.refuse(site, f"{name}-position", reason)
+    if site.kind in ("cross", "joint") and site.kind not in named_kinds:
+        reason = (
+            f"{name} compares positions, but this is {site.kind} attention between two "
+            f'sequences; write kind = "{site.kind}" in the rule to say that they are aligned'
+        )
+        return transform.refuse(site, f"{name}-{site.kind}", reason)
+    return None
 
 
 @dataclass(frozen=True)
@@ -332,9 +351,11 @@ class ScoreEdit(Transform):
         return edit_score(cascade, new if rest == TRUE else where(rest, old, new))
 
     def admits(self, site: Site, named_kinds: tuple[str, ...] = ()) -> Refusal | None:
-        """Refuse what has no softmax score."""
+        """Refuse what has no softmax score, and edits that use positions where there are none."""
         if site.family == "softmax":
-            return None
+            edit = self.score(Const(0.0), site)
+            uses = isinstance(edit, Expr) and ranks_of(edit) & {"q", "kv"}
+            return _no_positions(self, site, named_kinds) if uses else None
         reason = f"{self.name} edits softmax scores, but this attention is {site.family}"
         return self.refuse(site, f"{self.name}-{site.family}", reason)
 

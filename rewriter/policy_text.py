@@ -116,10 +116,14 @@ class _Reader:
             return _WORDS[node.id]
         if isinstance(node, ast.List | ast.Tuple):
             return tuple(self.value(item) for item in node.elts)
+        if isinstance(node, ast.Call):
+            return self.transform(node)
         try:
             value = ast.literal_eval(node)
         except ValueError:
             value = ...
         if value is None or isinstance(value, bool | int | float | str):
             return value
-        raise self.at(node, f"{ast.unparse(node)!r} is no number, true, false, none, text or list")
+        raise self.at(
+            node, f"{ast.unparse(node)!r} is no number, true, false, none, text, list or transform"
+        )

@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-SHORT = ("quickstart.py", "explain_why_not.py", "add_a_pattern.py")
+SHORT = (
+    "quickstart.py",
+    "explain_why_not.py",
+    "add_a_pattern.py",
+    "video_radial.py",
+    "long_context_streaming.py",
+)
 # demo.py runs demo_embeddings.py, and both read the texts of demo_texts.py.
 DEMO = ("demo.py", "demo_embeddings.py", "demo_texts.py")
 

@@ -1,11 +1,12 @@
 """Block cover of a mask: which (query block, key block) tiles are empty, partial or full.
 
-A mask is an expression over ``b, h, q, kv`` (True = keep).  `block_cover` decides every block by
-interval arithmetic over the box of its coordinates, with sums normalised to affine forms first so
-that ``q - kv`` is one interval and not two.  Blocks that intervals leave open are settled by
-evaluation at points (a kept and a dropped point prove PARTIAL) and by splitting the box, so the
-answer is exact for every mask of positions; what stays open when the budget of boxes is spent, or
-depends on data, is PARTIAL.  EMPTY and FULL are always proven.
+A mask is an expression over ``b, h, q, kv`` (True = keep).  Where it factors over digits of the
+positions (windows, grids, blocks), the kept pairs of every block are counted (`counting`).  Every
+other mask is decided by interval arithmetic over the box of a block, with sums normalised to affine
+forms first so that ``q - kv`` is one interval and not two.  Blocks that intervals leave open are
+settled by evaluation at points (a kept and a dropped point prove PARTIAL) and by splitting the box,
+so the answer is exact for every mask of positions; what stays open when the budget of boxes is
+spent, or depends on data, is PARTIAL.  EMPTY and FULL are always proven.
 
 No token-level matrix is built: the cost follows the number of blocks and the length of the borders
 between kept and dropped regions.
@@ -20,7 +21,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from attn_rewrite.cascade.expr import Const, Expr, Extent, Read, ranks_of, substitute, walk
+from attn_rewrite.cascade.counting import block_pairs
+from attn_rewrite.cascade.expr import Const, Expr, Extent, Rank, Read, ranks_of, substitute, walk
 from attn_rewrite.cascade.interval import Interval, truth
 
 Bools = npt.NDArray[np.bool_]
@@ -117,6 +119,9 @@ def block_cover(
     sizes = {**(extents or {}), "q": q_len, "kv": kv_len}
     question = _question(mask, head, batch, sizes, tables or {})
     q, kv = _bounds(q_len, block_q), _bounds(kv_len, block_kv)
+    pairs = _pairs(question.mask, sizes, (block_q, block_kv))
+    if pairs is not None:
+        return _cells(pairs, _areas(q, kv))
     out = np.empty((len(q[0]), len(kv[0])), np.int8)
     rows = max(1, _CHUNK // max(1, len(kv[0])))
     budget = REFINE_BUDGET
@@ -148,7 +153,26 @@ def _question(
         top = np.inf if last < 0 else float(last)
         ranks[name] = Interval(np.asarray(float(index or 0)), np.asarray(top))
     literals: dict[Expr, Expr] = {Extent(name): Const(size) for name, size in sizes.items()}
+    fixed = (("h", head), ("b", batch))
+    literals |= {Rank(name): Const(index) for name, index in fixed if index is not None}
     return _Question(substitute(mask, literals), ranks, tables)
+
+
+def _pairs(mask: Expr, sizes: Mapping[str, int], block: tuple[int, int]) -> Ints | None:
+    """Kept pairs of every block where they have a closed form."""
+    return block_pairs(
+        mask, q_len=sizes["q"], kv_len=sizes["kv"], block_q=block[0], block_kv=block[1]
+    )
+
+
+def _areas(q: tuple[Ints, Ints], kv: tuple[Ints, Ints]) -> Ints:
+    return np.asarray((q[1] - q[0] + 1)[:, None] * (kv[1] - kv[0] + 1)[None])
+
+
+def _cells(pairs: Ints, areas: Ints) -> Cells:
+    """`Cover` of blocks whose kept pairs are known."""
+    cells: Cells = ((pairs > 0).astype(np.int8) + (pairs == areas)).astype(np.int8)
+    return cells
 
 
 def _bounds(length: int, block: int) -> tuple[Ints, Ints]:
@@ -253,26 +277,41 @@ def block_counts(
     tables: Mapping[str, Table] | None = None,
 ) -> BlockCounts:
     """Count the blocks of `block_cover` (same arguments), and kept pairs where that is cheap."""
-    cells = block_cover(
-        mask, q_len=q_len, kv_len=kv_len, block_q=block_q, block_kv=block_kv,
-        head=head, batch=batch, extents=extents, tables=tables,
-    )  # fmt: skip
+    sizes = {**(extents or {}), "q": q_len, "kv": kv_len}
+    question = _question(mask, head, batch, sizes, tables or {})
     q, kv = _bounds(q_len, block_q), _bounds(kv_len, block_kv)
-    areas = (q[1] - q[0] + 1)[:, None] * (kv[1] - kv[0] + 1)[None]
-    full = cells == Cover.FULL
+    areas = _areas(q, kv)
+    pairs = _pairs(question.mask, sizes, (block_q, block_kv))
+    elements: int | None
+    if pairs is not None:
+        cells, elements = _cells(pairs, areas), int(pairs.sum())
+    else:
+        cells = block_cover(
+            mask, q_len=q_len, kv_len=kv_len, block_q=block_q, block_kv=block_kv,
+            head=head, batch=batch, extents=extents, tables=tables,
+        )  # fmt: skip
+        elements = _elements(question, cells, q, kv)
+    return BlockCounts(
+        kept=int((cells != Cover.EMPTY).sum()),
+        total=cells.size,
+        full=int((cells == Cover.FULL).sum()),
+        elements=elements,
+        pairs=q_len * kv_len,
+    )
+
+
+def _elements(
+    question: _Question, cells: Cells, q: tuple[Ints, Ints], kv: tuple[Ints, Ints]
+) -> int | None:
+    """Kept pairs of decided blocks; None where the borders are too long, or depend on data."""
     at_q, at_kv = np.nonzero(cells == Cover.PARTIAL)
     boxes = _Boxes(
         np.zeros(len(at_q), np.int64), q[0][at_q], q[1][at_q], kv[0][at_kv], kv[1][at_kv]
     )
-    sizes = {**(extents or {}), "q": q_len, "kv": kv_len}
-    inside = _area_kept(_question(mask, head, batch, sizes, tables or {}), boxes)
-    return BlockCounts(
-        kept=int((cells != Cover.EMPTY).sum()),
-        total=cells.size,
-        full=int(full.sum()),
-        elements=None if inside is None else inside + int(areas[full].sum()),
-        pairs=q_len * kv_len,
-    )
+    inside = _area_kept(question, boxes)
+    if inside is None:
+        return None
+    return inside + int(_areas(q, kv)[cells == Cover.FULL].sum())
 
 
 def _area_kept(question: _Question, boxes: _Boxes) -> int | None:

@@ -190,6 +190,8 @@ def is_integer(expr: Expr) -> bool:
             return True
         case Call("add" | "sub" | "mul" | "neg" | "floordiv" | "mod" | "min" | "max" | "abs", args):
             return all(map(is_integer, args))
+        case Call("where", (_, yes, no)):
+            return is_integer(yes) and is_integer(no)
     return False
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,10 +17,31 @@ if TYPE_CHECKING:
     from attn_rewrite.policy import TransformInfo
 
 
+@dataclass(frozen=True)
+class PlotOptions:
+    """What is drawn of a sparse pattern."""
+
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the mask and its blocks.")
+    ] = None
+    layout: Annotated[
+        str | None,
+        typer.Option(help="With --plot: frames=8,tokens=256, grid=4x8x8 or length=512."),
+    ] = None
+    block: Annotated[int, typer.Option(min=1, help="With --plot: side of a block.")] = 128
+    heads: Annotated[int, typer.Option(min=1, help="With --plot: query heads.")] = 1
+    head: Annotated[int, typer.Option(min=0, help="With --plot: the head that is drawn.")] = 0
+    causal: Annotated[bool, typer.Option("--causal", help="The attention is causal.")] = False
+
+
 def policies(
     terminal: Terminal,
+    options: PlotOptions,
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Only this transform, in full.")
+        str | None,
+        typer.Argument(
+            metavar="[NAME]", help="Only this transform, in full; with --plot a whole policy."
+        ),
     ] = None,
 ) -> int:
     """List the transforms a policy may name: options, defaults, exactness, source."""
@@ -26,6 +49,10 @@ def policies(
     from attn_rewrite.errors import PolicyError
     from attn_rewrite.policy import describe_transforms
 
+    if options.plot is not None:
+        return _draw(terminal, options, options.plot, name)
+    if options.layout is not None:
+        raise PolicyError("--layout is what --plot draws on; give --plot FILE")
     known = {info.name: info for info in describe_transforms()}
     if name is not None and name not in known:
         raise PolicyError(f"no transform is called {name!r}{suggest(name, known)}")
@@ -34,6 +61,27 @@ def policies(
         {"transforms": [info.to_json() for info in chosen]},
         lambda console: _table(console, chosen) if name is None else _page(console, chosen[0]),
     )
+    return 0
+
+
+def _draw(terminal: Terminal, options: PlotOptions, path: Path, policy: str | None) -> int:
+    """Draw a policy's mask."""
+    from attn_rewrite.errors import PolicyError
+    from attn_rewrite.simulate.mask_plot import plot_mask
+    from attn_rewrite.token_layout import TokenLayout
+
+    if policy is None or options.layout is None:
+        raise PolicyError("--plot needs a policy and --layout, such as length=1024")
+    if options.head >= options.heads:
+        raise PolicyError(f"there is no head {options.head}; --heads is {options.heads}")
+    layout = TokenLayout.parse(options.layout)
+    with terminal.stage(f"drawing {path}"):
+        drawn = plot_mask(
+            policy, layout, path, block=options.block, heads=options.heads, head=options.head,
+            causal=options.causal,
+        )  # fmt: skip
+    document = {"plot": str(path), "policy": policy, "layout": str(layout), **drawn}
+    terminal.show(document, lambda console: console.print(f"drawn: {path}"))
     return 0
 
 

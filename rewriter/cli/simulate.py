@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from attn_rewrite.cli import simulate_tiles
 from attn_rewrite.cli.options import command
 from attn_rewrite.cli.terminal import Terminal
 from attn_rewrite.errors import PolicyError
@@ -22,12 +23,6 @@ if TYPE_CHECKING:
     from attn_rewrite.simulate.workload import Workload
 
 app = typer.Typer(help="Performance models: nothing is run.", no_args_is_help=True)
-
-
-@app.callback()
-def _root() -> None:
-    # A callback keeps typer from making the only command the whole app.
-    pass
 
 
 @dataclass(frozen=True)
@@ -84,6 +79,8 @@ def fusemax(terminal: Terminal, options: FusemaxOptions) -> int:
 
 
 app.command("fusemax")(command(fusemax))
+app.command("tiles")(command(simulate_tiles.tiles))
+app.command("mask")(command(simulate_tiles.mask))
 
 
 def _show(terminal: Terminal, options: FusemaxOptions) -> int:
