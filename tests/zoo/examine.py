@@ -16,7 +16,7 @@ from attn_rewrite.passes.canonicalize import canonicalize
 from attn_rewrite.passes.find import find
 from attn_rewrite.policy import Policy
 from tests.zoo.census import census
-from tests.zoo.rows import Result, Row
+from tests.zoo.rows import NotOffered, Result, Row
 
 
 def examine(row: Row, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Result:
@@ -26,6 +26,9 @@ def examine(row: Row, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Res
     try:
         model, args, kwargs = made(row)
         counted = census(model, args, kwargs)
+    except NotOffered as error:
+        result.stage, result.problem = "absent", str(error)
+        return result
     except Exception as error:  # whatever the library raises: the row cannot be run here
         result.stage, result.problem = "build", _one_line(error)
         return result

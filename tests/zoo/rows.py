@@ -12,6 +12,10 @@ import torch
 Build = Callable[[], tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]]
 
 
+class NotOffered(Exception):
+    """The library has no such spelling of an architecture: there is no row."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One model of one library in one spelling; ``build`` gives (model, args, kwargs)."""
@@ -31,8 +35,8 @@ class Row:
 class Result:
     """What came of a row.
 
-    ``stage`` is where it ended: ``build`` (the library cannot make or run it here), ``capture`` or
-    ``done``.  ``refused`` are (code, reason, source line) of anchors that are no Site; ``errors``
+    ``stage`` is where it ended: ``absent`` (the library has no such spelling), ``build`` (it
+    cannot make or run it here), ``capture`` or ``done``.  ``refused`` are (code, reason, source line) of anchors that are no Site; ``errors``
     are
     (error of the rewritten model, bound) by dtype, against float64.
     """
