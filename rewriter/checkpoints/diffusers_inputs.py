@@ -62,6 +62,8 @@ def _latents(recipe: Recipe) -> torch.Tensor:
     if _video_sequence(recipe):
         frames, side = _video_grid(recipe)
         return recipe.floats(recipe.batch, frames * side * side, channels)
+    if any(word in type(recipe.model).__name__ for word in ("1D", "Audio")):
+        return recipe.floats(recipe.batch, channels, 8 * recipe.length)
     size = recipe.setting("sample_size", default=None)
     height, width = size if isinstance(size, list | tuple) else (size or 32, size or 32)
     height = int(recipe.setting("sample_height", default=height))
@@ -79,7 +81,7 @@ def _latents(recipe: Recipe) -> torch.Tensor:
 
 
 def _names_video(recipe: Recipe) -> bool:
-    return "3D" in type(recipe.model).__name__
+    return any(word in type(recipe.model).__name__ for word in ("3D", "Motion"))
 
 
 # Names of the text argument, of its width in the configuration, and of its mask.
@@ -88,7 +90,8 @@ _TEXTS = (
         "encoder_hidden_states",
         ("joint_attention_dim", "caption_channels", "text_embed_dim", "text_dim",
          "cross_attention_input_dim", "cross_attention_dim", "cap_feat_dim", "context_in_dim",
-         "in_text_dim", "text_hidden_dim", "encoder_hidden_size"),
+         "in_text_dim", "text_hidden_dim", "encoder_hidden_size", "cond_token_dim",
+         "condition_dim"),
         ("encoder_attention_mask", "encoder_hidden_states_mask", "text_embedding_mask",
          "encoder_mask"),
     ),
@@ -143,6 +146,9 @@ def _conditions(recipe: Recipe) -> Iterator[tuple[str, Any]]:
     width = recipe.setting("global_states_input_dim", "global_cond_dim")
     if "global_hidden_states" in names and width is not None:
         yield "global_hidden_states", recipe.floats(recipe.batch, 1, int(width))
+    if "image_meta_size" in names and recipe.setting("use_style_cond_and_image_meta_size"):
+        yield "image_meta_size", recipe.floats(recipe.batch, 6)
+        yield "style", torch.zeros(recipe.batch, dtype=torch.long)
     if "proj_embedding" in names:  # the prior of unCLIP: embeddings [B, D]
         width = int(recipe.setting("embedding_dim", default=1))
         yield "hidden_states", recipe.floats(recipe.batch, width)

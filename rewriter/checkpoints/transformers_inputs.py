@@ -139,7 +139,7 @@ def _waveform(recipe: Recipe) -> torch.Tensor:
         frames = int(recipe.setting("max_length", default=recipe.length))
         return recipe.floats(recipe.batch, frames, int(recipe.setting("num_mel_bins")))
     samples = recipe.length * math.prod(strides or (320,))
-    channels = recipe.setting("audio_channels")
-    if strides is None and channels is not None:
-        return recipe.floats(recipe.batch, int(channels), samples)
+    first = next((m for m in recipe.model.modules() if isinstance(m, torch.nn.Conv1d)), None)
+    if strides is None and first is not None:
+        return recipe.floats(recipe.batch, first.in_channels, samples)
     return recipe.floats(recipe.batch, samples)

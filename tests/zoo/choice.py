@@ -9,7 +9,7 @@ from tests.zoo.registry import rows
 # spellings, and an architecture is run in both).
 _STRIDES = {
     "fast": {"torch": 8, "transformers": 70},
-    "slow": {"torch": 1, "transformers": 6, "diffusers": 1, "timm": 1},
+    "slow": {"torch": 1, "transformers": 5, "diffusers": 1, "timm": 1},
 }
 
 

@@ -25,7 +25,7 @@ _SMALLER: tuple[tuple[str, int], ...] = (
     (r"sample_frames$|video_length$|^num_frames$", 5),
     (r"seq_length$|sequence_length$|^text_len", 8),
     (r"pos_embed_max_size$|num_embeddings$|image_seq_len", 16),
-    (r"norm_num_groups$", 8),
+    (r"norm_num_groups$|^groups$", 8),
     (r"experts$", 4),
     (r"experts_activated|num_activated", 2),
     (r"time_embed_dim$|time_dim$", 32),
@@ -35,7 +35,7 @@ _SMALLER: tuple[tuple[str, int], ...] = (
      r".*(dim|channels|size)|^cross_attention_dim|proj_dim$|^motion_.*dim$", 32),
 )  # fmt: skip
 # Arguments that have no default and that a model cannot do without.
-_MISSING = {"in_channels": 4, "patch_size": 2, "sample_size": 8, "num_embeds_ada_norm": 10}
+_MISSING = {"in_channels": 8, "patch_size": 2, "sample_size": 8, "num_embeds_ada_norm": 10}
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "nheads", "dit_heads")
 _WIDTHS = ("hidden_size", "dim", "model_dim", "embed_dim", "dit_dim", "token_dim")
 
@@ -73,10 +73,16 @@ def _inner_widths(default: dict[str, Any]) -> dict[int, int]:
 
 
 def _small(name: str, value: Any, default: dict[str, Any], widths: dict[int, int]) -> Any:
-    if value is None and name in _MISSING and default.get("num_vector_embeds") is None:
-        return _MISSING[name]
-    if name == "block_out_channels" and isinstance(value, (list, tuple)):
-        return tuple(16 * min(2, round(v / min(value))) for v in value)
+    if value is None and name in _MISSING:
+        continuous = "num_vector_embeds" in default and name != "in_channels"
+        return None if continuous else _MISSING[name]
+    if "block_out_channels" in default and isinstance(value, (list, tuple)):
+        if name == "block_out_channels":
+            return tuple(32 * min(2, round(v / min(value))) for v in value)
+        if name.endswith("heads"):
+            return tuple(HEADS for _ in value)
+    if name == "attention_head_dim" and "block_out_channels" in default:
+        return min(value, 8)
     if re.search(r"layers$|layer_ids$|_blocks$", name) and _numbers(value):
         return type(value)(v for v in value if v < 2) or type(value)([0])
     if not isinstance(value, int) or isinstance(value, bool):

@@ -43,7 +43,7 @@ _SMALLER: tuple[tuple[str, int], ...] = (
     (r"max.*position|n_positions|max_seq|max_source|max_target|context_length$|seq_length$", 256),
     (r"vocab_size$|num_embeddings$", 99),
     (r"n_group$|num_group$", 2),
-    (r"(num|n)_.*experts.*tok|top_?k|experts_per", 2),
+    (r"(num|n)_.*experts.*tok|top_?k|experts_per|moe_k$", 2),
     (r"(num|n)_(local_|routed_)?experts|(num|n)_shared_experts", 4),
     (r"(key_value|kv|_kv_).*heads|num_kv", 2),
     (r"heads?$|n_head|num_heads", 4),
@@ -78,6 +78,10 @@ def smaller(default: Any, widths: str = "narrow") -> Any:
                 out[name] = _small(name, value, fields)
         elif name in ("depths", "num_layers") and isinstance(value, (list, tuple)):
             out[name] = type(value)(min(v, 2) for v in value)
+        elif name in ("out_features", "out_indices") and now != value:
+            out[name] = now  # what a model takes from its backbone
+        elif name == "attention_types" and value and isinstance(value[0], list):
+            out[name] = [[value[0][0], 1]]  # GPT-Neo: kinds of layers, and how often
         elif name in _MISSING and now is None and value is None:
             out[name] = _MISSING[name]
     if widths == "heads":
@@ -108,7 +112,10 @@ def _layers(default: Any, fields: dict[str, Any]) -> dict[str, Any]:
     lists = {
         name: list(value)
         for name in ("layer_types", "mlp_layer_types", "attention_types", "layers_block_type")
-        if name in fields and isinstance(value := vars(default).get(name), (list, tuple))
+        if name in fields
+        and isinstance(value := vars(default).get(name), (list, tuple))
+        and value
+        and isinstance(value[0], str)
     }
     if not lists:
         return {}
