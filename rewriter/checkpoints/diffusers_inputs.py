@@ -72,7 +72,9 @@ def _latents(recipe: Recipe) -> torch.Tensor:
     clip = recipe.setting("sample_frames", "num_frames")
     ratio = recipe.setting("temporal_compression_ratio")
     if clip is not None and ratio is not None:  # [B, F, C, H, W], CogVideoX
-        return recipe.floats(recipe.batch, (int(clip) - 1) // int(ratio) + 1, channels, height, width)
+        return recipe.floats(
+            recipe.batch, (int(clip) - 1) // int(ratio) + 1, channels, height, width
+        )
     video = isinstance(patch, list | tuple) and len(patch) == 3  # [B, C, F, H, W], Wan and its kin
     if video or clip is not None or _names_video(recipe):
         steps = patch[0] if video else recipe.setting("patch_size_t", default=1)

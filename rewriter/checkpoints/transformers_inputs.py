@@ -120,9 +120,7 @@ def _spectrogram(recipe: Recipe) -> torch.Tensor:
     """[B, mel, T], with the fixed T of Whisper where the model has one, else [B, T, features]."""
     if _mel_first(recipe):
         positions = recipe.setting("max_source_positions", default=4 * recipe.length)
-        return recipe.floats(
-            recipe.batch, int(recipe.setting("num_mel_bins")), 2 * int(positions)
-        )
+        return recipe.floats(recipe.batch, int(recipe.setting("num_mel_bins")), 2 * int(positions))
     features = recipe.setting(
         "input_feat_per_channel", "feature_projection_input_dim", "num_mel_bins", "input_dim",
         default=80,

@@ -73,33 +73,42 @@ def _inner_widths(default: dict[str, Any]) -> dict[int, int]:
 
 
 def _small(name: str, value: Any, default: dict[str, Any], widths: dict[int, int]) -> Any:
-    if value is None and name in _MISSING:
-        continuous = "num_vector_embeds" in default and name != "in_channels"
-        return None if continuous else _MISSING[name]
-    if "block_out_channels" in default and isinstance(value, (list, tuple)):
-        if name == "block_out_channels":
-            return tuple(32 * min(2, round(v / min(value))) for v in value)
-        if name.endswith("heads"):
-            return tuple(HEADS for _ in value)
-    if name == "attention_head_dim" and "block_out_channels" in default:
-        return min(value, 8)
-    if re.search(r"layers$|layer_ids$|_blocks$", name) and _numbers(value):
-        return type(value)(v for v in value if v < 2) or type(value)([0])
+    if value is None:
+        return _missing(name, default)
+    if isinstance(value, (list, tuple)):
+        return _small_list(name, value, default)
     if not isinstance(value, int) or isinstance(value, bool):
         return value
     if value in widths:
         return widths[value]
+    if name == "attention_head_dim" and "block_out_channels" in default:
+        return min(value, 8)
     if name.endswith("heads"):
         queries = default.get("num_attention_heads", default.get("n_heads"))
-        return HEADS if value == queries or "kv" not in name and "key" not in name else 1
-    for pattern, small in _SMALLER:
-        if re.search(pattern, name):
-            return min(value, small)
+        return HEADS if value == queries or not re.search("kv|key", name) else 1
+    rule = (small for pattern, small in _SMALLER if re.search(pattern, name))
+    return min(value, next(rule, value))
+
+
+def _missing(name: str, default: dict[str, Any]) -> Any:
+    """What an argument without a default becomes; Transformer2DModel chooses by what is None."""
+    chooses = "num_vector_embeds" in default and name != "in_channels"
+    return None if chooses else _MISSING.get(name)
+
+
+def _small_list(name: str, value: Any, default: dict[str, Any]) -> Any:
+    kind = type(value)
+    if name == "block_out_channels":
+        return kind(32 * min(2, round(v / min(value))) for v in value)
+    if name.endswith("heads") and "block_out_channels" in default:
+        return kind(HEADS for _ in value)
+    if re.search(r"layers$|layer_ids$|_blocks$", name) and _numbers(value):
+        return kind(v for v in value if v < 2) or kind([0])
     return value
 
 
 def _numbers(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and bool(value) and all(type(v) is int for v in value)
+    return bool(value) and all(type(v) is int for v in value)
 
 
 def build(kind: str, spelling: str, batch: int = 2, length: int = 16) -> Any:

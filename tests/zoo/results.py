@@ -22,8 +22,27 @@ Written by the suite (`python -m tests.zoo` runs rows and writes this file); do 
 calls, and softmax calls between two products of activations.  The finder has no part in it.
 *found* counts Sites.  *exact* is the greatest error of the exactly rewritten model against float64
 over its bound: twice the original's own error, or 4 eps of the greatest value.  A row that is not
-captured counts as not found; rows that the library cannot build or run here are left out of the rate.
+captured counts as not found; rows that the library cannot build or run here, and rows without
+attention, are left out of the rate; spellings that the library does not offer are left out.
 """
+
+
+_TABLE = (
+    "| architecture | spelling | expected | found | families | refused (code) | exact | "
+    "not captured, or why |",
+    "|---|---|---|---|---|---|---|---|",
+)
+
+
+def shown(library: str, path: Path = HERE / "RESULTS.md") -> list[str]:
+    """Names of the rows that the table shows to run, in full, in its order."""
+    section = path.read_text().partition(f"\n## {library}\n")[2].partition("\n## ")[0]
+    rows = [line.split(" | ") for line in section.splitlines() if line.startswith("| ")]
+    return [
+        f"{library}/{row[0].removeprefix('| ')}/{row[1]}"
+        for row in rows
+        if row[2].isdecimal() and 0 < int(row[2]) <= int(row[3]) and row[7] == " |"
+    ]
 
 
 def record(result: Result) -> None:
@@ -40,7 +59,7 @@ def recorded() -> list[Result]:
 
 def write(results: Iterable[Result], path: Path = HERE / "RESULTS.md") -> None:
     """Write the rates and the table."""
-    results = sorted(results, key=lambda r: r.row)
+    results = sorted((r for r in results if r.stage != "absent"), key=lambda r: r.row)
     counted = [r for r in results if r.stage != "build" and (r.expected or r.stage != "done")]
     text = [
         _HEAD,
@@ -50,13 +69,9 @@ def write(results: Iterable[Result], path: Path = HERE / "RESULTS.md") -> None:
     ]
     for library in dict.fromkeys(r.row.partition("/")[0] for r in results):
         text.append(_rate(library, results, counted))
-    text += [
-        "",
-        "| architecture | spelling | expected | found | families | refused (code) | "
-        "exact | not captured, or why |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    text += [_line(r) for r in results]
+    for library in dict.fromkeys(r.row.partition("/")[0] for r in results):
+        text += ["", f"## {library}", "", *_TABLE]
+        text += [_line(r) for r in results if r.row.startswith(f"{library}/")]
     path.write_text("\n".join(text) + "\n")
 
 

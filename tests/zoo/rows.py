@@ -12,7 +12,7 @@ import torch
 Build = Callable[[], tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]]
 
 
-class NotOffered(Exception):
+class NotOfferedError(Exception):
     """The library has no such spelling of an architecture: there is no row."""
 
 

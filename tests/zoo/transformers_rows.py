@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from attn_rewrite.checkpoints.inputs import generate_inputs
-from tests.zoo.rows import NotOffered, Row
+from tests.zoo.rows import NotOfferedError, Row
 
 _WIDTHS = (
     r"hidden_size|d_model|n_embd|embed_dim|embedding_size|^dim$|hidden_dim|projection_(dim|size)|"
@@ -170,7 +170,7 @@ def build(kind: str, spelling: str, batch: int = 2, length: int = 12) -> Any:
             inputs = generate_inputs(model, batch=batch, length=length).kwargs
             with torch.no_grad():
                 model(**copy.deepcopy(inputs))
-        except NotOffered:
+        except NotOfferedError:
             raise
         except Exception as error:  # whatever the library raises of sizes that do not fit
             failure = failure or error
@@ -193,7 +193,7 @@ def _make(config: Any, spelling: str, widths: str) -> Any:
         )
     except ValueError as error:
         if "does not support an attention implementation" in str(error):
-            raise NotOffered(f"the library has no {spelling} spelling of it") from error
+            raise NotOfferedError(f"the library has no {spelling} spelling of it") from error
         raise
     return model.eval().to(torch.float32)
 
