@@ -11,11 +11,12 @@ from torch.utils import _pytree as pytree
 
 from attn_rewrite.capture import capture_model
 from attn_rewrite.driver import Stopwatch, decide, spliced
-from attn_rewrite.errors import AttnRewriteError
+from attn_rewrite.errors import AttnRewriteError, CaptureError
 from attn_rewrite.passes.canonicalize import canonicalize
 from attn_rewrite.passes.find import find
 from attn_rewrite.policy import Policy
 from tests.zoo.census import census
+from tests.zoo.just_in_time import JustInTime
 from tests.zoo.rows import NotOfferedError, Result, Row
 
 
@@ -57,9 +58,13 @@ def made(row: Row, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module,
 def _in_dtype(result: Result, row: Row, dtype: torch.dtype) -> None:
     model, args, kwargs = made(row, dtype)
     # Sizes are dynamic where they can be in the first type; the others are about the numbers.
-    captured = capture_model(
-        model, args, kwargs, dynamic_shapes=None if dtype == torch.float32 else {}
-    )
+    try:
+        captured = capture_model(
+            model, args, kwargs, dynamic_shapes=None if dtype == torch.float32 else {}
+        )
+    except CaptureError as error:
+        _just_in_time(result, row, model, dtype, error)
+        return
     findings = find(canonicalize(captured.graph))
     _, decisions = decide(findings, Policy.parse("exact"), None, Stopwatch())
     if dtype == torch.float32:
@@ -76,6 +81,23 @@ def _in_dtype(result: Result, row: Row, dtype: torch.dtype) -> None:
             result.kept.append(("not-compared", error))
         else:
             result.errors[str(dtype).removeprefix("torch.")] = error
+
+
+def _just_in_time(
+    result: Result, row: Row, model: torch.nn.Module, dtype: torch.dtype, why: CaptureError
+) -> None:
+    """The row through the other front end; its failure leaves the first one's reason."""
+    module = JustInTime(model)
+    try:
+        error = compare(row, model, module, dtype)
+    except Exception as problem:  # of Dynamo, or of code that it runs half traced
+        raise why from problem
+    if dtype == torch.float32:
+        result.found, result.rewritten = module.found, module.rewritten
+        result.families, result.refused = module.families, module.refused
+        result.just_in_time = _one_line(why)
+    if not isinstance(error, str):
+        result.errors[str(dtype).removeprefix("torch.")] = error
 
 
 def compare(

@@ -22,7 +22,7 @@ Written by the suite (`python -m tests.zoo` runs rows and writes this file); do 
 calls, and softmax calls between two products of activations.  The finder has no part in it.
 *found* counts Sites.  *exact* is the greatest error of the exactly rewritten model against float64
 over its bound: twice the original's own error, or 4 eps of the greatest value.  A row that is not
-captured counts as not found; rows that the library cannot build or run here, and rows without
+captured, neither ahead of time nor just in time, counts as not found; rows that the library cannot build or run here, and rows without
 attention, are left out of the rate; spellings that the library does not offer are left out.
 """
 
@@ -98,6 +98,8 @@ def _line(result: Result) -> str:
         if result.stage == "done"
         else f"{result.stage}: {_anywhere(result.problem)[:160]}".replace("|", "/")
     )
+    if result.just_in_time and not problem:
+        problem = f"captured just in time: {_anywhere(result.just_in_time)[:160]}".replace("|", "/")
     counts = (result.expected, result.found)
     return _cells(architecture, spelling, *counts, families, refused, exact, problem)
 

@@ -37,8 +37,8 @@ class Result:
 
     ``stage`` is where it ended: ``absent`` (the library has no such spelling), ``build`` (it
     cannot make or run it here), ``capture`` or ``done``.  ``refused`` are (code, reason, source line) of anchors that are no Site; ``errors``
-    are
-    (error of the rewritten model, bound) by dtype, against float64.
+    are (error of the rewritten model, bound) by dtype, against float64.  ``just_in_time`` says why
+    the model is not one graph where it was captured by the other front end.
     """
 
     row: str
@@ -52,6 +52,7 @@ class Result:
     kept: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     errors: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     problem: str = ""
+    just_in_time: str = ""
     seconds: float = 0.0
 
     @property
