@@ -112,7 +112,10 @@ class Census(TorchDispatchMode):
             # A parameter mixes heads (talking heads) or is a projection: scores stay scores.
             rest = [m for m in known if not m.weight]
             return rest[0] if rest else Mark(weight=True)
-        used = frozenset().union(*(m.softmax for m in known))
+        # Probabilities meet an activation on the other side.  A mark on both sides came with the
+        # hidden states (a router's weights, say), from which both queries and keys are made.
+        first, second = (m.softmax for m in (known * 2)[:2])
+        used = first ^ second if len(known) > 1 else first
         self.done |= used
         return Mark(scores=not used)
 
