@@ -57,6 +57,9 @@ def made(row: Row, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module,
 
 def _in_dtype(result: Result, row: Row, dtype: torch.dtype) -> None:
     model, args, kwargs = made(row, dtype)
+    if dtype != torch.float32 and not _runs(row, dtype):
+        result.kept.append(("not-compared", f"the library does not run it in {dtype}"))
+        return
     # Sizes are dynamic where they can be in the first type; the others are about the numbers.
     try:
         captured = capture_model(
@@ -81,6 +84,16 @@ def _in_dtype(result: Result, row: Row, dtype: torch.dtype) -> None:
             result.kept.append(("not-compared", error))
         else:
             result.errors[str(dtype).removeprefix("torch.")] = error
+
+
+def _runs(row: Row, dtype: torch.dtype) -> bool:
+    """Whether the original runs in a type at all (Fourier transforms and fixed types do not)."""
+    model, args, kwargs = made(row, dtype)
+    try:
+        model(*args, **kwargs)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _just_in_time(

@@ -22,8 +22,9 @@ Written by the suite (`python -m tests.zoo` runs rows and writes this file); do 
 calls, and softmax calls between two products of activations.  The finder has no part in it.
 *found* counts Sites.  *exact* is the greatest error of the exactly rewritten model against float64
 over its bound: twice the original's own error, or 4 eps of the greatest value.  A row that is not
-captured, neither ahead of time nor just in time, counts as not found; rows that the library cannot build or run here, and rows without
-attention, are left out of the rate; spellings that the library does not offer are left out.
+captured, neither ahead of time nor just in time, counts as not found.  Rows that the library cannot
+build or run here, and rows without attention, are left out of the rate; spellings that the library
+does not offer are left out of the table.
 """
 
 
@@ -60,7 +61,8 @@ def recorded() -> list[Result]:
 def write(results: Iterable[Result], path: Path = HERE / "RESULTS.md") -> None:
     """Write the rates and the table."""
     results = sorted((r for r in results if r.stage != "absent"), key=lambda r: r.row)
-    counted = [r for r in results if r.stage != "build" and (r.expected or r.stage != "done")]
+    # Where a process died nothing was counted, but there may have been something to find.
+    counted = [r for r in results if r.stage != "build" and (r.expected or r.stage == "failed")]
     text = [
         _HEAD,
         "| library | rows | all found | rate | Sites / expected | "
