@@ -20,9 +20,9 @@ Written by the suite (`python -m tests.zoo` runs rows and writes this file); do 
 
 *expected* counts attention by running the model eagerly under a dispatch mode (`census.py`): fused
 calls, and softmax calls between two products of activations.  The finder has no part in it.
-*found* counts Sites.  *exact* is the greatest error of the exactly rewritten model against float64
-over its bound: twice the original's own error, or 4 eps of the greatest value.  A row that is not
-captured, neither ahead of time nor just in time, counts as not found.  Rows that the library cannot
+*found* counts Sites; a row with more Sites than attentions is not in full either.  *exact* is the
+greatest error of the exactly rewritten model against float64 over its bound: twice the original's
+own error, or 4 eps of the greatest value.  A row that is not captured, neither ahead of time nor just in time, counts as not found.  Rows that the library cannot
 build or run here, and rows without attention, are left out of the rate; spellings that the library
 does not offer are left out of the table.
 """

@@ -36,8 +36,8 @@ class Result:
     """What came of a row.
 
     ``stage`` is where it ended: ``absent`` (the library has no such spelling), ``build`` (it
-    cannot make or run it here), ``capture`` or ``done``.  ``refused`` are (code, reason, source line) of anchors that are no Site; ``errors``
-    are (error of the rewritten model, bound) by dtype, against float64.  ``just_in_time`` says why
+    cannot make or run it here), ``capture`` or ``done``.  ``refused`` are (code, reason, source
+    line) of anchors that are no Site; ``errors`` are (error of the rewritten model, bound) by dtype, against float64.  ``just_in_time`` says why
     the model is not one graph where it was captured by the other front end.
     """
 
@@ -57,8 +57,9 @@ class Result:
 
     @property
     def complete(self) -> bool:
-        """Every expected attention was found."""
-        return self.stage == "done" and self.found >= self.expected
+        """Every expected attention was found and nothing else, but for factorised attention."""
+        enough = self.expected <= self.found <= self.expected + self.factorised
+        return self.stage == "done" and enough
 
     @property
     def exact(self) -> bool:
