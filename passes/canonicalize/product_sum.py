@@ -29,6 +29,8 @@ class ProductSum(Canonicalization):
         left, right = product.args[0], product.args[1]
         if not (is_tensor(left) and is_tensor(right)) or arguments(node).get("keepdim"):
             return None
+        assert isinstance(left, fx.Node)
+        assert isinstance(right, fx.Node)
         if value_of(left).dtype != value_of(right).dtype:
             return None  # einsum promotes nothing
         rank = len(shape_of(product))
