@@ -28,7 +28,7 @@ from attn_rewrite.axes import (
 )
 from attn_rewrite.containers import make_known
 from attn_rewrite.errors import CaptureError
-from attn_rewrite.tracing import quiet, untouched, user_line
+from attn_rewrite.tracing import masks_unread, quiet, untouched, user_line
 
 _REMEDIES = (
     "try (1) example inputs of the sizes you run, with dynamic_shapes= that makes the dimension "
@@ -76,7 +76,7 @@ def capture_model(
         return _of_program(model, args, kwargs, dynamic_shapes, start)
     args, kwargs = tuple(args), dict(kwargs or {})
     inputs = _checked_inputs(model, args, kwargs)
-    with untouched(model), quiet():
+    with untouched(model), quiet(), masks_unread():
         if dynamic_shapes is None:
             program, attempt = _climb_down(model, args, kwargs, inputs)
         else:

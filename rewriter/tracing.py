@@ -34,6 +34,27 @@ def untouched(model: torch.nn.Module) -> Iterator[None]:
             state.update({key: value for key, (value, _) in saved.items()})
 
 
+@contextlib.contextmanager
+def masks_unread() -> Iterator[None]:
+    """Let the transformer layers of ``torch.nn`` be traced with a floating mask.
+
+    They look at the values of the mask to see whether it is the causal one, only to give kernels a
+    hint; a graph cannot.  Without an answer given by the caller it is "no", which is always right:
+    the mask itself is applied.
+    """
+    module = torch.nn.modules.transformer
+    original = module._detect_is_causal_mask
+
+    def detect(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
+        return is_causal is True
+
+    module._detect_is_causal_mask = detect
+    try:
+        yield
+    finally:
+        module._detect_is_causal_mask = original
+
+
 def _copied(value: Any) -> Any:
     """A shallow copy of a container, None for anything else."""
     return value.copy() if type(value) in (dict, OrderedDict, list, set) else None

@@ -419,6 +419,29 @@ def test_caches_of_transformers_models() -> None:
     assert {(d.dim, d.role) for d in step.dynamic if "past" in d.name} == {(0, B), (2, S)}
 
 
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_layers_of_torch_take_any_floating_mask(stack: str) -> None:
+    """They look whether the mask is the causal one; the graph must be right if it is not."""
+    torch.manual_seed(0)
+    kind = nn.TransformerEncoderLayer if stack == "encoder" else nn.TransformerDecoderLayer
+    layers = nn.TransformerEncoder if stack == "encoder" else nn.TransformerDecoder
+    options = {"dim_feedforward": 16, "batch_first": True, "dropout": 0.0}
+    model = layers(kind(8, 2, **options), 2).eval()
+    sequences = tuple(torch.randn(2, 5, 8) for _ in range(1 if stack == "encoder" else 2))
+    name = "mask" if stack == "encoder" else "tgt_mask"
+    causal = nn.Transformer.generate_square_subsequent_mask(5)
+    captured = capture_model(model, sequences, {name: causal})
+    for mask in (causal, torch.randn(5, 5), causal.mT.contiguous()):
+        with torch.enable_grad():  # off the fast path, as the graph is
+            value = captured.graph(*sequences, **{name: mask})
+            original = model(*sequences, **{name: mask})
+            wide = copy.deepcopy(model).double()
+            reference = wide(*(x.double() for x in sequences), **{name: mask.double()})
+        close(value, reference, original)
+    hint = torch.nn.modules.transformer._detect_is_causal_mask
+    assert hint(causal, None, 5) is True  # put back
+
+
 # Errors
 
 

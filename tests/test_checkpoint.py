@@ -50,6 +50,18 @@ TRANSFORMERS = [
         {**TEXT, "max_length": 64, "num_mel_bins": 16},
         {"input_values": (3, 64, 16)},
     ),
+    (
+        "VJEPA2Model",
+        {
+            **TEXT,
+            "crop_size": 32,
+            "frames_per_clip": 4,
+            "pred_hidden_size": 32,
+            "pred_num_attention_heads": 2,
+            "pred_num_hidden_layers": 1,
+        },
+        {"pixel_values_videos": (3, 4, 3, 32, 32)},
+    ),
 ]
 
 
@@ -120,6 +132,27 @@ DIFFUSERS = [
             "axes_dims_rope": (2, 2, 4),
         },
         {"hidden_states": (2, 128, 4), "img_ids": (128, 3), "txt_ids": (64, 3)},
+    ),
+    (
+        "CogView3PlusTransformer2DModel",
+        {
+            "in_channels": 4,
+            "sample_size": 8,
+            "pos_embed_max_size": 8,
+            "text_embed_dim": 16,
+            "time_embed_dim": 16,
+            "condition_dim": 8,
+        },
+        {
+            "hidden_states": (2, 4, 8, 8),
+            "encoder_hidden_states": (2, 64, 16),
+            "target_size": (2, 2),
+        },
+    ),
+    (
+        "QwenImageTransformer2DModel",
+        {"in_channels": 4, "joint_attention_dim": 24, "axes_dims_rope": (2, 2, 4)},
+        {"hidden_states": (2, 121, 4), "encoder_hidden_states": (2, 64, 24)},
     ),
 ]
 

@@ -271,3 +271,33 @@ def test_other_families_are_raised_to_what_they_compute(kind: type[nn.Module]) -
     found = interpret(site.cascade, canonical_inputs(site, run.values))["AV"]
     wanted = run.values[site.output.node]
     torch.testing.assert_close(canonical_output(site, run.values, found), wanted)
+
+
+class Blocks(nn.Module):
+    """Block-local attention as LongT5 writes it: a length padded to blocks, whose number is
+    symbolic."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(16, 16, bias=False) for _ in range(3))
+
+    def forward(self, x):
+        pad = -x.shape[1] % 4
+        q, k, v = (
+            nn.functional.pad(m(x).view(*x.shape[:2], 2, 8), (0, 0, 0, 0, 0, pad))
+            for m in (self.q, self.k, self.v)
+        )
+        count = q.shape[1] // 4
+        q, k, v = (t.reshape(x.shape[0], count, 4, 2, 8) for t in (q, k, v))
+        maps = torch.einsum("...qhd,...khd->...hqk", q, k).softmax(-1)
+        return torch.einsum("...hqk,...khd->...qhd", maps, v)
+
+
+def test_heads_are_seen_behind_blocks_of_a_symbolic_number() -> None:
+    auto = torch.export.Dim.AUTO
+    program = torch.export.export(
+        Blocks().eval(), (torch.randn(2, 10, 16),), dynamic_shapes=({0: auto, 1: auto},)
+    )
+    (site,) = find(canonicalize(program.module())).sites
+    assert (site.hq, site.hkv, site.d_qk) == (2, 2, 8)
+    assert site.rewritable

@@ -228,3 +228,20 @@ def test_grouped_queries(spelling: str) -> None:
     assert (site.hq, site.hkv) == ((6, 1) if spelling == "shared" else (6, 2))
     expected = "K[b, h // 6, kv, d]" if spelling == "shared" else "K[b, h // 3, kv, d]"
     assert expected in str(site.cascade.producer("QK").expr)
+
+
+def test_probabilities_masked_again_with_a_tensor() -> None:
+    """A zero that comes as a tensor is a factor of the probabilities; any other number is none."""
+
+    def attend(q, k, v, fill):
+        scores = q @ k.mT
+        keep = torch.ones(6, 6, dtype=torch.bool).tril()
+        maps = scores.masked_fill(~keep, -math.inf).softmax(-1)
+        return maps.masked_fill(~keep, torch.scalar_tensor(fill)) @ v
+
+    (site,) = findings(lambda q, k, v: attend(q, k, v, 0.0)).sites
+    assert site.rewritable
+    assert site.causal
+    refused = findings(lambda q, k, v: attend(q, k, v, 0.5))
+    assert refused.sites == ()
+    assert [r.code for r in refused.refusals] == ["not-a-value-product"]

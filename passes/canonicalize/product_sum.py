@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from attn_rewrite.graph import GraphBuilder, arguments, aten, is_call, is_tensor, shape_of
+from attn_rewrite.graph import GraphBuilder, arguments, aten, is_call, is_tensor, shape_of, value_of
 from attn_rewrite.passes.canonicalize.base import Canonicalization
 from attn_rewrite.sizes import as_size, same_size
 
@@ -29,6 +29,10 @@ class ProductSum(Canonicalization):
         left, right = product.args[0], product.args[1]
         if not (is_tensor(left) and is_tensor(right)) or arguments(node).get("keepdim"):
             return None
+        assert isinstance(left, fx.Node)
+        assert isinstance(right, fx.Node)
+        if value_of(left).dtype != value_of(right).dtype:
+            return None  # einsum promotes nothing
         rank = len(shape_of(product))
         where = [dims] if isinstance(dims, int) else list(dims or ())
         if len(where) != 1 or rank > 20:

@@ -14,19 +14,13 @@ added is a further input, and scale, biases and masks are left out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 from torch import fx
 
 from attn_rewrite.cascade.ir import Cascade
 from attn_rewrite.cascade.text import parse
 from attn_rewrite.graph import (  # fmt: skip
     arguments,
-    is_call,
-    is_parameter,
     is_tensor,
-    live_users,
     module_path,
     op_name,
     shape_of,
@@ -35,18 +29,22 @@ from attn_rewrite.graph import (  # fmt: skip
 from attn_rewrite.passes.find.anchor import SDPA, refuse
 from attn_rewrite.passes.find.axes import Atoms, Axes
 from attn_rewrite.passes.find.facts import kind_of, layout_text, length_of
-from attn_rewrite.passes.find.layout import pull, pure, push
-from attn_rewrite.passes.find.product import Product, product_of
+from attn_rewrite.passes.find.product import Product
 from attn_rewrite.passes.find.region import region
 from attn_rewrite.passes.find.roles import Roles, operand, siblings
-from attn_rewrite.site import Factor, Operand, Refusal, Site
-from attn_rewrite.sizes import Size, as_size, same_size
-
-_STEPS = 24
-_ELEMENTWISE = frozenset(
-    "add sub mul div to dropout neg where masked_fill clamp nan_to_num".split()
+from attn_rewrite.passes.find.walks import (  # fmt: skip
+    Dims,
+    Way,
+    from_product,
+    labelled,
+    operand_atoms,
+    start,
+    to_product,
+    touches,
+    value_side,
 )
-Dims = tuple[Atoms, ...]
+from attn_rewrite.site import Factor, Operand, Refusal, Site
+from attn_rewrite.sizes import Size
 
 _LINEAR = """cascade site
 ranks b, h, q, kv, d, f
@@ -95,16 +93,6 @@ AV[b, h, q, f] = AM[b, h, q, kv] * V[b, h, kv, f]
 """
 
 
-@dataclass(frozen=True, eq=False)
-class _Way:
-    """A tensor on the way between softmax and product; ``mixed`` names what was done to it
-    there."""
-
-    node: fx.Node
-    dims: Dims
-    mixed: str = ""
-
-
 def recognise(node: fx.Node, refusal: Refusal, module: fx.GraphModule, name: str) -> Site | None:
     """The Site around a softmax that `match` refused, if it is an attention after all."""
     if op_name(node) == SDPA or not is_tensor(node) or not shape_of(node):
@@ -121,142 +109,24 @@ def recognise(node: fx.Node, refusal: Refusal, module: fx.GraphModule, name: str
     return _linear(node, module, name) if refusal.code == "no-score-product" else None
 
 
-def _start(node: fx.Node, axes: Axes) -> tuple[_Way, Atoms]:
-    shape = shape_of(node)
-    place = int(arguments(node)["dim"]) % len(shape)
-    dims = tuple(axes.line(s) if i == place else axes.fresh(s) for i, s in enumerate(shape))
-    return _Way(node, dims), dims[place]
-
-
-# From the softmax to the product that takes the probabilities
-
-
-def _to_product(way: _Way, axes: Axes, keys: Atoms) -> tuple[_Way, Product] | None:
-    """Follow the probabilities to a product of activations, through what mixes or adds maps."""
-    for _ in range(_STEPS):
-        users = [u for u in live_users(way.node) if not _is_own_sum(u, way.node)]
-        if len(users) != 1:
-            return None
-        user = users[0]
-        product = product_of(user)
-        if product is not None and not _mixes(user):
-            return way, product
-        step = _forward(way, user, axes, keys)
-        if step is None:
-            return None
-        way = step
-    return None
-
-
-def _forward(way: _Way, user: fx.Node, axes: Axes, keys: Atoms) -> _Way | None:
-    name = op_name(user).removesuffix("_")
-    if _mixes(user) and user.args[0] is way.node:
-        dims = _after_mixing(way.dims, user, axes, keys)
-        return None if dims is None else _Way(user, dims, "heads")
-    moved = push(user, way.dims, axes) if user.args and user.args[0] is way.node else None
-    if moved is not None:
-        return _Way(user, moved, way.mixed)
-    if name in _ELEMENTWISE and shape_of(user) == shape_of(way.node):
-        adds = name in ("add", "sub") and sum(map(is_tensor, user.args)) == 2
-        return _Way(user, way.dims, "sum" if adds else way.mixed)
-    return None
-
-
-def _is_own_sum(user: fx.Node, node: fx.Node) -> bool:
-    """A sum of the map that it is divided by: ``a / a.sum(-1)``."""
-    if not is_call(user, "sum") or user.args[0] is not node:
-        return False
-    while len(user.users) == 1 and not is_call(user, "div"):
-        user = next(iter(user.users))
-        if not is_call(user, "unsqueeze", "div", "div_", "expand", "clamp", "add"):
-            return False
-        if is_call(user, "div", "div_"):
-            return user.args[0] is node
-    return False
-
-
-def _mixes(node: fx.Node) -> bool:
-    """A linear map with weights of the model: on scores it mixes heads."""
-    if is_call(node, "linear"):
-        return is_parameter(node.args[1])  # type: ignore[arg-type]
-    return is_call(node, "conv2d") and all(s == 1 for s in shape_of(node.args[1])[-2:])  # type: ignore[arg-type]
-
-
-def _after_mixing(dims: Dims, node: fx.Node, axes: Axes, keys: Atoms) -> Dims | None:
-    """The mixed dimension is a new axis; it must not be the keys."""
-    place = len(dims) - 1 if is_call(node, "linear") else 1
-    if set(axes.resolve(dims[place])) & set(axes.resolve(keys)):
-        return None
-    return tuple(axes.fresh(shape_of(node)[i]) if i == place else d for i, d in enumerate(dims))
-
-
-# From the softmax back to the product that makes the scores
-
-
-def _from_product(way: _Way, axes: Axes, keys: Atoms) -> tuple[_Way, Product] | None:
-    """Walk the scores back to a product of two activations."""
-    node, dims, mixed = way.node, way.dims, way.mixed
-    for _ in range(_STEPS):
-        product = product_of(node)
-        if product is not None and not _mixes(node):
-            return _Way(node, dims, mixed), product
-        step = _backward(node, dims, axes, keys)
-        if step is None:
-            return None
-        node, dims = step.node, step.dims
-        mixed = step.mixed or mixed
-    return None
-
-
-def _backward(node: fx.Node, dims: Dims, axes: Axes, keys: Atoms) -> _Way | None:
-    if _mixes(node):
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        own = _after_mixing(dims, node, axes, keys)
-        if own is None:
-            return None
-        place = len(dims) - 1 if is_call(node, "linear") else 1
-        shape = shape_of(source)
-        return _Way(
-            source,
-            tuple(axes.fresh(shape[i]) if i == place else d for i, d in enumerate(dims)),
-            "heads",
-        )
-    moved = pull(node, dims, axes)
-    if moved is not None:
-        atoms = pure(moved[1])
-        return None if atoms is None else _Way(moved[0], atoms)
-    if op_name(node).removesuffix("_") not in _ELEMENTWISE:
-        return None
-    whole = [s for s in node.args if is_tensor(s) and _same_shape(s, node)]
-    return _Way(whole[0], dims) if whole else None  # type: ignore[arg-type]
-
-
-def _same_shape(left: Any, right: fx.Node) -> bool:
-    a, b = shape_of(left), shape_of(right)
-    return len(a) == len(b) and all(
-        same_size(as_size(x), as_size(y)) for x, y in zip(a, b, strict=True)
-    )
-
-
 # Softmax between mixed maps
 
 
 def _mixed(node: fx.Node, module: fx.GraphModule, name: str) -> Site | None:
     axes = Axes()
-    way, keys = _start(node, axes)
+    way, keys = start(node, axes)
     scores = arguments(node)["self"]
-    before = _from_product(_Way(scores, way.dims), axes, keys)
-    after = _to_product(way, axes, keys)
+    before = from_product(Way(scores, way.dims), axes, keys)
+    after = to_product(way, axes, keys)
     if before is None or after is None or not (before[0].mixed or after[0].mixed):
         return None
-    atoms = _labelled(before[1], before[0].dims, axes)
-    sides = [_operand_atoms(before[1], left, atoms) for left in (True, False)]
-    has_keys = [_touches(dims, keys, axes) for _, dims in sides]
+    atoms = labelled(before[1], before[0].dims, axes)
+    sides = [operand_atoms(before[1], left, atoms) for left in (True, False)]
+    has_keys = [touches(dims, keys, axes) for _, dims in sides]
     if has_keys[0] == has_keys[1]:
         return None
     key, query = sides[has_keys.index(True)], sides[has_keys.index(False)]
-    end = _value(after[0], after[1], axes, keys)
+    end = value_side(after[0], after[1], axes, keys)
     if end is None:
         return None
     value, features, out_dims = end
@@ -292,48 +162,6 @@ def _family(node: fx.Node, before: str, after: str, heads: Size) -> tuple[Cascad
     probability = "WA[g, i] * A[b, i, q, kv]" if after else "A[b, g, q, kv]"
     text = _TALKING.format(heads=heads, score=score, probability=probability)
     return parse(text), refuse("talking-heads", reason, node)
-
-
-def _labelled(product: Product, dims: Dims, axes: Axes) -> dict[str, Atoms]:
-    atoms = {x: d for x, d in zip(product.out_labels, dims, strict=True) if x}
-    sizes = product.sizes()
-    return atoms | {x: axes.fresh(sizes[x]) for x in product.contracted}
-
-
-def _operand_atoms(product: Product, left: bool, atoms: dict[str, Atoms]) -> tuple[fx.Node, Dims]:
-    node, labels = (
-        (product.left, product.left_labels) if left else (product.right, product.right_labels)
-    )
-    return node, tuple(atoms[x] if x else () for x in labels)
-
-
-def _touches(dims: Dims, wanted: Atoms, axes: Axes) -> bool:
-    return bool({a for d in dims for a in axes.resolve(d)} & set(axes.resolve(wanted)))
-
-
-def _value(
-    way: _Way, product: Product, axes: Axes, keys: Atoms
-) -> tuple[tuple[fx.Node, Dims], Atoms, Dims] | None:
-    """(V with its atoms, feature atoms, atoms of the output) of a product that contracts the
-    keys."""
-    on_left = product.left is way.node
-    if product.left is product.right or not (on_left or product.right is way.node):
-        return None
-    own = product.left_labels if on_left else product.right_labels
-    other = product.right_labels if on_left else product.left_labels
-    atoms = {x: d for x, d in zip(own, way.dims, strict=True) if x}
-    summed = {a for x in product.contracted for a in axes.resolve(atoms[x])}
-    if summed != set(axes.resolve(keys)):
-        return None
-    sizes = product.sizes()
-    new = [x for x in other if x and x not in atoms]
-    atoms |= {x: axes.fresh(sizes[x]) for x in new}
-    value = product.right if on_left else product.left
-    if is_parameter(value):
-        return None
-    dims = tuple(atoms[x] if x else () for x in other)
-    out = tuple(atoms[x] if x else () for x in product.out_labels)
-    return (value, dims), tuple(a for x in new for a in atoms[x]), out
 
 
 def _roles(
@@ -377,17 +205,17 @@ def _roles(
 
 def _linear(node: fx.Node, module: fx.GraphModule, name: str) -> Site | None:
     axes = Axes()
-    way, keys = _start(node, axes)
-    after = _to_product(way, axes, keys)
+    way, keys = start(node, axes)
+    after = to_product(way, axes, keys)
     if after is None or after[0].mixed:
         return None
-    end = _value(*after, axes, keys)
+    end = value_side(*after, axes, keys)
     if end is None:
         return None
     value, features, middle = end
     shared = {a for d in value[1] for a in axes.resolve(d)}
     width = tuple(a for d in after[0].dims for a in axes.resolve(d) if a not in shared)
-    second = _to_product(_Way(after[1].node, middle), axes, keys)
+    second = to_product(Way(after[1].node, middle), axes, keys)
     if not width or not features or second is None or second[0].mixed:
         return None
     found = _query(second[0], second[1], axes, width)
@@ -427,10 +255,10 @@ def _linear(node: fx.Node, module: fx.GraphModule, name: str) -> Site | None:
 
 
 def _query(
-    way: _Way, product: Product, axes: Axes, width: Atoms
+    way: Way, product: Product, axes: Axes, width: Atoms
 ) -> tuple[tuple[fx.Node, Dims], Atoms, Dims] | None:
     """(Q with its atoms, its rows, atoms of the output) of a product that contracts the width."""
-    found = _value(way, product, axes, width)
+    found = value_side(way, product, axes, width)
     if found is None or not found[1]:
         return None
     query, rows, out = found

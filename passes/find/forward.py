@@ -126,19 +126,24 @@ def _factor(anchor: Anchor, here: Probabilities, user: fx.Node) -> Expr | None:
         return lift(other, user, here.dims, 0)
     if name == "div" and user.args[0] is here.node and isinstance(user.args[1], (int, float)):
         return lift(1.0 / user.args[1], user, here.dims, 0)
-    if name == "masked_fill" and user.args[0] is here.node and arguments(user)["value"] == 0:
+    if name == "masked_fill" and user.args[0] is here.node:
         mask = lift(user.args[1], user, here.dims, 0)
-        return None if mask is None else where(mask, 0.0, 1.0)
+        fill = lift(arguments(user)["value"], user, (), 0)
+        return None if mask is None or not _is_zero(fill) else where(mask, 0.0, 1.0)
     if name == "where":
         named = arguments(user)
         condition = lift(named["condition"], user, here.dims, 0)
         yes, no = named["self"], named["other"]
         other = no if yes is here.node else yes
         zero = lift(other, user, here.dims, 0)
-        if condition is None or zero is None or simplify(call("ne", zero, 0)) != FALSE:
+        if condition is None or not _is_zero(zero):
             return None
         return where(condition, 1.0, 0.0) if yes is here.node else where(condition, 0.0, 1.0)
     return None
+
+
+def _is_zero(value: Expr | None) -> bool:
+    return value is not None and simplify(call("ne", value, 0)) == FALSE
 
 
 def _finish(anchor: Anchor, here: Probabilities, product: Product) -> Forward | Refusal:

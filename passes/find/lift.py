@@ -279,6 +279,8 @@ class Lifter:
         if not isinstance(value, torch.Tensor):
             return None
         shape, whole = shape_of(arg), shape_of(node)
+        if len(shape) > len(whole):
+            return None  # a boolean index: it has the axes of what it picks from
         inner = dims[len(dims) - len(shape) :]
         own: Dims = tuple(
             () if same_size(as_size(s), 1) and not same_size(as_size(w), 1) else d

@@ -76,14 +76,45 @@ def _back(
         assert isinstance(part, fx.Node)
         source = part.args[0]
         return (source, dims) if isinstance(source, fx.Node) and is_tensor(source) else None
+    if is_call(node, "pad", "constant_pad_nd"):
+        source = node.args[0]
+        return (source, _resized(source, node, dims, axes)) if is_tensor(source) else None  # type: ignore[arg-type, return-value]
     moved = pull(node, dims, axes)
     if moved is not None:
         atoms = pure(moved[1])
         return None if atoms is None else (moved[0], atoms)
+    if is_call(node, "view", "reshape"):
+        return _inner_axes(node, dims, axes)
     if is_call(node, *KEEPS_AXES):
         source = next((a for a in node.all_input_nodes if _carries_axes(a, node)), None)
         return None if source is None else (source, dims)
     return None
+
+
+def _inner_axes(
+    node: fx.Node, dims: tuple[Atoms, ...], axes: Axes
+) -> tuple[fx.Node, tuple[Atoms, ...]] | None:
+    """A view that cannot be followed (a length cut into blocks of a symbolic number): its innermost
+    dimensions, as far as they are as long before, are what they were."""
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or not is_tensor(source):
+        return None
+    before, after = shape_of(source), shape_of(node)
+    kept = 0
+    for a, b in zip(reversed(before), reversed(after), strict=False):
+        if not same_size(as_size(a), as_size(b)):
+            break
+        kept += 1
+    outer = tuple(axes.fresh(s) for s in before[: len(before) - kept])
+    return (source, (*outer, *dims[len(dims) - kept :])) if kept else None
+
+
+def _resized(
+    source: fx.Node, node: fx.Node, dims: tuple[Atoms, ...], axes: Axes
+) -> tuple[Atoms, ...]:
+    """The axes of ``node``, where its source is as long; others are axes of their own."""
+    triples = zip(dims, shape_of(source), shape_of(node), strict=True)
+    return tuple(d if same_size(as_size(a), as_size(b)) else axes.fresh(a) for d, a, b in triples)
 
 
 def _carries_axes(source: fx.Node, node: fx.Node) -> bool:

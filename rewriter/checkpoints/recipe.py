@@ -45,15 +45,17 @@ class Recipe:
 
 
 def configs(config: Any) -> Iterator[Any]:
-    """A configuration, then those of its text, vision and audio parts."""
+    """A configuration, then those nested in it: of text, vision and audio first."""
     if config is None:
         return
     yield config
-    if not isinstance(config, Mapping):
-        for name in ("text_config", "vision_config", "audio_config", "encoder", "decoder"):
-            part = vars(config).get(name)
-            if part is not None and hasattr(part, "__dict__"):
-                yield part
+    if isinstance(config, Mapping):
+        return
+    first = ("text_config", "vision_config", "audio_config", "encoder", "decoder")
+    for name in dict.fromkeys((*first, *vars(config))):
+        part = vars(config).get(name)
+        if part is not None and hasattr(part, "to_dict"):
+            yield part
 
 
 def position_limit(model: torch.nn.Module) -> int | None:

@@ -20,8 +20,10 @@ def transformers_inputs(recipe: Recipe) -> Iterator[tuple[str, Any]]:
         yield from _text_inputs(recipe)
     if "pixel_values" in names and not _images_are_optional(recipe):
         yield "pixel_values", _images(recipe)
-    if "input_features" in names:
-        yield "input_features", _spectrogram(recipe)
+    if "pixel_values_videos" in names and "pixel_values" not in names:
+        yield "pixel_values_videos", _videos(recipe)
+    if "input_features" in names and not _audio_is_optional(recipe):
+        yield from _sound(recipe)
     if "input_values" in names:
         yield "input_values", _waveform(recipe)
     if _wants_decoder_ids(recipe):
@@ -40,6 +42,12 @@ def _wants_decoder_ids(recipe: Recipe) -> bool:
 def _images_are_optional(recipe: Recipe) -> bool:
     """A language model that can also see: text alone is a valid input, and the simpler one."""
     return recipe.setting("image_token_id", "image_token_index", "boi_token_id") is not None
+
+
+def _audio_is_optional(recipe: Recipe) -> bool:
+    """A language model that can also hear."""
+    hears = recipe.setting("audio_token_id", "audio_token_index") is not None
+    return hears and "input_ids" in recipe.parameters
 
 
 def _text_inputs(recipe: Recipe) -> Iterator[tuple[str, Any]]:
@@ -83,22 +91,53 @@ def _images(recipe: Recipe) -> torch.Tensor:
     return recipe.floats(recipe.batch, *video, channels, int(height), int(width))
 
 
-def _spectrogram(recipe: Recipe) -> torch.Tensor:
-    """[B, mel, T] with the fixed T of Whisper, else [B, T, features]."""
+def _videos(recipe: Recipe) -> torch.Tensor:
+    """[B, F, C, H, W]."""
+    size = int(recipe.setting("image_size", "crop_size", default=DEFAULT_IMAGE))
+    frames = int(recipe.setting("frames_per_clip", "num_frames", default=2))
+    channels = int(recipe.setting("num_channels", "in_channels", "in_chans", default=3))
+    return recipe.floats(recipe.batch, frames, channels, size, size)
+
+
+def _sound(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    """Features, and a mask of ones [B, T] where the model asks for one."""
+    features = _spectrogram(recipe)
+    yield "input_features", features
+    for name in ("input_features_mask", "feature_attention_mask"):
+        if name in recipe.parameters:
+            frames = features.shape[2 if _mel_first(recipe) else 1]
+            yield name, torch.ones(recipe.batch, frames, dtype=torch.bool)
+
+
+def _mel_first(recipe: Recipe) -> bool:
+    """Whether the first convolution runs over time with a channel for each mel bin (Whisper)."""
     bins = recipe.setting("num_mel_bins")
-    positions = recipe.setting("max_source_positions")
-    if bins is not None and getattr(recipe.model.config, "model_type", "") == "whisper":
-        return recipe.floats(recipe.batch, int(bins), 2 * int(positions))
+    first = next((m for m in recipe.model.modules() if isinstance(m, torch.nn.Conv1d)), None)
+    return first is not None and first.in_channels == bins and first.kernel_size[0] > 1
+
+
+def _spectrogram(recipe: Recipe) -> torch.Tensor:
+    """[B, mel, T], with the fixed T of Whisper where the model has one, else [B, T, features]."""
+    if _mel_first(recipe):
+        positions = recipe.setting("max_source_positions", default=4 * recipe.length)
+        return recipe.floats(recipe.batch, int(recipe.setting("num_mel_bins")), 2 * int(positions))
     features = recipe.setting(
-        "input_feat_per_channel", "feature_projection_input_dim", "num_mel_bins", default=80
-    )
-    return recipe.floats(recipe.batch, recipe.length, int(features))
+        "input_feat_per_channel", "feature_projection_input_dim", "num_mel_bins", "input_dim",
+        default=80,
+    )  # fmt: skip
+    frames = recipe.length * int(recipe.setting("subsampling_factor", default=1))
+    return recipe.floats(recipe.batch, frames, int(features))
 
 
 def _waveform(recipe: Recipe) -> torch.Tensor:
-    """[B, T] samples that give about ``length`` frames, or the [B, T, mel] of AST."""
+    """[B, T] samples that give about ``length`` frames, [B, C, T] where the model knows of
+    channels, or the [B, T, mel] of AST."""
     strides = recipe.setting("conv_stride")
     if strides is None and recipe.setting("num_mel_bins") is not None:
         frames = int(recipe.setting("max_length", default=recipe.length))
         return recipe.floats(recipe.batch, frames, int(recipe.setting("num_mel_bins")))
-    return recipe.floats(recipe.batch, recipe.length * math.prod(strides or (320,)))
+    samples = recipe.length * math.prod(strides or (320,))
+    first = next((m for m in recipe.model.modules() if isinstance(m, torch.nn.Conv1d)), None)
+    if strides is None and first is not None:
+        return recipe.floats(recipe.batch, first.in_channels, samples)
+    return recipe.floats(recipe.batch, samples)

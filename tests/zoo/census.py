@@ -28,6 +28,8 @@ _PRODUCTS = frozenset(
     {"bmm", "mm", "baddbmm", "addmm", "mv", "dot", "matmul", "linear", "baddbmm_"}
 )
 _SOFTMAX = frozenset({"_softmax", "_safe_softmax", "softmax"})
+# ``exp(x - logsumexp(x))`` and ``exp(log_softmax(x))`` are a softmax.
+_LOGARITHM = frozenset({"logsumexp", "_log_softmax", "log_softmax"})
 # What makes something new of its input: marks end here.
 _ENDS = frozenset(
     "convolution native_layer_norm native_group_norm native_batch_norm embedding argmax topk sort "
@@ -38,10 +40,12 @@ _ENDS = frozenset(
 
 @dataclass
 class Mark:
-    """What is known of a tensor: from parameters only, a score product, or whose probabilities."""
+    """What is known of a tensor: from parameters only, a score product, its logarithm of a softmax
+    or of the normaliser of one, or whose probabilities."""
 
     weight: bool = False
     scores: bool = False
+    log: bool = False
     softmax: frozenset[int] = frozenset()
 
 
@@ -85,7 +89,7 @@ class Census(TorchDispatchMode):
     def _within(self, mark: Mark, out: torch.Tensor) -> Mark:
         """Probabilities that were multiplied into something larger are probabilities no longer."""
         kept = frozenset(i for i in mark.softmax if out.numel() <= self.size[i])
-        return Mark(mark.weight, mark.scores, kept) if kept != mark.softmax else mark
+        return Mark(mark.weight, mark.scores, mark.log, kept) if kept != mark.softmax else mark
 
     def _mark(self, name: str, inputs: list[torch.Tensor]) -> Mark:
         known = [self.marks.get(t, Mark()) for t in inputs]
@@ -101,18 +105,24 @@ class Census(TorchDispatchMode):
         weight = bool(known) and all(m.weight for m in known)
         scores = any(m.scores for m in known)
         before = frozenset().union(*(m.softmax for m in known))
-        if name in _SOFTMAX and not weight:
+        log = any(m.log for m in known)
+        if name in _LOGARITHM and scores:
+            return Mark(scores=True, log=True)
+        if (name in _SOFTMAX or (name == "exp" and log and scores)) and not weight:
             number = len(self.preceded)
             self.preceded[number], self.size[number] = scores, max(t.numel() for t in inputs)
             return Mark(softmax=frozenset({number}))
-        return Mark(weight=weight, scores=scores and not before, softmax=before)
+        return Mark(weight, scores and not before, log, before)
 
     def _product(self, known: list[Mark]) -> Mark:
         if any(m.weight for m in known):
-            # A parameter mixes heads (talking heads) or is a projection: scores stay scores.
-            rest = [m for m in known if not m.weight]
-            return rest[0] if rest else Mark(weight=True)
-        used = frozenset().union(*(m.softmax for m in known))
+            # A parameter mixes heads (talking heads) or is a projection: scores stay scores.  A
+            # projected parameter is an activation: learned queries.
+            return next((m for m in known if not m.weight), Mark())
+        # Probabilities meet an activation on the other side.  A mark on both sides came with the
+        # hidden states (a router's weights, say), from which both queries and keys are made.
+        first, second = (m.softmax for m in (known * 2)[:2])
+        used = first ^ second if len(known) > 1 else first
         self.done |= used
         return Mark(scores=not used)
 

@@ -11,12 +11,13 @@ from torch.utils import _pytree as pytree
 
 from attn_rewrite.capture import capture_model
 from attn_rewrite.driver import Stopwatch, decide, spliced
-from attn_rewrite.errors import AttnRewriteError
+from attn_rewrite.errors import AttnRewriteError, CaptureError
 from attn_rewrite.passes.canonicalize import canonicalize
 from attn_rewrite.passes.find import find
 from attn_rewrite.policy import Policy
 from tests.zoo.census import census
-from tests.zoo.rows import Result, Row
+from tests.zoo.just_in_time import JustInTime
+from tests.zoo.rows import NotOfferedError, Result, Row
 
 
 def examine(row: Row, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Result:
@@ -26,6 +27,9 @@ def examine(row: Row, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Res
     try:
         model, args, kwargs = made(row)
         counted = census(model, args, kwargs)
+    except NotOfferedError as error:
+        result.stage, result.problem = "absent", str(error)
+        return result
     except Exception as error:  # whatever the library raises: the row cannot be run here
         result.stage, result.problem = "build", _one_line(error)
         return result
@@ -53,7 +57,17 @@ def made(row: Row, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module,
 
 def _in_dtype(result: Result, row: Row, dtype: torch.dtype) -> None:
     model, args, kwargs = made(row, dtype)
-    captured = capture_model(model, args, kwargs)
+    if dtype != torch.float32 and not _runs(row, dtype):
+        result.kept.append(("not-compared", f"the library does not run it in {dtype}"))
+        return
+    # Sizes are dynamic where they can be in the first type; the others are about the numbers.
+    try:
+        captured = capture_model(
+            model, args, kwargs, dynamic_shapes=None if dtype == torch.float32 else {}
+        )
+    except CaptureError as error:
+        _just_in_time(result, row, model, dtype, error)
+        return
     findings = find(canonicalize(captured.graph))
     _, decisions = decide(findings, Policy.parse("exact"), None, Stopwatch())
     if dtype == torch.float32:
@@ -66,16 +80,43 @@ def _in_dtype(result: Result, row: Row, dtype: torch.dtype) -> None:
         result.kept += [(d.refusal.code, d.refusal.reason) for d in decisions if d.refusal]
     if any(d.kernel is not None for d in decisions):
         error = compare(row, model, spliced(captured, decisions), dtype)
-        if error is None:
-            result.kept.append(("random", "the model draws random numbers: not compared"))
+        if isinstance(error, str):
+            result.kept.append(("not-compared", error))
         else:
             result.errors[str(dtype).removeprefix("torch.")] = error
 
 
+def _runs(row: Row, dtype: torch.dtype) -> bool:
+    """Whether the original runs in a type at all (Fourier transforms and fixed types do not)."""
+    model, args, kwargs = made(row, dtype)
+    try:
+        model(*args, **kwargs)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _just_in_time(
+    result: Result, row: Row, model: torch.nn.Module, dtype: torch.dtype, why: CaptureError
+) -> None:
+    """The row through the other front end; its failure leaves the first one's reason."""
+    module = JustInTime(model)
+    try:
+        error = compare(row, model, module, dtype)
+    except Exception as problem:  # of Dynamo, or of code that it runs half traced
+        raise why from problem
+    if dtype == torch.float32:
+        result.found, result.rewritten = module.found, module.rewritten
+        result.families, result.refused = module.families, module.refused
+        result.just_in_time = _one_line(why)
+    if not isinstance(error, str):
+        result.errors[str(dtype).removeprefix("torch.")] = error
+
+
 def compare(
     row: Row, model: torch.nn.Module, rewritten: torch.nn.Module, dtype: torch.dtype
-) -> tuple[float, float] | None:
-    """(greatest error of the rewritten model, bound) against the model in float64.
+) -> tuple[float, float] | str:
+    """(greatest error of the rewritten model, bound) against the model in float64, or why not.
 
     The weights and inputs of the reference are those of ``dtype``, widened.  The bound is the
     greater of twice the original's own error and 4 eps of the greatest value.  Values that are not
@@ -91,13 +132,11 @@ def compare(
             torch.equal(a.nan_to_num(), b.nan_to_num())
             for a, b in zip(original, again, strict=True)
         ):
-            return None  # it draws random numbers (masked autoencoders): nothing to compare
+            return "the model draws random numbers"  # masked autoencoders
         got = floats(rewritten(*copy.deepcopy(args), **copy.deepcopy(kwargs)))
-        wide = (
-            made(row, torch.float64)[0] if dtype == torch.float32 else made(row, dtype)[0].double()
-        )
-        args, kwargs = cast((args, kwargs), torch.float64)
-        reference = floats(wide(*args, **kwargs))
+        reference = _reference(row, dtype)
+    if reference is None:
+        return "the model has types of its own inside and does not run in float64"
     assert len(reference) == len(original) == len(got), "the rewritten model has other outputs"
     worst = (0.0, 0.0)
     for ref, own, new in zip(reference, original, got, strict=True):
@@ -112,6 +151,21 @@ def compare(
         if worst[1] == 0.0 or error * worst[1] > worst[0] * bound:
             worst = (error, bound)
     return worst
+
+
+def _reference(row: Row, dtype: torch.dtype) -> list[torch.Tensor] | None:
+    """What the model gives in float64; in float32 where it fixes that type inside (its error is
+    far below that of bfloat16); None where neither is wider than ``dtype``."""
+    for wide in (torch.float64, torch.float32):
+        if torch.finfo(wide).bits <= torch.finfo(dtype).bits:
+            return None
+        model, args, kwargs = made(row, dtype)
+        args, kwargs = cast((args, kwargs), wide)
+        try:
+            return floats(model.to(wide)(*args, **kwargs))
+        except RuntimeError:  # operands of two types
+            continue
+    return None
 
 
 def floats(output: Any) -> list[torch.Tensor]:

@@ -3,14 +3,12 @@ work."""
 
 from __future__ import annotations
 
-_DETECTS = (
-    "not captured: the layer looks at the values of its mask to see whether it is causal "
-    "(torch.nn.modules.transformer._detect_is_causal_mask), which a graph cannot"
-)
-
 # Architecture -> why.
 EXCEPTIONS: dict[str, str] = {
-    f"Transformer{stack}.{norm}.causal": _DETECTS
-    for stack in ("Encoder", "Decoder")
-    for norm in ("post_norm", "pre_norm", "gelu")
+    "vits": "the probabilities also weight embeddings of the distance, in a second product "
+    "(relative positions of the values), so they are used in two places",
+    "NucleusMoEImageTransformer2DModel": "the library caches what it made while it was traced "
+    "(functools.lru_cache), so that the original does not run after a capture",
+    "pocket_tts_audio_tokenizer_encoder": "the exported graph does not run: a padding depends on "
+    "values that tracing could not tell",
 }

@@ -20,10 +20,30 @@ Written by the suite (`python -m tests.zoo` runs rows and writes this file); do 
 
 *expected* counts attention by running the model eagerly under a dispatch mode (`census.py`): fused
 calls, and softmax calls between two products of activations.  The finder has no part in it.
-*found* counts Sites.  *exact* is the greatest error of the exactly rewritten model against float64
-over its bound: twice the original's own error, or 4 eps of the greatest value.  A row that is not
-captured counts as not found; rows that the library cannot build or run here are left out of the rate.
+*found* counts Sites; a row with more Sites than attentions is not in full either.  *exact* is the
+greatest error of the exactly rewritten model against float64 over its bound: twice the original's
+own error, or 4 eps of the greatest value.  A row that is not captured, neither ahead of time nor just in time, counts as not found.  Rows that the library cannot
+build or run here, and rows without attention, are left out of the rate; spellings that the library
+does not offer are left out of the table.
 """
+
+
+_TABLE = (
+    "| architecture | spelling | expected | found | families | refused (code) | exact | "
+    "not captured, or why |",
+    "|---|---|---|---|---|---|---|---|",
+)
+
+
+def shown(library: str, path: Path = HERE / "RESULTS.md") -> list[str]:
+    """Names of the rows that the table shows to run, in full, in its order."""
+    section = path.read_text().partition(f"\n## {library}\n")[2].partition("\n## ")[0]
+    rows = [line.split(" | ") for line in section.splitlines() if line.startswith("| ")]
+    return [
+        f"{library}/{row[0].removeprefix('| ')}/{row[1]}"
+        for row in rows
+        if row[2].isdecimal() and 0 < int(row[2]) <= int(row[3]) and row[7] == " |"
+    ]
 
 
 def record(result: Result) -> None:
@@ -40,8 +60,9 @@ def recorded() -> list[Result]:
 
 def write(results: Iterable[Result], path: Path = HERE / "RESULTS.md") -> None:
     """Write the rates and the table."""
-    results = sorted(results, key=lambda r: r.row)
-    counted = [r for r in results if r.stage != "build" and (r.expected or r.stage != "done")]
+    results = sorted((r for r in results if r.stage != "absent"), key=lambda r: r.row)
+    # Where a process died nothing was counted, but there may have been something to find.
+    counted = [r for r in results if r.stage != "build" and (r.expected or r.stage == "failed")]
     text = [
         _HEAD,
         "| library | rows | all found | rate | Sites / expected | "
@@ -50,13 +71,9 @@ def write(results: Iterable[Result], path: Path = HERE / "RESULTS.md") -> None:
     ]
     for library in dict.fromkeys(r.row.partition("/")[0] for r in results):
         text.append(_rate(library, results, counted))
-    text += [
-        "",
-        "| architecture | spelling | expected | found | families | refused (code) | "
-        "exact | not captured, or why |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    text += [_line(r) for r in results]
+    for library in dict.fromkeys(r.row.partition("/")[0] for r in results):
+        text += ["", f"## {library}", "", *_TABLE]
+        text += [_line(r) for r in results if r.row.startswith(f"{library}/")]
     path.write_text("\n".join(text) + "\n")
 
 
@@ -83,6 +100,8 @@ def _line(result: Result) -> str:
         if result.stage == "done"
         else f"{result.stage}: {_anywhere(result.problem)[:160]}".replace("|", "/")
     )
+    if result.just_in_time and not problem:
+        problem = f"captured just in time: {_anywhere(result.just_in_time)[:160]}".replace("|", "/")
     counts = (result.expected, result.found)
     return _cells(architecture, spelling, *counts, families, refused, exact, problem)
 

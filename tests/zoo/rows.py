@@ -12,6 +12,10 @@ import torch
 Build = Callable[[], tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]]
 
 
+class NotOfferedError(Exception):
+    """The library has no such spelling of an architecture: there is no row."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One model of one library in one spelling; ``build`` gives (model, args, kwargs)."""
@@ -31,10 +35,10 @@ class Row:
 class Result:
     """What came of a row.
 
-    ``stage`` is where it ended: ``build`` (the library cannot make or run it here), ``capture`` or
-    ``done``.  ``refused`` are (code, reason, source line) of anchors that are no Site; ``errors``
-    are
-    (error of the rewritten model, bound) by dtype, against float64.
+    ``stage`` is where it ended: ``absent`` (the library has no such spelling), ``build`` (it
+    cannot make or run it here), ``capture`` or ``done``.  ``refused`` are (code, reason, source
+    line) of anchors that are no Site; ``errors`` are (error of the rewritten model, bound) by dtype, against float64.  ``just_in_time`` says why
+    the model is not one graph where it was captured by the other front end.
     """
 
     row: str
@@ -48,12 +52,14 @@ class Result:
     kept: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     errors: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     problem: str = ""
+    just_in_time: str = ""
     seconds: float = 0.0
 
     @property
     def complete(self) -> bool:
-        """Every expected attention was found."""
-        return self.stage == "done" and self.found >= self.expected
+        """Every expected attention was found and nothing else, but for factorised attention."""
+        enough = self.expected <= self.found <= self.expected + self.factorised
+        return self.stage == "done" and enough
 
     @property
     def exact(self) -> bool:
