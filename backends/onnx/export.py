@@ -57,7 +57,7 @@ def export_onnx(
     form, `ToolError` where a package is missing or a tool fails, `VerifyError` where the numbers
     disagree; no file is left behind then.
     """
-    number = _checked(target, opset)
+    number = check_options(target, opset)
     require_exporter()
     from attn_rewrite.backends.onnx.artifact import OnnxArtifact
     from attn_rewrite.backends.onnx.names import (
@@ -93,14 +93,17 @@ def export_onnx(
     return _write(model, draft, verify)
 
 
-def _checked(target: str, opset: int | None) -> int:
+def check_options(target: str, opset: int | None = None) -> int:
+    """The opset to write for these options; `PolicyError` where they cannot be served.
+
+    Needs no model, so that a command can ask before it loads one.
+    """
     if target not in TARGETS:
         raise PolicyError(f"unknown ONNX target {target!r}; expected {' or '.join(TARGETS)}.")
     if target == "onnxruntime":
-        reason = "com.microsoft operators are not emitted yet"
-        raise LowerError(
-            f"ONNX target 'onnxruntime': {reason}; use target='portable', which ONNX Runtime runs.",
-            [Refusal("onnx-target", reason)],
+        raise PolicyError(
+            "ONNX target 'onnxruntime' is not available: com.microsoft operators are not emitted "
+            "yet; use 'portable', which ONNX Runtime runs."
         )
     number = DEFAULT_OPSET if opset is None else opset
     if number in OPSETS:
