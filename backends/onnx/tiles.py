@@ -10,7 +10,6 @@ Shapes: q [b, hq, s, d], k [b, hkv, t, d], v [b, hkv, t, f] -> [b, hq, s, f].
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,8 +18,9 @@ import onnx_ir as ir
 from attn_rewrite.backends.onnx.bands import EVERY_KEY, Segment, segments
 from attn_rewrite.backends.onnx.elementwise import Coordinate, Elementwise, Frame, Typed, affine
 from attn_rewrite.backends.onnx.graph import Recorder
+from attn_rewrite.backends.onnx.rows import RowSoftmax
 from attn_rewrite.cascade.attention import QK, SoftmaxAttention
-from attn_rewrite.cascade.expr import FALSE, TRUE, Call, Const, Expr, Read, ranks_of, walk
+from attn_rewrite.cascade.expr import FALSE, TRUE, ranks_of
 from attn_rewrite.errors import LowerError
 
 DEFAULT_ROWS = 128
@@ -258,78 +258,8 @@ class _Tiled:
     def _finish(
         self, r: Recorder, emitter: Elementwise, keep: ir.Value | None, v: ir.Value
     ) -> ir.Value:
-        """Softmax of the score, times the weight, times V; rows that keep nothing give 0.
-
-        A row whose kept scores are all -inf keeps nothing either, as in torch's attention.
-        """
-        score, dtype = self._score(r, emitter), self.x.dtype
-        some: ir.Value | None = None
-        empty: ir.Value | None = None
-        if not always_finite(self.form.score):
-            score = score if keep is None else r.masked(keep, score, dtype)
-            top = r.op("ReduceMax", score, r.integers([-1]), keepdims=1)
-            empty = r.op("IsInf", top, detect_positive=0)
-        elif keep is not None:
-            score, some = self._biased(r, score, keep)
-        probabilities = self._softmax(r, emitter, score)
-        if self.form.weight is not None:
-            probabilities = r.op("Mul", probabilities, emitter.number(self.form.weight))
-        out = self._unstacked(r, r.op("MatMul", self._stacked(r, probabilities), v))
-        if some is not None:
-            return r.op("Mul", out, some)
-        return out if empty is None else r.op("Where", empty, r.number(0.0, dtype), out)
-
-    def _score(self, r: Recorder, emitter: Elementwise) -> ir.Value:
-        """The score, spread over the tile where it does not contain the product."""
-        score = emitter.number(self.form.score)
-        if QK in walk(self.form.score):
-            return score
-        return r.op("Expand", score, r.op("Shape", emitter.emit(QK).value))
-
-    def _biased(self, r: Recorder, score: ir.Value, keep: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """The score with -inf added where masked, and 1 or 0 per row: whether it keeps a key.
-
-        A row that keeps none is left unmasked, to be multiplied by 0 afterwards.  Adding a bias of
-        the mask's own (small) shape is many times faster in ONNX Runtime than selecting.
-        """
-        dtype = self.x.dtype
-        some = r.nonempty(keep, dtype)
-        empty = r.op("Not", r.cast(some, ir.DataType.BOOL))
-        zero, lowest = r.number(0.0, dtype), r.number(-math.inf, dtype)
-        bias = r.op("Where", r.op("Or", keep, empty), zero, lowest)
-        return r.op("Add", score, bias), some
-
-    def _softmax(self, r: Recorder, emitter: Elementwise, score: ir.Value) -> ir.Value:
-        """Over the columns; a sink is one more column, dropped again."""
-        if self.form.sink is None:
-            return r.op("Softmax", score, axis=-1)
-        shape = r.op("Concat", r.op("Shape", score, start=0, end=3), r.integers([1]), axis=0)
-        column = r.op("Expand", emitter.number(self.form.sink), shape)
-        extended = r.op("Softmax", r.op("Concat", score, column, axis=-1), axis=-1)
-        cut = (r.integers([0]), r.integers([-1]), r.integers([-1]))
-        return r.op("Slice", extended, *cut)
-
-
-_FINITE = frozenset(
-    ("add", "sub", "mul", "neg", "abs", "min", "max", "clip", "tanh", "sigmoid", "relu", "sign")
-)
-
-
-def always_finite(score: Expr) -> bool:
-    """True where a score is finite for every finite product, masked points included."""
-    for node in walk(score):
-        match node:
-            case Read():
-                if node != QK:
-                    return False
-            case Const(value):
-                if not math.isfinite(value):
-                    return False
-            case Call(op) if op not in _FINITE and not _divides_by_number(node):
-                return False
-    return True
-
-
-def _divides_by_number(node: Call) -> bool:
-    divisor = node.args[-1]
-    return node.op == "div" and isinstance(divisor, Const) and bool(divisor.value)
+        """Softmax of the score, times the weight, times V; rows that keep nothing give 0."""
+        rows = RowSoftmax(r, emitter, self.form, self.x.dtype)
+        return rows.attend(
+            keep, lambda p: self._unstacked(r, r.op("MatMul", self._stacked(r, p), v))
+        )
