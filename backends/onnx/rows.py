@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
@@ -15,6 +16,18 @@ from attn_rewrite.cascade.expr import Call, Const, Expr, Read, walk
 _FINITE = frozenset(
     ("add", "sub", "mul", "neg", "abs", "min", "max", "clip", "tanh", "sigmoid", "relu", "sign")
 )
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The attention's inputs as ONNX values, already in the type of the arithmetic."""
+
+    q: ir.Value
+    k: ir.Value
+    v: ir.Value
+    reads: tuple[ir.Value, ...]
+    heads: int
+    dtype: ir.DataType
 
 
 class RowSoftmax:

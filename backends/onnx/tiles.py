@@ -12,18 +12,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from attn_rewrite.backends.onnx.bands import EVERY_KEY, Segment, segments
+from attn_rewrite.backends.onnx.blocks import BlockPlan, Problem, plan_blocks
 from attn_rewrite.backends.onnx.elementwise import Coordinate, Elementwise, Frame, Typed, affine
+from attn_rewrite.backends.onnx.gathered import Gathered
 from attn_rewrite.backends.onnx.graph import Recorder
-from attn_rewrite.backends.onnx.rows import RowSoftmax
+from attn_rewrite.backends.onnx.rows import Operands, RowSoftmax
 from attn_rewrite.cascade.attention import QK, SoftmaxAttention
 from attn_rewrite.cascade.expr import FALSE, TRUE, ranks_of
 from attn_rewrite.errors import LowerError
 
 DEFAULT_ROWS = 128
+# Blocks must leave out this share of what bands compute: their gathers cost more than slices.
+WORTH_BLOCKS = 0.8
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
@@ -45,22 +51,42 @@ class TilePlan:
         return None if self.dense else sum(s.width or 0 for s in self.segments)
 
 
+Plan = TilePlan | BlockPlan
+
+
 def plan_tiles(form: SoftmaxAttention, rows: int = DEFAULT_ROWS) -> TilePlan:
     """The tiling of ``form`` with ``rows`` queries a step."""
     found = segments(form.guard, rows)
     return TilePlan(rows, (EVERY_KEY,) if EVERY_KEY in found else found)
 
 
-@dataclass(frozen=True)
-class Operands:
-    """The attention's inputs as ONNX values, already in the type of the arithmetic."""
+def choose_plan(form: SoftmaxAttention, inputs: Sequence[ir.Value], rows: int) -> Plan:
+    """Bands that follow the queries where the mask has them, else the blocks of its cover.
 
-    q: ir.Value
-    k: ir.Value
-    v: ir.Value
-    reads: tuple[ir.Value, ...]
-    heads: int
-    dtype: ir.DataType
+    Blocks need fixed lengths.  They also replace bands that are the same for all heads where the
+    cover is much smaller, as it is where heads differ.
+    """
+    bands = plan_tiles(form, rows)
+    q, k, _, *reads = inputs
+    sizes = [None if x.shape is None else x.shape[i] for x, i in ((q, 1), (q, 2), (k, 2))]
+    heads, q_len, kv_len = (n if isinstance(n, int) else None for n in sizes)
+    if heads is None or q_len is None or kv_len is None or form.guard in (TRUE, FALSE):
+        return bands
+    batch = q.shape[0] if q.shape is not None and isinstance(q.shape[0], int) else 1
+    problem = Problem(heads, form.group, q_len, kv_len, batch)
+    blocks = plan_blocks(form.guard, problem, rows, _known(reads, form))
+    band_pairs = heads * q_len * min(bands.width or kv_len, kv_len)
+    return blocks if blocks.pairs <= WORTH_BLOCKS * band_pairs else bands
+
+
+def _known(reads: Sequence[ir.Value], form: SoftmaxAttention) -> dict[str, np.ndarray[Any, Any]]:
+    """The values of the reads that are constants of the model."""
+    found = {}
+    for value, declared in zip(reads, form.reads, strict=True):
+        tensor = ir.convenience.get_const_tensor(value)
+        if tensor is not None:
+            found[declared.name] = tensor.numpy()
+    return found
 
 
 def _static(value: ir.Value, axis: int, what: str) -> int:
@@ -77,7 +103,7 @@ def emit_attention(
     r: Recorder,
     inputs: Sequence[ir.Value],
     form: SoftmaxAttention,
-    plan: TilePlan,
+    plan: Plan,
 ) -> ir.Value:
     """Record ``form`` over ``inputs`` (q, k, v, then the reads) and return its output."""
     q, k, v, *reads = inputs
@@ -89,7 +115,10 @@ def emit_attention(
     if result != dtype:
         q, k, v = (r.cast(x, dtype) for x in (q, k, v))
     operands = Operands(q, k, v, tuple(reads), heads, dtype)
-    out = _Tiled(r, operands, form, plan).emit()
+    if isinstance(plan, BlockPlan):
+        out = Gathered(r, operands, form, plan).emit()
+    else:
+        out = _Tiled(r, operands, form, plan).emit()
     return out if result == dtype else r.cast(out, result)
 
 
