@@ -20,7 +20,10 @@ _FINITE = frozenset(
 
 @dataclass(frozen=True)
 class Operands:
-    """The attention's inputs as ONNX values, already in the type of the arithmetic."""
+    """The attention's inputs as ONNX values, already in the type of the arithmetic.
+
+    ``heads`` query heads are given, from ``first`` on, of ``every``.
+    """
 
     q: ir.Value
     k: ir.Value
@@ -28,6 +31,8 @@ class Operands:
     reads: tuple[ir.Value, ...]
     heads: int
     dtype: ir.DataType
+    first: int = 0
+    every: int | None = None
 
 
 class RowSoftmax:

@@ -19,7 +19,13 @@ from onnxscript import values
 from attn_rewrite.backends.onnx.blocks import BlockPlan
 from attn_rewrite.backends.onnx.dense import SdpaOptions, emit_sdpa
 from attn_rewrite.backends.onnx.graph import Recorder
-from attn_rewrite.backends.onnx.tiles import DEFAULT_ROWS, choose_plan, emit_attention
+from attn_rewrite.backends.onnx.tiles import (
+    DEFAULT_ROWS,
+    HeadPlan,
+    TilePlan,
+    choose_plan,
+    emit_attention,
+)
 from attn_rewrite.cascade.attention import SoftmaxAttention, as_softmax
 from attn_rewrite.errors import LowerError
 from attn_rewrite.site import Refusal
@@ -196,13 +202,16 @@ def _expand_tiled(r: Recorder, node: ir.Node, name: str) -> tuple[ir.Value, Site
         return out, SiteLowering(
             name, "tiled_attention", "blocks", str(plan), plan.block, tiles=counts
         )
+    form_name, detail = "tiles", str(plan)
     if plan.dense:
         form_name = "dense mask"
-        detail = f"every key of {plan.rows} queries a step: no fixed band in {form.guard}"
-    else:
-        form_name = "tiles"
-        detail = f"{plan.rows} queries a step, " + ", ".join(map(str, plan.segments))
-    return out, SiteLowering(name, "tiled_attention", form_name, detail, plan.rows, plan.width)
+        detail = f"every key of {_rows(plan)} queries a step: no fixed band in {form.guard}"
+    width = plan.width if isinstance(plan, TilePlan) else None
+    return out, SiteLowering(name, "tiled_attention", form_name, detail, _rows(plan), width)
+
+
+def _rows(plan: TilePlan | HeadPlan) -> int:
+    return plan.rows if isinstance(plan, TilePlan) else plan.parts[0][1].rows
 
 
 def _expand_sdpa(r: Recorder, node: ir.Node, name: str) -> tuple[ir.Value, SiteLowering]:

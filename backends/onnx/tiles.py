@@ -11,7 +11,7 @@ Shapes: q [b, hq, s, d], k [b, hkv, t, d], v [b, hkv, t, f] -> [b, hq, s, f].
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,9 @@ from attn_rewrite.backends.onnx.gathered import Gathered
 from attn_rewrite.backends.onnx.graph import Recorder
 from attn_rewrite.backends.onnx.rows import Operands, RowSoftmax
 from attn_rewrite.cascade.attention import QK, SoftmaxAttention
-from attn_rewrite.cascade.expr import FALSE, TRUE, ranks_of
+from attn_rewrite.cascade.cover import heads_differ
+from attn_rewrite.cascade.expr import FALSE, TRUE, Const, H, ranks_of, substitute
+from attn_rewrite.cascade.simplify import simplify
 from attn_rewrite.errors import LowerError
 
 DEFAULT_ROWS = 128
@@ -50,8 +52,26 @@ class TilePlan:
         """The keys of a step; None where it reads all of them."""
         return None if self.dense else sum(s.width or 0 for s in self.segments)
 
+    def __str__(self) -> str:
+        return f"{self.rows} queries a step, " + ", ".join(map(str, self.segments))
 
-Plan = TilePlan | BlockPlan
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """Consecutive query heads, half-open, with bands of their own."""
+
+    parts: tuple[tuple[tuple[int, int], TilePlan], ...]
+
+    @property
+    def dense(self) -> bool:
+        """True where some head reads every key."""
+        return any(plan.dense for _, plan in self.parts)
+
+    def __str__(self) -> str:
+        return "; ".join(f"heads {a} to {b - 1}: {plan}" for (a, b), plan in self.parts)
+
+
+Plan = TilePlan | HeadPlan | BlockPlan
 
 
 def plan_tiles(form: SoftmaxAttention, rows: int = DEFAULT_ROWS) -> TilePlan:
@@ -70,13 +90,28 @@ def choose_plan(form: SoftmaxAttention, inputs: Sequence[ir.Value], rows: int) -
     q, k, _, *reads = inputs
     sizes = [None if x.shape is None else x.shape[i] for x, i in ((q, 1), (q, 2), (k, 2))]
     heads, q_len, kv_len = (n if isinstance(n, int) else None for n in sizes)
-    if heads is None or q_len is None or kv_len is None or form.guard in (TRUE, FALSE):
+    if heads is None or form.guard in (TRUE, FALSE):
         return bands
+    if q_len is None or kv_len is None:
+        return plan_heads(form, heads, rows) if bands.dense and heads_differ(form.guard) else bands
     batch = q.shape[0] if q.shape is not None and isinstance(q.shape[0], int) else 1
     problem = Problem(heads, form.group, q_len, kv_len, batch)
     blocks = plan_blocks(form.guard, problem, rows, _known(reads, form))
     band_pairs = heads * q_len * min(bands.width or kv_len, kv_len)
     return blocks if blocks.pairs <= WORTH_BLOCKS * band_pairs else bands
+
+
+def plan_heads(form: SoftmaxAttention, heads: int, rows: int) -> HeadPlan:
+    """Bands of every head, heads with equal ones together."""
+    parts: list[tuple[tuple[int, int], TilePlan]] = []
+    for head in range(heads):
+        guard = simplify(substitute(form.guard, {H: Const(head)}))
+        plan = plan_tiles(replace(form, guard=guard), rows)
+        if parts and parts[-1][1] == plan:
+            parts[-1] = ((parts[-1][0][0], head + 1), plan)
+        else:
+            parts.append(((head, head + 1), plan))
+    return HeadPlan(tuple(parts))
 
 
 def _known(reads: Sequence[ir.Value], form: SoftmaxAttention) -> dict[str, np.ndarray[Any, Any]]:
@@ -117,9 +152,26 @@ def emit_attention(
     operands = Operands(q, k, v, tuple(reads), heads, dtype)
     if isinstance(plan, BlockPlan):
         out = Gathered(r, operands, form, plan).emit()
+    elif isinstance(plan, HeadPlan):
+        each = [_of_heads(r, operands, form, span, part) for span, part in plan.parts]
+        out = r.op("Concat", *each, axis=1)
     else:
         out = _Tiled(r, operands, form, plan).emit()
     return out if result == dtype else r.cast(out, result)
+
+
+def _of_heads(
+    r: Recorder, x: Operands, form: SoftmaxAttention, span: tuple[int, int], plan: TilePlan
+) -> ir.Value:
+    """The query heads ``span`` with the key heads they read, tiled by ``plan``."""
+    first, stop = span
+    apart = bool(first % form.group or stop % form.group)
+    # A part of the heads that share a key head takes a copy of it for each.
+    keys = [h // form.group for h in range(first, stop, 1 if apart else form.group)]
+    q = r.op("Gather", x.q, r.integers(list(range(first, stop))), axis=1)
+    k, v = (r.op("Gather", t, r.integers(keys), axis=1) for t in (x.k, x.v))
+    part = Operands(q, k, v, x.reads, stop - first, x.dtype, first, x.heads)
+    return _Tiled(r, part, replace(form, group=1 if apart else form.group), plan).emit()
 
 
 class _Tiled:
@@ -133,7 +185,7 @@ class _Tiled:
         # A block is never longer than the sequence, so that one query (decoding) costs one row.
         self.rows = r.op("Min", self.extents["q"], r.integers([plan.rows]))
         self.row_offsets = r.counting(self.rows)
-        self.heads = r.counting(self.extents["h"])
+        self.heads = r.integers(list(range(operands.first, operands.first + operands.heads)))
         self.batch = r.counting(self.extents["b"])
         self.keys = r.counting(self.extents["kv"]) if plan.dense else None
         self.key_offsets = [self._offsets(s) for s in plan.segments if s.width is not None]
@@ -142,7 +194,7 @@ class _Tiled:
         r, x = self.r, self.x
         found = {
             "b": r.extent(x.q, 0),
-            "h": r.integers([x.heads]),
+            "h": r.integers([x.every or x.heads]),
             "q": r.extent(x.q, 2),
             "kv": r.extent(x.k, 2),
         }
@@ -268,7 +320,7 @@ class _Tiled:
     def _frame(self, rows: ir.Value, columns: ir.Value, product: ir.Value) -> Frame:
         coordinates = {
             "b": Coordinate(self.batch, True),
-            "h": Coordinate(self.heads, True),
+            "h": Coordinate(self.heads, self.x.every is None),
             "q": Coordinate(rows, False),
             "kv": Coordinate(columns, self.keys is not None),
         }
