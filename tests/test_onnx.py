@@ -361,7 +361,7 @@ def test_run_in_a_child_process_gives_the_same(artifact: OnnxArtifact) -> None:
         ({"opset": 28}, PolicyError, "18 to 24"),
         ({"opset": 17}, PolicyError, "starts at 18"),
         ({"target": "portabel"}, PolicyError, "portable or onnxruntime"),
-        ({"target": "onnxruntime"}, LowerError, "portable"),
+        ({"target": "onnxruntime"}, PolicyError, "portable"),
     ],
 )
 def test_bad_options(options: dict, error: type, words: str, tmp_path: Path) -> None:

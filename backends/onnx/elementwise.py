@@ -257,12 +257,16 @@ class Elementwise:
             raise LowerError(f"ONNX: the mask or score reads {tensor!r}, which is not given.")
         value, _ = self.frame.reads[tensor]
         used = [sorted(ranks_of(i)) for i in index]
-        flat = [name for names in used for name in names]
-        separable = all(len(n) <= 1 for n in used) and len(set(flat)) == len(flat)
-        out = self._read_axes(value, index, used) if separable else self._read_flat(value, index)
+        apart = self._separable(used)
+        out = self._read_axes(value, index, used) if apart else self._read_flat(value, index)
         kind = kind_of(value.dtype)
         wide = {"bool": ir.DataType.BOOL, "int": ir.DataType.INT64, "float": self.frame.dtype}[kind]
         return Typed(out if value.dtype == wide else self.recorder.cast(out, wide), kind)
+
+    def _separable(self, used: list[list[str]]) -> bool:
+        """True if every index depends on one rank at most, and no two on the same."""
+        flat = [name for names in used for name in names]
+        return all(len(n) <= 1 for n in used) and len(set(flat)) == len(flat)
 
     def _read_axes(
         self, value: ir.Value, index: tuple[Expr, ...], used: list[list[str]]
@@ -303,6 +307,20 @@ class Elementwise:
 def _axis(names: list[str]) -> int:
     """Where an index axis goes in the tile; axes that depend on no rank go first and vanish."""
     return AXES.index(names[0]) if names else -1
+
+
+class Joined(Elementwise):
+    """Expressions over a tile of unrelated rows: coordinates come shaped ``[b, items, q, kv]``.
+
+    Every item has a head, queries and keys of its own, so that no axis of the tile is one rank's,
+    and every read is a gather from the flattened tensor.
+    """
+
+    def _spread(self, rank: str) -> ir.Value:
+        return self._coordinate(rank)
+
+    def _separable(self, used: list[list[str]]) -> bool:
+        return False
 
 
 _SPECIAL: Mapping[str, Callable[[Elementwise, tuple[Typed, ...]], Typed]] = {

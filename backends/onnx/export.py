@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from attn_rewrite.backends.onnx.artifact import OnnxArtifact
+    from attn_rewrite.backends.onnx.sites import SiteLowering
 
 TARGETS = ("portable", "onnxruntime")
 DEFAULT_OPSET, IR_VERSION = 20, 10
@@ -57,7 +58,7 @@ def export_onnx(
     form, `ToolError` where a package is missing or a tool fails, `VerifyError` where the numbers
     disagree; no file is left behind then.
     """
-    number = _checked(target, opset)
+    number = check_options(target, opset)
     require_exporter()
     from attn_rewrite.backends.onnx.artifact import OnnxArtifact
     from attn_rewrite.backends.onnx.names import (
@@ -75,6 +76,7 @@ def export_onnx(
         rename_outputs(model, output_names(program))
         _finish(model, number)
         rename_axes(model, axis_names(program))
+    _check_sparse(optimized, sites)
     census = node_census(model)
     _check_census(census)
     metadata = _metadata(optimized, target, number, [s.to_json() for s in sites])
@@ -93,14 +95,17 @@ def export_onnx(
     return _write(model, draft, verify)
 
 
-def _checked(target: str, opset: int | None) -> int:
+def check_options(target: str, opset: int | None = None) -> int:
+    """The opset to write for these options; `PolicyError` where they cannot be served.
+
+    Needs no model, so that a command can ask before it loads one.
+    """
     if target not in TARGETS:
         raise PolicyError(f"unknown ONNX target {target!r}; expected {' or '.join(TARGETS)}.")
     if target == "onnxruntime":
-        reason = "com.microsoft operators are not emitted yet"
-        raise LowerError(
-            f"ONNX target 'onnxruntime': {reason}; use target='portable', which ONNX Runtime runs.",
-            [Refusal("onnx-target", reason)],
+        raise PolicyError(
+            "ONNX target 'onnxruntime' is not available: com.microsoft operators are not emitted "
+            "yet; use 'portable', which ONNX Runtime runs."
         )
     number = DEFAULT_OPSET if opset is None else opset
     if number in OPSETS:
@@ -228,6 +233,22 @@ def node_census(model: ir.Model) -> dict[str, int]:
             plain = node.domain in ("", "ai.onnx")
             counts[node.op_type if plain else f"{node.domain}::{node.op_type}"] += 1
     return dict(sorted(counts.items()))
+
+
+def _check_sparse(optimized: Any, sites: tuple[SiteLowering, ...]) -> None:
+    """A site that the plan makes sparse never leaves as a dense mask."""
+    from attn_rewrite.passes.transform import SparsePattern
+
+    steps = getattr(getattr(optimized, "plan", None), "steps", ())
+    sparse = {s.site for s in steps if any(isinstance(t, SparsePattern) for t in s.transforms)}
+    dense = [s for s in sites if s.name in sparse and s.form == "dense mask"]
+    if dense:
+        reason = f"the plan makes it sparse, and here it would compute {dense[0].detail}"
+        raise LowerError(
+            f"ONNX: {dense[0].name}: {reason}; export with fixed lengths, where the blocks to run "
+            "are known, or keep the site exact.",
+            [Refusal("onnx-dense-mask", s.detail, site=s.name) for s in dense],
+        )
 
 
 def _check_census(census: Mapping[str, int]) -> None:

@@ -16,9 +16,16 @@ import onnx_ir as ir
 import torch
 from onnxscript import values
 
+from attn_rewrite.backends.onnx.blocks import BlockPlan
 from attn_rewrite.backends.onnx.dense import SdpaOptions, emit_sdpa
 from attn_rewrite.backends.onnx.graph import Recorder
-from attn_rewrite.backends.onnx.tiles import DEFAULT_ROWS, emit_attention, plan_tiles
+from attn_rewrite.backends.onnx.tiles import (
+    DEFAULT_ROWS,
+    HeadPlan,
+    TilePlan,
+    choose_plan,
+    emit_attention,
+)
 from attn_rewrite.cascade.attention import SoftmaxAttention, as_softmax
 from attn_rewrite.errors import LowerError
 from attn_rewrite.site import Refusal
@@ -36,7 +43,8 @@ _ANY = [*_FLOATS, "tensor(bool)", *(f"tensor(int{n})" for n in (8, 16, 32, 64)),
 class SiteLowering:
     """How one attention left for ONNX.
 
-    ``form`` is ``"tiles"`` (keys outside the mask's bands are never read), ``"dense mask"`` (every
+    ``form`` is ``"tiles"`` (keys outside the mask's bands are never read), ``"blocks"`` (only the
+    blocks of ``tiles``, executed and total over all heads, are computed), ``"dense mask"`` (every
     key is read and the mask applied: nothing is saved), ``"dense"`` (MatMul and Softmax over all
     keys), ``"operators"`` (the graph's own) or the name of an operator.  ``detail`` says more in
     words; ``rows`` and ``width`` are the queries and keys of a step of the tiled form.
@@ -48,13 +56,14 @@ class SiteLowering:
     detail: str
     rows: int | None = None
     width: int | None = None
+    tiles: tuple[int, int] | None = None
 
     @property
     def skips(self) -> bool:
         """True where the lowering really leaves out what the mask excludes."""
-        return self.form == "tiles"
+        return self.form in ("tiles", "blocks")
 
-    def to_json(self) -> dict[str, str | int | bool | None]:
+    def to_json(self) -> dict[str, Any]:
         """Plain values for metadata and reports."""
         return {
             "name": self.name,
@@ -63,6 +72,7 @@ class SiteLowering:
             "detail": self.detail,
             "rows": self.rows,
             "width": self.width,
+            "tiles": None if self.tiles is None else list(self.tiles),
             "skips": self.skips,
         }
 
@@ -184,15 +194,24 @@ def _form_of(node: ir.Node, name: str) -> SoftmaxAttention:
 
 def _expand_tiled(r: Recorder, node: ir.Node, name: str) -> tuple[ir.Value, SiteLowering]:
     form = _form_of(node, name)
-    plan = plan_tiles(form, _attribute(node, "block") or DEFAULT_ROWS)
-    out = emit_attention(r, [i for i in node.inputs if i is not None], form, plan)
+    inputs = [i for i in node.inputs if i is not None]
+    plan = choose_plan(form, inputs, _attribute(node, "block") or DEFAULT_ROWS)
+    out = emit_attention(r, inputs, form, plan)
+    if isinstance(plan, BlockPlan):
+        counts = (plan.executed, plan.total)
+        return out, SiteLowering(
+            name, "tiled_attention", "blocks", str(plan), plan.block, tiles=counts
+        )
+    form_name, detail = "tiles", str(plan)
     if plan.dense:
         form_name = "dense mask"
-        detail = f"every key of {plan.rows} queries a step: no fixed band in {form.guard}"
-    else:
-        form_name = "tiles"
-        detail = f"{plan.rows} queries a step, " + ", ".join(map(str, plan.segments))
-    return out, SiteLowering(name, "tiled_attention", form_name, detail, plan.rows, plan.width)
+        detail = f"every key of {_rows(plan)} queries a step: no fixed band in {form.guard}"
+    width = plan.width if isinstance(plan, TilePlan) else None
+    return out, SiteLowering(name, "tiled_attention", form_name, detail, _rows(plan), width)
+
+
+def _rows(plan: TilePlan | HeadPlan) -> int:
+    return plan.rows if isinstance(plan, TilePlan) else plan.parts[0][1].rows
 
 
 def _expand_sdpa(r: Recorder, node: ir.Node, name: str) -> tuple[ir.Value, SiteLowering]:

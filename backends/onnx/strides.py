@@ -10,6 +10,11 @@ from torch.export import ExportedProgram
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 
+def _takes(user: torch.fx.Node, clone: torch.fx.Node) -> bool:
+    """Whether ``user`` gets the clone: results keep their names, and nothing reshapes them."""
+    return user is not clone and user.op != "output"
+
+
 def contiguous_attention(program: ExportedProgram) -> ExportedProgram:
     """``program`` with every attention output made contiguous; the same object without any.
 
@@ -34,7 +39,9 @@ def contiguous_attention(program: ExportedProgram) -> ExportedProgram:
         clone.meta = dict(node.meta)
         with value.fake_mode:
             clone.meta["val"] = torch.empty_like(value, memory_format=torch.contiguous_format)
-        node.replace_all_uses_with(clone, delete_user_cb=lambda user, made=clone: user is not made)
+        node.replace_all_uses_with(
+            clone, delete_user_cb=lambda user, made=clone: _takes(user, made)
+        )
     module.graph = graph
     return ExportedProgram(
         root=module,

@@ -10,20 +10,28 @@ Shapes: q [b, hq, s, d], k [b, hkv, t, d], v [b, hkv, t, f] -> [b, hq, s, f].
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from attn_rewrite.backends.onnx.bands import EVERY_KEY, Segment, segments
+from attn_rewrite.backends.onnx.blocks import BlockPlan, Problem, plan_blocks
 from attn_rewrite.backends.onnx.elementwise import Coordinate, Elementwise, Frame, Typed, affine
+from attn_rewrite.backends.onnx.gathered import Gathered
 from attn_rewrite.backends.onnx.graph import Recorder
+from attn_rewrite.backends.onnx.rows import Operands, RowSoftmax
 from attn_rewrite.cascade.attention import QK, SoftmaxAttention
-from attn_rewrite.cascade.expr import FALSE, TRUE, Call, Const, Expr, Read, ranks_of, walk
+from attn_rewrite.cascade.cover import heads_differ
+from attn_rewrite.cascade.expr import FALSE, TRUE, Const, H, ranks_of, substitute
+from attn_rewrite.cascade.simplify import simplify
 from attn_rewrite.errors import LowerError
 
 DEFAULT_ROWS = 128
+# Blocks must leave out this share of what bands compute: their gathers cost more than slices.
+WORTH_BLOCKS = 0.8
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
@@ -44,6 +52,27 @@ class TilePlan:
         """The keys of a step; None where it reads all of them."""
         return None if self.dense else sum(s.width or 0 for s in self.segments)
 
+    def __str__(self) -> str:
+        return f"{self.rows} queries a step, " + ", ".join(map(str, self.segments))
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """Consecutive query heads, half-open, with bands of their own."""
+
+    parts: tuple[tuple[tuple[int, int], TilePlan], ...]
+
+    @property
+    def dense(self) -> bool:
+        """True where some head reads every key."""
+        return any(plan.dense for _, plan in self.parts)
+
+    def __str__(self) -> str:
+        return "; ".join(f"heads {a} to {b - 1}: {plan}" for (a, b), plan in self.parts)
+
+
+Plan = TilePlan | HeadPlan | BlockPlan
+
 
 def plan_tiles(form: SoftmaxAttention, rows: int = DEFAULT_ROWS) -> TilePlan:
     """The tiling of ``form`` with ``rows`` queries a step."""
@@ -51,16 +80,48 @@ def plan_tiles(form: SoftmaxAttention, rows: int = DEFAULT_ROWS) -> TilePlan:
     return TilePlan(rows, (EVERY_KEY,) if EVERY_KEY in found else found)
 
 
-@dataclass(frozen=True)
-class Operands:
-    """The attention's inputs as ONNX values, already in the type of the arithmetic."""
+def choose_plan(form: SoftmaxAttention, inputs: Sequence[ir.Value], rows: int) -> Plan:
+    """Bands that follow the queries where the mask has them, else the blocks of its cover.
 
-    q: ir.Value
-    k: ir.Value
-    v: ir.Value
-    reads: tuple[ir.Value, ...]
-    heads: int
-    dtype: ir.DataType
+    Blocks need fixed lengths.  They also replace bands that are the same for all heads where the
+    cover is much smaller, as it is where heads differ.
+    """
+    bands = plan_tiles(form, rows)
+    q, k, _, *reads = inputs
+    sizes = [None if x.shape is None else x.shape[i] for x, i in ((q, 1), (q, 2), (k, 2))]
+    heads, q_len, kv_len = (n if isinstance(n, int) else None for n in sizes)
+    if heads is None or form.guard in (TRUE, FALSE):
+        return bands
+    if q_len is None or kv_len is None:
+        return plan_heads(form, heads, rows) if bands.dense and heads_differ(form.guard) else bands
+    batch = q.shape[0] if q.shape is not None and isinstance(q.shape[0], int) else 1
+    problem = Problem(heads, form.group, q_len, kv_len, batch)
+    blocks = plan_blocks(form.guard, problem, rows, _known(reads, form))
+    band_pairs = heads * q_len * min(bands.width or kv_len, kv_len)
+    return blocks if blocks.pairs <= WORTH_BLOCKS * band_pairs else bands
+
+
+def plan_heads(form: SoftmaxAttention, heads: int, rows: int) -> HeadPlan:
+    """Bands of every head, heads with equal ones together."""
+    parts: list[tuple[tuple[int, int], TilePlan]] = []
+    for head in range(heads):
+        guard = simplify(substitute(form.guard, {H: Const(head)}))
+        plan = plan_tiles(replace(form, guard=guard), rows)
+        if parts and parts[-1][1] == plan:
+            parts[-1] = ((parts[-1][0][0], head + 1), plan)
+        else:
+            parts.append(((head, head + 1), plan))
+    return HeadPlan(tuple(parts))
+
+
+def _known(reads: Sequence[ir.Value], form: SoftmaxAttention) -> dict[str, np.ndarray[Any, Any]]:
+    """The values of the reads that are constants of the model."""
+    found = {}
+    for value, declared in zip(reads, form.reads, strict=True):
+        tensor = ir.convenience.get_const_tensor(value)
+        if tensor is not None:
+            found[declared.name] = tensor.numpy()
+    return found
 
 
 def _static(value: ir.Value, axis: int, what: str) -> int:
@@ -77,7 +138,7 @@ def emit_attention(
     r: Recorder,
     inputs: Sequence[ir.Value],
     form: SoftmaxAttention,
-    plan: TilePlan,
+    plan: Plan,
 ) -> ir.Value:
     """Record ``form`` over ``inputs`` (q, k, v, then the reads) and return its output."""
     q, k, v, *reads = inputs
@@ -89,8 +150,28 @@ def emit_attention(
     if result != dtype:
         q, k, v = (r.cast(x, dtype) for x in (q, k, v))
     operands = Operands(q, k, v, tuple(reads), heads, dtype)
-    out = _Tiled(r, operands, form, plan).emit()
+    if isinstance(plan, BlockPlan):
+        out = Gathered(r, operands, form, plan).emit()
+    elif isinstance(plan, HeadPlan):
+        each = [_of_heads(r, operands, form, span, part) for span, part in plan.parts]
+        out = r.op("Concat", *each, axis=1)
+    else:
+        out = _Tiled(r, operands, form, plan).emit()
     return out if result == dtype else r.cast(out, result)
+
+
+def _of_heads(
+    r: Recorder, x: Operands, form: SoftmaxAttention, span: tuple[int, int], plan: TilePlan
+) -> ir.Value:
+    """The query heads ``span`` with the key heads they read, tiled by ``plan``."""
+    first, stop = span
+    apart = bool(first % form.group or stop % form.group)
+    # A part of the heads that share a key head takes a copy of it for each.
+    keys = [h // form.group for h in range(first, stop, 1 if apart else form.group)]
+    q = r.op("Gather", x.q, r.integers(list(range(first, stop))), axis=1)
+    k, v = (r.op("Gather", t, r.integers(keys), axis=1) for t in (x.k, x.v))
+    part = Operands(q, k, v, x.reads, stop - first, x.dtype, first, x.heads)
+    return _Tiled(r, part, replace(form, group=1 if apart else form.group), plan).emit()
 
 
 class _Tiled:
@@ -104,7 +185,7 @@ class _Tiled:
         # A block is never longer than the sequence, so that one query (decoding) costs one row.
         self.rows = r.op("Min", self.extents["q"], r.integers([plan.rows]))
         self.row_offsets = r.counting(self.rows)
-        self.heads = r.counting(self.extents["h"])
+        self.heads = r.integers(list(range(operands.first, operands.first + operands.heads)))
         self.batch = r.counting(self.extents["b"])
         self.keys = r.counting(self.extents["kv"]) if plan.dense else None
         self.key_offsets = [self._offsets(s) for s in plan.segments if s.width is not None]
@@ -113,7 +194,7 @@ class _Tiled:
         r, x = self.r, self.x
         found = {
             "b": r.extent(x.q, 0),
-            "h": r.integers([x.heads]),
+            "h": r.integers([x.every or x.heads]),
             "q": r.extent(x.q, 2),
             "kv": r.extent(x.k, 2),
         }
@@ -239,7 +320,7 @@ class _Tiled:
     def _frame(self, rows: ir.Value, columns: ir.Value, product: ir.Value) -> Frame:
         coordinates = {
             "b": Coordinate(self.batch, True),
-            "h": Coordinate(self.heads, True),
+            "h": Coordinate(self.heads, self.x.every is None),
             "q": Coordinate(rows, False),
             "kv": Coordinate(columns, self.keys is not None),
         }
@@ -258,78 +339,8 @@ class _Tiled:
     def _finish(
         self, r: Recorder, emitter: Elementwise, keep: ir.Value | None, v: ir.Value
     ) -> ir.Value:
-        """Softmax of the score, times the weight, times V; rows that keep nothing give 0.
-
-        A row whose kept scores are all -inf keeps nothing either, as in torch's attention.
-        """
-        score, dtype = self._score(r, emitter), self.x.dtype
-        some: ir.Value | None = None
-        empty: ir.Value | None = None
-        if not always_finite(self.form.score):
-            score = score if keep is None else r.masked(keep, score, dtype)
-            top = r.op("ReduceMax", score, r.integers([-1]), keepdims=1)
-            empty = r.op("IsInf", top, detect_positive=0)
-        elif keep is not None:
-            score, some = self._biased(r, score, keep)
-        probabilities = self._softmax(r, emitter, score)
-        if self.form.weight is not None:
-            probabilities = r.op("Mul", probabilities, emitter.number(self.form.weight))
-        out = self._unstacked(r, r.op("MatMul", self._stacked(r, probabilities), v))
-        if some is not None:
-            return r.op("Mul", out, some)
-        return out if empty is None else r.op("Where", empty, r.number(0.0, dtype), out)
-
-    def _score(self, r: Recorder, emitter: Elementwise) -> ir.Value:
-        """The score, spread over the tile where it does not contain the product."""
-        score = emitter.number(self.form.score)
-        if QK in walk(self.form.score):
-            return score
-        return r.op("Expand", score, r.op("Shape", emitter.emit(QK).value))
-
-    def _biased(self, r: Recorder, score: ir.Value, keep: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """The score with -inf added where masked, and 1 or 0 per row: whether it keeps a key.
-
-        A row that keeps none is left unmasked, to be multiplied by 0 afterwards.  Adding a bias of
-        the mask's own (small) shape is many times faster in ONNX Runtime than selecting.
-        """
-        dtype = self.x.dtype
-        some = r.nonempty(keep, dtype)
-        empty = r.op("Not", r.cast(some, ir.DataType.BOOL))
-        zero, lowest = r.number(0.0, dtype), r.number(-math.inf, dtype)
-        bias = r.op("Where", r.op("Or", keep, empty), zero, lowest)
-        return r.op("Add", score, bias), some
-
-    def _softmax(self, r: Recorder, emitter: Elementwise, score: ir.Value) -> ir.Value:
-        """Over the columns; a sink is one more column, dropped again."""
-        if self.form.sink is None:
-            return r.op("Softmax", score, axis=-1)
-        shape = r.op("Concat", r.op("Shape", score, start=0, end=3), r.integers([1]), axis=0)
-        column = r.op("Expand", emitter.number(self.form.sink), shape)
-        extended = r.op("Softmax", r.op("Concat", score, column, axis=-1), axis=-1)
-        cut = (r.integers([0]), r.integers([-1]), r.integers([-1]))
-        return r.op("Slice", extended, *cut)
-
-
-_FINITE = frozenset(
-    ("add", "sub", "mul", "neg", "abs", "min", "max", "clip", "tanh", "sigmoid", "relu", "sign")
-)
-
-
-def always_finite(score: Expr) -> bool:
-    """True where a score is finite for every finite product, masked points included."""
-    for node in walk(score):
-        match node:
-            case Read():
-                if node != QK:
-                    return False
-            case Const(value):
-                if not math.isfinite(value):
-                    return False
-            case Call(op) if op not in _FINITE and not _divides_by_number(node):
-                return False
-    return True
-
-
-def _divides_by_number(node: Call) -> bool:
-    divisor = node.args[-1]
-    return node.op == "div" and isinstance(divisor, Const) and bool(divisor.value)
+        """Softmax of the score, times the weight, times V; rows that keep nothing give 0."""
+        rows = RowSoftmax(r, emitter, self.form, self.x.dtype)
+        return rows.attend(
+            keep, lambda p: self._unstacked(r, r.op("MatMul", self._stacked(r, p), v))
+        )

@@ -155,6 +155,13 @@ def _onnx_files(exports: list[str]) -> dict[str, str]:
         kind, _, target = text.partition(":")
         if kind == "onnx" and (target or "portable") not in targets:
             targets.append(target or "portable")
+    if targets:
+        from attn_rewrite.backends.onnx.export import check_options
+        from attn_rewrite.backends.onnx.runtime import require_exporter
+
+        require_exporter()
+        for target in targets:
+            check_options(target)
     names = ["model.onnx", *(f"model.{target}.onnx" for target in targets[1:])]
     return dict(zip(names, targets, strict=False))
 
