@@ -52,7 +52,7 @@ def _table() -> dict[str, Operator]:
     table["isneginf"] = Operator("isneginf", 1, boolean=True)
     table["where"] = Operator("where", 3)
     table["clip"] = Operator("clip", 3)
-    for dtype in ("f64", "f32", "f16", "bf16", "i64", "i32", "i8", "bool"):
+    for dtype in ("f64", "f32", "f16", "bf16", "f8e4m3", "f8e5m2", "i64", "i32", "i8", "bool"):
         table[f"cast_{dtype}"] = Operator(f"cast_{dtype}", 1, boolean=dtype == "bool")
     return table
 
