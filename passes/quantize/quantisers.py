@@ -14,8 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from attn_rewrite.cascade.expr import Const, Expr, Rank, call, where
-from attn_rewrite.cascade.values import FLOAT8
+from attn_rewrite.cascade.expr import FLOAT8, Expr, Rank, call, where
 
 # No scale is smaller than this over the largest code: a block of zeros has codes of 0, not 0 / 0.
 EPSILON = 1e-30

@@ -284,7 +284,7 @@ class _Writer:
         """AV from the product of codes: divided, scaled, and the mean of V back."""
         value = plain
         if self.scheme.p is not None:
-            value = value * self.only(H, call("reciprocal", self.scheme.p.limit), 1.0)
+            value = value / self.only(H, Const(self.scheme.p.limit), 1.0)
         group = {self.staged.head: self.staged.kv_head}
         if self.scheme.v is not None:
             index = self.scheme.v.granularity.index(self.staged.kv_head, KV, F)

@@ -59,6 +59,13 @@ def _table() -> dict[str, Operator]:
 
 OPERATORS: Mapping[str, Operator] = _table()
 
+# Stored bits of the significand, smallest exponent and largest value of the 8-bit floats (OCP 8-bit
+# floating point specification 1.0, table 1; E4M3 has no infinities).
+FLOAT8: Mapping[str, tuple[int, int, float]] = {
+    "f8e4m3": (3, -6, 448.0),
+    "f8e5m2": (2, -14, 57344.0),
+}
+
 
 @dataclass(frozen=True, eq=True)
 class Expr:

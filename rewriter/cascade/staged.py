@@ -222,7 +222,7 @@ def core_of(staged: StagedAttention, name: str = "attention") -> Cascade:
     own = tuple(
         t
         for t in whole.inputs[:3]
-        if t.name in (staged.q, staged.k, staged.v) or t.name in _core_reads(staged)
+        if t.name in (staged.q, staged.k, staged.v) or t.name in core_reads(staged)
     )
     made = tuple(staged.declaration(t) for t in stages)
     return replace(
@@ -240,12 +240,13 @@ def _is_core(staged: StagedAttention, decl: TensorDecl) -> bool:
 
 def read_stages(staged: StagedAttention) -> tuple[str, ...]:
     """Stage tensors that the attention itself reads, in the order they are written."""
-    wanted = _core_reads(staged)
+    wanted = core_reads(staged)
     written = dict.fromkeys(e.out.tensor for e in staged.stages)
     return tuple(t for t in written if t in wanted)
 
 
-def _core_reads(staged: StagedAttention) -> frozenset[str]:
+def core_reads(staged: StagedAttention) -> frozenset[str]:
+    """Every tensor that the attention reads once its stages are done."""
     form = staged.form
     parts = [form.score, form.guard, form.weight, form.sink, staged.probability, staged.output]
     if staged.peak is not None:

@@ -13,15 +13,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from attn_rewrite.cascade.expr import Call, Const, Expr, Extent, Rank, Read, walk
+from attn_rewrite.cascade.expr import FLOAT8, Call, Const, Expr, Extent, Rank, Read, walk
 from attn_rewrite.cascade.extents import shift_of
 from attn_rewrite.errors import CascadeError
 
 _FLOATS = {"f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _INTEGERS = {"i64": 64, "i32": 32, "i8": 8}
-# Stored bits of the significand, smallest exponent and largest value of the 8-bit floats (OCP 8-bit
-# floating point specification, table 1; E4M3 without infinities).
-FLOAT8 = {"f8e4m3": (3, -6, 448.0), "f8e5m2": (2, -14, 57344.0)}
 
 
 @dataclass
