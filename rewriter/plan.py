@@ -250,9 +250,9 @@ def expected_tiles(site: Site, cascade: Cascade, block: int = 128) -> tuple[int,
     None where a length is dynamic or the cascade is no softmax attention.
     """
     from attn_rewrite.backends.torch.schedule import make_schedule
-    from attn_rewrite.cascade.attention import as_softmax
+    from attn_rewrite.cascade.staged import attention_form
 
-    form = as_softmax(cascade)
+    form = attention_form(cascade)
     q_len, kv_len = site.q_len, site.kv_len
     if form is None or not isinstance(q_len, int) or not isinstance(kv_len, int):
         return None

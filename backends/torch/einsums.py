@@ -210,6 +210,9 @@ class _Machine:
         assert top is not None
         sizes = [size(self.build, value, d) for d in range(value_of(value).ndim)]
         groups = [emitter.emit(top + 1) if d == dim else n for d, n in enumerate(sizes)]
+        decl = next((t for t in self.cascade.tensors if t.name == e.out.tensor), None)
+        if decl is not None:  # later Einsums may iterate the groups
+            self.extents.setdefault(decl.ranks[dim], groups[dim])
         operation = dict(e.reduce).get(rank, "add")
         start = _REDUCTIONS[operation][1]  # of groups without a point; nothing reads them
         target = self.build.call(

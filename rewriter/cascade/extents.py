@@ -131,6 +131,7 @@ class _Solver:
             dims_out = [self._reach(i) for i in einsum.out.index]
             if None not in dims_out:
                 self.dims[einsum.out.tensor] = dims_out
+                self._groups(einsum.out, dims_out)
                 news = True
         return news
 
@@ -138,8 +139,17 @@ class _Solver:
         """The extent an output index gives; None where a rank of it is not known."""
         if not ranks_of(index) <= self.known.keys():
             return None
-        top = largest(index)
+        top = largest(index) if isinstance(index, Rank) or _is_grouped(index) else None
         return None if top is None else _number(top, self.known) + 1
+
+    def _groups(self, out: Read, dims: Sequence[int | None]) -> None:
+        """The declared rank of a dimension that counts groups (``q // 128``) has their number."""
+        decl = next((t for t in self.cascade.tensors if t.name == out.tensor), None)
+        if decl is None or len(decl.ranks) != len(dims):
+            return
+        for rank, index, extent in zip(decl.ranks, out.index, dims, strict=True):
+            if _is_grouped(index) and extent is not None and rank not in self.known:
+                self.learn(rank, extent, f"the groups of {out}")
 
     def needed(self) -> set[str]:
         """Every rank that an Einsum iterates."""
@@ -154,6 +164,11 @@ class _Solver:
 def _reads(einsum: Einsum) -> Iterator[Read]:
     for part in (einsum.expr, einsum.guard):
         yield from (n for n in walk(part) if isinstance(n, Read))
+
+
+def _is_grouped(index: Expr) -> bool:
+    """Does the index put several points of a rank together?"""
+    return any(isinstance(n, Call) and n.op == "floordiv" for n in walk(index))
 
 
 def largest(index: Expr) -> Expr | None:
