@@ -31,9 +31,9 @@ from attn_rewrite.backends.torch.form import (
 from attn_rewrite.backends.torch.mapped import mapped_attention
 from attn_rewrite.backends.torch.ops import tiled_attention
 from attn_rewrite.backends.torch.schedule import block_tables, make_schedule
-from attn_rewrite.backends.torch.staged import emit_prepared, prepared
+from attn_rewrite.backends.torch.staged import emit_mapped, emit_prepared, prepared, rounds
 from attn_rewrite.cascade.attention import SoftmaxAttention, as_softmax, softmax_cascade
-from attn_rewrite.cascade.expr import TRUE, Expr, ranks_of, tensors_of
+from attn_rewrite.cascade.expr import TRUE, Expr, ranks_of, tensors_of, walk
 from attn_rewrite.cascade.ir import Cascade
 from attn_rewrite.cascade.staged import StagedAttention, as_staged
 from attn_rewrite.graph import Builder, GraphBuilder, aten
@@ -47,6 +47,7 @@ WORTHWHILE = 0.1
 # The length a guard is tried at where the graph does not fix one.
 _TYPICAL_LENGTH = 4096
 _ANY_TYPE = "float16, bfloat16, float32, float64"
+_CONTRACT = {"dtypes": _ANY_TYPE, "head dims": "any", "query without keys": "0", "dropout": "0"}
 
 
 @dataclass(frozen=True)
@@ -286,8 +287,12 @@ def _lower_staged(
     if dropout:
         reason = f"{cascade.name} has dropout {dropout}, which no kernel of rounded operands has"
         return Refusal("not-lowered", reason)
-    if staged.probability is not None:
+    if staged.probability is not None and any(map(rounds, walk(staged.probability))):
         return _lower_mapped(cascade, block)
+    if staged.probability is not None:
+        why = "its probabilities are mapped before they multiply V"
+        plan = partial(emit_mapped, cascade.inputs, staged)
+        return Kernel("dense", cascade, Exactness.REASSOCIATED, why, _CONTRACT, plan)
     held = prepared(staged)
     inner = lower(softmax_cascade(held.form, cascade.name), block=block, extents=extents)
     if isinstance(inner, Refusal):
@@ -309,9 +314,8 @@ def _lower_mapped(cascade: Cascade, block: int) -> Kernel:
         op = torch.ops.attn_rewrite.mapped_attention.default
         return build.call(op, q, k, v, reads, text, block)
 
-    contract = {"dtypes": _ANY_TYPE, "head dims": "any", "query without keys": "0", "dropout": "0"}
-    why = "its probabilities are mapped before they multiply V; exact, not fast, on this backend"
-    return Kernel("mapped", cascade, Exactness.REASSOCIATED, why, contract, emit)
+    why = "its probabilities are rounded before they multiply V; exact, not fast, on this backend"
+    return Kernel("mapped", cascade, Exactness.REASSOCIATED, why, _CONTRACT, emit)
 
 
 # Cascades that are not softmax attention
@@ -328,9 +332,8 @@ def _lower_einsums(cascade: Cascade, dropout: float) -> Kernel | Refusal:
         named = dict(zip((t.name for t in cascade.inputs), inputs, strict=True))
         return emit_cascade(build, cascade, named)[cascade.outputs[0]]
 
-    contract = {"dtypes": _ANY_TYPE, "head dims": "any", "query without keys": "0", "dropout": "0"}
     why = "it is not a softmax attention, so its Einsums run one by one"
-    return Kernel("dense", cascade, Exactness.REASSOCIATED, why, contract, emit)
+    return Kernel("dense", cascade, Exactness.REASSOCIATED, why, _CONTRACT, emit)
 
 
 # Text

@@ -3,7 +3,8 @@
 Probabilities that are not mapped leave a plain softmax attention over codes.  No fused kernel of
 PyTorch multiplies integers, so scales are folded into the codes (`folded`: they are constant along
 the summed channels, which the placement rule has checked) and every kernel there is can take it.
-Mapped probabilities run in ``attn_rewrite::staged_attention``, tile by tile.
+Mapped probabilities that round run in ``attn_rewrite::mapped_attention``, tile by tile; others are
+plain operators.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from attn_rewrite.backends.torch.dense import emit_dense
 from attn_rewrite.backends.torch.einsums import emit_stages
 from attn_rewrite.backends.torch.emit import cast, dtype_of
 from attn_rewrite.cascade.attention import QK, SoftmaxAttention
@@ -125,7 +127,27 @@ def emit_prepared(
     assert kind is not None
     # Codes times scales are no numbers of a half type.
     work = torch.float64 if kind == torch.float64 else torch.float32
-    made = emit_stages(build, held.stages, {t.name: named[t.name] for t in held.stages.inputs})
+    given = {t.name: named[t.name] for t in held.stages.inputs}
+    made = emit_stages(build, held.stages, given) if given else {}
     first = [cast(build, made.get(n, named.get(n)), work) for n in held.operands]
     reads = [named[t.name] for t in decls[3:]]
     return [*first, *reads], kind
+
+
+def rounds(node: Expr) -> bool:
+    """Is the operator a step function, where an error of rounding becomes one of a whole step?"""
+    if not isinstance(node, Call):
+        return False
+    return node.op in ("round", "floor", "ceil", "cast_i8", "cast_f8e4m3", "cast_f8e5m2")
+
+
+def emit_mapped(
+    decls: Sequence[TensorDecl], staged: StagedAttention, build: Builder, inputs: Sequence[Any]
+) -> Any:
+    """A continuous map of normalised probabilities, as plain operators with gradients."""
+    held = prepared(staged)
+    operands, kind = emit_prepared(build, held, decls, inputs)
+    if not held.stages.body:
+        operands = list(inputs)
+    out = emit_dense(build, held.form, operands, probability=staged.probability)
+    return cast(build, out, kind)

@@ -25,6 +25,7 @@ from attn_rewrite.passes.cascade.merging import merge_cascade
 from attn_rewrite.passes.cascade.online import Step, emit
 from attn_rewrite.passes.cascade.placement import Placed, place
 from attn_rewrite.passes.cascade.proof import Fusion, FusionRefusal, Proof
+from attn_rewrite.passes.cascade.staging import fused_after_stages
 from attn_rewrite.site import Refusal
 
 
@@ -71,6 +72,15 @@ def fuse_reductions(
     before = count_passes(cascade, rank)
     if before <= 1:
         return Fusion(cascade, (), cascade.rank(rank), before, before)
+    staged = fused_after_stages(
+        cascade,
+        rank,
+        lambda rest: fuse_reductions(
+            rest, rank, tile=tile, lazy=lazy, reference=reference, local_rounding=local_rounding
+        ),
+    )
+    if staged is not None:
+        return staged
     flow = flow_of(cascade, rank)
     if isinstance(flow, FusionRefusal):
         return flow

@@ -26,11 +26,13 @@ LARGEST_HEAD = 1040
 class Quantisation(Transform):
     """A transform of operands: subclasses give `rewrite`, which edits a `StagedAttention`.
 
-    ``decodes``: it is made for few queries over a long cache.
+    ``decodes``: it is made for few queries over a long cache.  ``maps_only``: it changes the
+    probabilities and leaves the operands alone, so it goes with a transform that does not.
     """
 
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
     decodes: ClassVar[bool] = False
+    maps_only: ClassVar[bool] = False
 
     def rewrite(
         self, staged: StagedAttention, site: Site, heads: tuple[int, ...] | None
@@ -63,7 +65,7 @@ class Quantisation(Transform):
         if staged is None:
             reason = f"{self.name} quantises a softmax attention, but {cascade.name} is another one"
             return self.refuse(site, "quantise-form", reason)
-        if heads is None and staged.stages:
+        if heads is None and staged.stages and not self.maps_only:
             reason = f"{self.name} finds operands that are quantised already; name one scheme a head"
             return self.refuse(site, "quantise-twice", reason)
         if not mentions_product(staged.form.score):

@@ -278,7 +278,7 @@ class _Writer:
         p = self.scheme.p
         if p is None:
             return plain
-        return self.only(H, p.clipped(_to_code(p, SN)), plain)
+        return self.only(H, _static_code(p, SN), plain)
 
     def output(self, plain: Expr) -> Expr:
         """AV from the product of codes: divided, scaled, and the mean of V back."""
@@ -303,9 +303,11 @@ class _Writer:
             )
 
 
-def _to_code(p: Code, probability: Expr) -> Expr:
-    scaled = probability * p.limit
-    return rounded(scaled, p.rounding) if isinstance(p, Integer) else scaled
+def _static_code(p: Code, probability: Expr) -> Expr:
+    """The code of a number from 0 to 1 at the scale 1 / limit: nothing to saturate."""
+    if isinstance(p, Integer):
+        return call("cast_i8", rounded(probability * p.limit, p.rounding))
+    return call(f"cast_{p.dtype}", probability * p.limit)
 
 
 def _chosen(values: tuple[float, ...], head: Rank) -> Expr:
