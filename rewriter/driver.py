@@ -105,11 +105,12 @@ def optimize(
     ``policy`` is a pipeline as text or a `Policy`; ``plan`` replays an earlier one instead.
     ``budget`` bounds the approximation error (``"cosine>=0.999"``).  With ``verify`` every site is
     measured on the example inputs against a float64 oracle: over the implementation bound is
-    `VerifyError`, over the budget sends the site back to exact.  Without example inputs the first
+    `VerifyError`, over the budget sends the site back to exact.  ``calibration`` (a mapping of
+    arguments to tensors, or a list of calls) chooses a quantising scheme for each head.  Without example inputs the first
     call captures, just in time.
     """
     policy = Policy.parse(policy) if isinstance(policy, str) else policy
-    _check_options(backend, calibration)
+    _check_options(backend, calibration, policy, plan, bool(example_args or example_kwargs))
     if budget is not None:
         policy = Policy(policy.rules, budget)
     if not example_args and not example_kwargs:
@@ -122,20 +123,30 @@ def optimize(
             model, tuple(example_args), example_kwargs, dynamic_shapes=dynamic_shapes
         )
     rebuild = partial(
-        _again, captured=captured, policy=policy, dynamic_shapes=dynamic_shapes, plan=plan
-    )
+        _again, captured=captured, policy=policy, dynamic_shapes=dynamic_shapes, plan=plan,
+        calibration=calibration,
+    )  # fmt: skip
     return optimize_captured(
-        captured, policy, watch, plan=plan, verify=verify, source=model, rebuild=rebuild
-    )
+        captured, policy, watch, plan=plan, verify=verify, source=model, rebuild=rebuild,
+        calibration=calibration,
+    )  # fmt: skip
 
 
-def _check_options(backend: str, calibration: Any) -> None:
+def _check_options(
+    backend: str, calibration: Any, policy: Policy, plan: Plan | None, ahead: bool
+) -> None:
+    from attn_rewrite.calibration import needs_calibration
+
     if backend not in BACKENDS:
         raise PolicyError(
             f"backend {backend!r} is not available; this version has: {', '.join(BACKENDS)}"
         )
-    if calibration is not None:
-        raise PolicyError("no transform of this version is calibrated; leave calibration out")
+    if calibration is None and plan is None and needs_calibration(policy):
+        raise PolicyError("calibrated chooses by measuring; give calibration inputs")
+    if calibration is not None and plan is not None:
+        raise PolicyError("calibration and a plan were both given; a plan has chosen already")
+    if calibration is not None and not ahead:
+        raise PolicyError("calibration needs example inputs: the model is captured ahead of time")
 
 
 def decide(
@@ -187,6 +198,7 @@ def optimize_captured(
     verify: bool,
     source: nn.Module | None,
     rebuild: Any,
+    calibration: Any = None,
 ) -> OptimizedModule:
     """`optimize` from the captured graph on."""
     from attn_rewrite.accept import accept
@@ -202,6 +214,8 @@ def optimize_captured(
         findings = find(host)
     for site in findings.sites:
         dump(f"found-{site.name}", partial(str, site.cascade), suffix=".cascade", of=site.name)
+    if calibration is not None:
+        plan = _calibrated(captured, host, findings, policy, watch, calibration, source)
     plan, decisions = decide(findings, policy, plan, watch)
     for item in decisions:
         name = item.site.name
@@ -225,6 +239,25 @@ def optimize_captured(
     )
 
 
+def _calibrated(
+    captured: Captured,
+    host: fx.GraphModule,
+    findings: Findings,
+    policy: Policy,
+    watch: Stopwatch,
+    calibration: Any,
+    source: nn.Module | None,
+) -> Plan:
+    """The plan of ``policy`` with schemes chosen for each head."""
+    from attn_rewrite.calibration import calibrated_plan, calls_of, tentative
+
+    with watch.stage("calibrate"):
+        plan = make_plan(findings, tentative(policy))
+        calls = calls_of(calibration, captured, source)
+        bound = None if policy.budget is None else policy.budget.site
+        return calibrated_plan(host, findings, plan, calls, bound)
+
+
 def graph_text(graph: fx.GraphModule) -> str:
     """A graph and the graphs it calls, as text."""
     from attn_rewrite.passes.find import graphs
@@ -238,7 +271,13 @@ def spliced(captured: Captured, decisions: list[Decision]) -> fx.GraphModule:
 
 
 def _again(
-    source: nn.Module, *, captured: Captured, policy: Policy, dynamic_shapes: Any, plan: Plan | None
+    source: nn.Module,
+    *,
+    captured: Captured,
+    policy: Policy,
+    dynamic_shapes: Any,
+    plan: Plan | None,
+    calibration: Any,
 ) -> OptimizedModule:
     """Capture and rewrite a source that moved: example inputs follow its device and dtype."""
     from torch.utils import _pytree as pytree
@@ -254,5 +293,7 @@ def _again(
             else value.to(probe.device)
         )
 
-    args, kwargs = pytree.tree_map(follow, (captured.args, captured.kwargs))
-    return optimize(source, policy, args, kwargs, dynamic_shapes=dynamic_shapes, plan=plan)
+    args, kwargs, calls = pytree.tree_map(follow, (captured.args, captured.kwargs, calibration))
+    return optimize(
+        source, policy, args, kwargs, dynamic_shapes=dynamic_shapes, plan=plan, calibration=calls
+    )

@@ -10,4 +10,5 @@ SCHEMES: tuple[str, ...] = (
     "kv_cache:KvInt4",
     "kv_cache:KvInt2",
     "clipped:ClippedSoftmax",
+    "calibrated:Calibrated",
 )

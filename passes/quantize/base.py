@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from attn_rewrite.cascade.staged import StagedAttention, as_staged, staged_cascade
-from attn_rewrite.passes.quantize.invariance import mentions_product
+from attn_rewrite.passes.quantize.invariance import mentions_product, rows_sum_to_one
 from attn_rewrite.passes.quantize.placement import check_placement
 from attn_rewrite.passes.quantize.scheme import Scheme, quantised
 from attn_rewrite.passes.transform import Exactness, Transform, spans_text
@@ -120,7 +120,7 @@ class Quantisation(Transform):
                 "values, so their codes are no whole product; leave P and V in floating point"
             )
             return self.refuse(site, "quantise-weighted", reason)
-        if scheme.smooth_v and (staged.form.weight is not None or staged.form.sink is not None):
+        if scheme.smooth_v and not rows_sum_to_one(staged):
             reason = (
                 f"{self.name}: the mean of V may be taken off only where the probabilities of a "
                 "row sum to one; here they are weighted, or share the row with a sink"

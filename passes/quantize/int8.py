@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from attn_rewrite.cascade.staged import StagedAttention
 from attn_rewrite.passes.quantize.base import Quantisation
+from attn_rewrite.passes.quantize.invariance import rows_sum_to_one
 from attn_rewrite.passes.quantize.quantisers import (
     GRANULARITIES,
     Float8,
@@ -40,7 +41,10 @@ class IntegerProducts(Quantisation):
     k_block: Annotated[int, Option("keys in a block", minimum=1)] = 64
     smooth_k: Annotated[bool, Option("take the mean over the keys off K")] = True
     smooth_q: Annotated[bool, Option("take the mean of each block of queries off Q")] = False
-    smooth_v: Annotated[bool, Option("take the mean over the keys off V")] = False
+    smooth_v: Annotated[
+        bool | None,
+        Option("take the mean over the keys off V; none: with int8 P, where rows sum to one"),
+    ] = None
     rotate: Annotated[bool, Option("multiply Q and K by a Hadamard matrix first")] = False
     rounding: Annotated[
         Literal["even", "away"], Option("where halves go: to even, or away from zero")
@@ -58,7 +62,13 @@ class IntegerProducts(Quantisation):
         if any(s <= 0 for s in (*self.q_scale, *self.k_scale)):
             raise ValueError(f"{self.name}: a scale is positive")
 
-    def scheme(self, site: Site) -> Scheme | str:
+    def _smooths_values(self, staged: StagedAttention) -> bool:
+        """Small probabilities that round to zero then count as the mean of V, not as nothing."""
+        if self.smooth_v is not None:
+            return self.smooth_v
+        return self.pv in (True, "int8") and rows_sum_to_one(staged)
+
+    def scheme(self, staged: StagedAttention, site: Site) -> Scheme | str:
         """What the options say for ``site``, or a sentence on what does not fit."""
         code = Integer(self.bits, self.rounding)
         wrong = _static_problem(self.q_scale, site.hq) or _static_problem(self.k_scale, site.hkv)
@@ -73,7 +83,7 @@ class IntegerProducts(Quantisation):
             p=v,
             smooth_q=self.smooth_q,
             smooth_k=self.smooth_k,
-            smooth_v=self.smooth_v and v is not None,
+            smooth_v=v is not None and self._smooths_values(staged),
             rotate=self.rotate,
             smooth_block=self.q_block,
         )
@@ -92,7 +102,7 @@ class IntegerProducts(Quantisation):
         self, staged: StagedAttention, site: Site, heads: tuple[int, ...] | None
     ) -> StagedAttention | Refusal:
         """Codes and scales as the options say."""
-        scheme = self.scheme(site)
+        scheme = self.scheme(staged, site)
         if isinstance(scheme, str):
             return self.refuse(site, "quantise-scales", f"{self.name}: {scheme}")
         return self.schemed(staged, site, heads, scheme)

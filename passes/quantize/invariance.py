@@ -19,6 +19,11 @@ def drops_row_constants(staged: StagedAttention) -> bool:
     return staged.form.sink is None and _affine(staged.form.score)
 
 
+def rows_sum_to_one(staged: StagedAttention) -> bool:
+    """True if the probabilities of a query that keeps a key sum to one: no factor, no sink."""
+    return staged.form.weight is None and staged.form.sink is None
+
+
 def _affine(score: Expr) -> bool:
     if score == QK:
         return True
