@@ -17,6 +17,7 @@ from attn_rewrite.budget import Budget
 from attn_rewrite.capture import Captured
 from attn_rewrite.costs import before_and_after
 from attn_rewrite.driver import Decision, Stopwatch, lowered, spliced
+from attn_rewrite import quantisation
 from attn_rewrite.passes.keep import Keep
 from attn_rewrite.passes.transform import Exactness
 from attn_rewrite.plan import Plan, Step
@@ -77,7 +78,11 @@ def accept(
         end_to_end=end_to_end,
         timings=dict(watch.seconds),
         versions=versions(),
-        notes=(*captured.notes, *_notes(findings, checks, verify)),
+        notes=(
+            *captured.notes,
+            *_notes(findings, checks, verify),
+            *quantisation.notes(decisions, plan),
+        ),
         budget="" if budget is None else str(budget),
     )
     return Outcome(graph, plan, report)

@@ -11,6 +11,7 @@ from torch import Tensor
 from attn_rewrite.cascade.expr import Const, Expr, Extent, Rank, Read, ranks_of, rebuild
 from attn_rewrite.cascade.ir import Cascade, Einsum, Loop
 from attn_rewrite.cascade.oracle import interpret
+from attn_rewrite.cascade.staged import as_staged, core_of, stages_of
 
 LIMIT_BYTES = 256 << 20
 # Tensors over (q, kv) that live at once while the three-pass cascade is interpreted.
@@ -29,7 +30,23 @@ def oracle(cascade: Cascade, inputs: Mapping[str, Tensor], limit: int = LIMIT_BY
     def interpreted(part: Cascade, held: Mapping[str, Tensor]) -> Tensor:
         return interpret(part, held)["AV"].to(torch.float64)
 
+    cascade, inputs = unstaged(cascade, inputs)
     return sliced(cascade, inputs, ("b", "h", "q"), limit, interpreted)
+
+
+def unstaged(
+    cascade: Cascade, inputs: Mapping[str, Tensor]
+) -> tuple[Cascade, Mapping[str, Tensor]]:
+    """The attention with its stages computed: scales over whole sequences are not cut.
+
+    The same objects for a cascade without stages.
+    """
+    staged = as_staged(cascade)
+    if staged is None or not staged.stages:
+        return cascade, inputs
+    first, rest = stages_of(staged), core_of(staged, cascade.name)
+    made = interpret(first, {t.name: inputs[t.name] for t in first.inputs})
+    return rest, {t.name: made[t.name] if t.name in made else inputs[t.name] for t in rest.inputs}
 
 
 def sliced(

@@ -6,9 +6,9 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from attn_rewrite.backends.torch import tile_counts
-from attn_rewrite.cascade.attention import as_softmax
 from attn_rewrite.cascade.cost import site_cost
 from attn_rewrite.cascade.ir import Cascade
+from attn_rewrite.cascade.staged import attention_form
 from attn_rewrite.graph import op_name, value_of
 from attn_rewrite.passes.find.anchor import SDPA
 from attn_rewrite.report import WorkCost
@@ -48,7 +48,7 @@ def before_and_after(site: Site, item: Decision) -> tuple[WorkCost | None, WorkC
     name = item.kernel.name
     tiles = (
         _tiles(item.cascade, known, item.block)
-        if name == "tiled"
+        if name in ("tiled", "mapped")
         else _all_tiles(known, item.block)
     )
     return before, _cost(item.cascade, known, site, fused=name != "dense", tiles=tiles)
@@ -60,7 +60,7 @@ def _all_tiles(known: dict[str, int], block: int) -> tuple[int, int]:
 
 
 def _tiles(cascade: Cascade, known: dict[str, int], block: int) -> tuple[int, int]:
-    if as_softmax(cascade) is None:
+    if attention_form(cascade) is None:
         return _all_tiles(known, block)
     counts = tile_counts(cascade, known["q"], known["kv"], block, known["h"])
     return counts.executed * known["b"], counts.total * known["b"]

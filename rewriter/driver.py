@@ -107,11 +107,12 @@ def optimize(
     given.  ``policy`` is a pipeline as text or a `Policy`; ``plan`` replays an earlier one instead.
     ``budget`` bounds the approximation error (``"cosine>=0.999"``).  With ``verify`` every site is
     measured on the example inputs against a float64 oracle: over the implementation bound is
-    `VerifyError`, over the budget sends the site back to exact.  Without example inputs the first
-    call of a module captures, just in time.
+    `VerifyError`, over the budget sends the site back to exact.  ``calibration`` (a mapping of
+    arguments to tensors, or a list of calls) chooses a quantising scheme for each head.  Without
+    example inputs the first call of a module captures, just in time.
     """
     policy = Policy.parse(policy) if isinstance(policy, str) else policy
-    _check_options(backend, calibration)
+    _check_options(backend, calibration, policy, plan, bool(example_args or example_kwargs))
     if budget is not None:
         policy = Policy(policy.rules, budget)
     if isinstance(model, nn.Module) and not example_args and not example_kwargs:
@@ -126,22 +127,30 @@ def optimize(
     if not isinstance(model, nn.Module):  # a program is fixed to its device and dtype
         return optimize_captured(
             captured, policy, watch, plan=plan, verify=verify, source=None, rebuild=None,
-            backend=backend,
+            backend=backend, calibration=calibration,
         )  # fmt: skip
     rebuild = partial(
         _again, captured=captured, policy=policy, dynamic_shapes=dynamic_shapes, plan=plan,
-        backend=backend,
+        backend=backend, calibration=calibration,
     )  # fmt: skip
     return optimize_captured(
         captured, policy, watch, plan=plan, verify=verify, source=model, rebuild=rebuild,
-        backend=backend,
+        backend=backend, calibration=calibration,
     )  # fmt: skip
 
 
-def _check_options(backend: str, calibration: Any) -> None:
+def _check_options(
+    backend: str, calibration: Any, policy: Policy, plan: Plan | None, ahead: bool
+) -> None:
+    from attn_rewrite.calibration import needs_calibration
+
     check_backend(backend)
-    if calibration is not None:
-        raise PolicyError("no transform of this version is calibrated; leave calibration out")
+    if calibration is None and plan is None and needs_calibration(policy):
+        raise PolicyError("calibrated chooses by measuring; give calibration inputs")
+    if calibration is not None and plan is not None:
+        raise PolicyError("calibration and a plan were both given; a plan has chosen already")
+    if calibration is not None and not ahead:
+        raise PolicyError("calibration needs example inputs: the model is captured ahead of time")
 
 
 def decide(
@@ -206,6 +215,7 @@ def optimize_captured(
     source: nn.Module | None,
     rebuild: Any,
     backend: str = "auto",
+    calibration: Any = None,
 ) -> OptimizedModule:
     """`optimize` from the captured graph on."""
     from attn_rewrite.accept import accept
@@ -219,6 +229,8 @@ def optimize_captured(
     dump("canonicalize", lambda: graph_text(host), suffix=".fx")
     with watch.stage("find"):
         findings = find(host)
+    if calibration is not None:
+        plan = _calibrated(captured, host, findings, policy, watch, calibration, source)
     plan, decisions = decide(findings, policy, plan, watch, backend)
     outcome = accept(captured, host, findings, plan, decisions, policy.budget, watch, verify=verify)
     graph = outcome.graph
@@ -234,6 +246,25 @@ def optimize_captured(
         program=partial(export_again, original=captured.program),
         form=None if source is None else CallForm.of(source, captured.args, captured.kwargs),
     )
+
+
+def _calibrated(
+    captured: Captured,
+    host: fx.GraphModule,
+    findings: Findings,
+    policy: Policy,
+    watch: Stopwatch,
+    calibration: Any,
+    source: nn.Module | None,
+) -> Plan:
+    """The plan of ``policy`` with schemes chosen for each head."""
+    from attn_rewrite.calibration import calibrated_plan, calls_of, tentative
+
+    with watch.stage("calibrate"):
+        plan = make_plan(findings, tentative(policy))
+        calls = calls_of(calibration, captured, source)
+        bound = None if policy.budget is None else policy.budget.site
+        return calibrated_plan(host, findings, plan, calls, bound)
 
 
 def graph_text(graph: fx.GraphModule) -> str:
@@ -256,6 +287,7 @@ def _again(
     dynamic_shapes: Any,
     plan: Plan | None,
     backend: str,
+    calibration: Any,
 ) -> OptimizedModule:
     """Capture and rewrite a source that moved: example inputs follow its device and dtype."""
     from torch.utils import _pytree as pytree
@@ -271,7 +303,8 @@ def _again(
             else value.to(probe.device)
         )
 
-    args, kwargs = pytree.tree_map(follow, (captured.args, captured.kwargs))
+    args, kwargs, calls = pytree.tree_map(follow, (captured.args, captured.kwargs, calibration))
     return optimize(
-        source, policy, args, kwargs, dynamic_shapes=dynamic_shapes, plan=plan, backend=backend
-    )
+        source, policy, args, kwargs, dynamic_shapes=dynamic_shapes, plan=plan, backend=backend,
+        calibration=calls,
+    )  # fmt: skip

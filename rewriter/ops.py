@@ -6,9 +6,10 @@ installed.
 
 import importlib.util
 
+from attn_rewrite.backends.torch.mapped import mapped_attention
 from attn_rewrite.backends.torch.ops import tile_counts, tiled_attention
 
 if importlib.util.find_spec("triton") is not None:
     import attn_rewrite.backends.triton.ops  # noqa: F401
 
-__all__ = ["tile_counts", "tiled_attention"]
+__all__ = ["mapped_attention", "tile_counts", "tiled_attention"]

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from attn_rewrite.errors import PolicyError
 from attn_rewrite.passes.keep import Exact, Keep
-from attn_rewrite.passes.transform import Exactness, Transform, spans_text
+from attn_rewrite.passes.quantize.base import Quantisation
+from attn_rewrite.passes.transform import Exactness, ScoreEdit, Transform, spans_text
 from attn_rewrite.policy import Policy, Rule, glob_matches, pipeline_text
 from attn_rewrite.policy_text import Transforms
 from attn_rewrite.site import Refusal
@@ -255,9 +256,9 @@ def expected_tiles(site: Site, cascade: Cascade, block: int = 128) -> tuple[int,
     None where a length is dynamic or the cascade is no softmax attention.
     """
     from attn_rewrite.backends.torch.schedule import make_schedule
-    from attn_rewrite.cascade.attention import as_softmax
+    from attn_rewrite.cascade.staged import attention_form
 
-    form = as_softmax(cascade)
+    form = attention_form(cascade)
     q_len, kv_len = site.q_len, site.kv_len
     if form is None or not isinstance(q_len, int) or not isinstance(kv_len, int):
         return None
@@ -285,8 +286,9 @@ def rewritten(site: Site, *steps: Step) -> Cascade | Refusal:
     for step in steps:
         if step.site != site.name:
             raise ValueError(f"a step for {step.site} was applied to {site.name}")
-        for transform in step.transforms:
+        for number, transform in enumerate(step.transforms):
             refusal = transform.admits(site, step.named_kinds)
+            refusal = refusal or _too_late(site, step.transforms[:number], transform)
             if refusal is not None:
                 return refusal
             if step.heads is None or len(step.heads) == site.hq:
@@ -297,6 +299,18 @@ def rewritten(site: Site, *steps: Step) -> Cascade | Refusal:
                 return result
             cascade = result
     return cascade
+
+
+def _too_late(site: Site, before: tuple[Transform, ...], transform: Transform) -> Refusal | None:
+    """An edit of the score after quantisation: what smoothing took off the score is missing."""
+    quantised = next((t for t in before if isinstance(t, Quantisation)), None)
+    if quantised is None or not isinstance(transform, ScoreEdit):
+        return None
+    reason = (
+        f"{transform.name} edits a score that {quantised.name} may have shifted already; "
+        f"write {transform.name} before {quantised.name}"
+    )
+    return transform.refuse(site, "edit-after-quantisation", reason)
 
 
 def _check_globs(findings: Findings, policy: Policy) -> None:

@@ -14,11 +14,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from attn_rewrite.cascade.attention import POINT, as_softmax
-from attn_rewrite.cascade.expr import B, Expr, H, Q, Read
+from attn_rewrite.cascade.attention import POINT
+from attn_rewrite.cascade.expr import B, Expr, H, Q, Read, tensors_of
 from attn_rewrite.cascade.ir import Cascade, Einsum, TensorDecl
 from attn_rewrite.cascade.oracle import interpret
-from attn_rewrite.chunked import LIMIT_BYTES, sliced
+from attn_rewrite.cascade.staged import StagedAttention, as_staged
+from attn_rewrite.chunked import LIMIT_BYTES, sliced, unstaged
 
 _ROW = (B, H, Q)
 
@@ -28,24 +29,29 @@ def plain_attention(
 ) -> Tensor | None:
     """AV[b, h, q, f] of a softmax attention in the dtype of Q; None for any other cascade.
 
-    Softmax statistics are float32 for half types, as eager models keep them.
+    Stages (scales and codes) are those of the oracle: rounding to codes is part of the attention.
+    None for mapped probabilities too: what rounds them has to be as exact as the oracle.  Softmax statistics are float32 for half types, as eager models keep them.
     """
-    form = as_softmax(cascade)
-    if form is None:
+    staged = as_staged(cascade)
+    if staged is None or staged.probability is not None:
         return None
-    group = form.group
+    dtype = inputs["Q"].dtype
+    cascade, inputs = unstaged(cascade, inputs)
 
     def evaluate(part: Cascade, held: Mapping[str, Tensor]) -> Tensor:
-        return _eager(part, held, group)
+        return _eager(part, held, staged, dtype)
 
     return sliced(cascade, inputs, ("b", "q"), limit, evaluate)
 
 
-def _eager(cascade: Cascade, inputs: Mapping[str, Tensor], group: int) -> Tensor:
-    q, k, v = inputs["Q"], inputs["K"], inputs["V"]
+def _eager(
+    cascade: Cascade, inputs: Mapping[str, Tensor], staged: StagedAttention, dtype: torch.dtype
+) -> Tensor:
+    q, k = (_narrowed(inputs[n], dtype) for n in (staged.q, staged.k))
+    v, group = inputs[staged.v].to(dtype), staged.form.group
     if group > 1:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    work = torch.float32 if q.dtype in (torch.float16, torch.bfloat16) else q.dtype
+    work = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
     product = q @ k.transpose(-1, -2)
     score = cascade.producer("S")
     assert score is not None
@@ -64,7 +70,14 @@ def _eager(cascade: Cascade, inputs: Mapping[str, Tensor], group: int) -> Tensor
     if factor is not None:
         one = Einsum(Read("S", POINT), factor)
         p = p * _value(cascade, inputs, product, one).to(work)
-    return p.to(q.dtype) @ v
+    return p.to(dtype) @ v
+
+
+def _narrowed(operand: Tensor, dtype: torch.dtype) -> Tensor:
+    """An operand in the dtype of the model; integer codes in one that adds their products up."""
+    if operand.is_floating_point():
+        return operand.to(dtype)
+    return operand.to(torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 def _value(
@@ -72,7 +85,8 @@ def _value(
 ) -> Tensor:
     """One Einsum of the cascade in float64, with the product QK as it was computed."""
     given = TensorDecl("QK", ("b", "h", "q", "kv"))
-    reads = cascade.inputs[3:]
+    wanted = {*tensors_of(einsum.expr), *tensors_of(einsum.guard)}
+    reads = tuple(t for t in cascade.inputs if t.name in wanted)
     alone = replace(cascade, inputs=(given, *reads), body=(einsum,), outputs=(einsum.out.tensor,))
     held = {"QK": product, **{t.name: inputs[t.name] for t in reads}}
     return interpret(alone, held)[einsum.out.tensor].expand(product.shape[: len(einsum.out.index)])

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -93,7 +93,7 @@ def check_sites(
         by_output.setdefault(candidate.site.output.node, []).append(candidate)
     walk = _Observed(by_output, bound, limit)
     with torch.no_grad():
-        _Walk(host, walk).run(*flat_inputs(host, args, kwargs), enable_io_processing=False)
+        Walk(host, walk).run(*flat_inputs(host, args, kwargs), enable_io_processing=False)
     missing = [c.site.name for c in walk.waiting()]
     if missing:
         raise VerifyError(f"the graph ran without computing {', '.join(missing)}: it was changed")
@@ -132,6 +132,21 @@ def flat_inputs(
     return leaves
 
 
+class Observer(Protocol):
+    """Who is shown the values of Sites while a graph runs."""
+
+    @property
+    def sites(self) -> Mapping[fx.Node, Sequence[Site]]:
+        """The Sites by output node."""
+
+    @property
+    def graphs(self) -> set[fx.Graph]:
+        """The graphs that hold them."""
+
+    def computed(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> None:
+        """Called once ``node`` has its value, with every value its Sites need."""
+
+
 class _Observed:
     """Candidates by output node, and the checks made so far; shared by nested graphs."""
 
@@ -139,6 +154,7 @@ class _Observed:
         self, candidates: dict[fx.Node, list[Candidate]], bound: Bound | None, limit: int
     ) -> None:
         self.candidates, self.bound, self.limit = candidates, bound, limit
+        self.sites = {node: [c.site for c in cs] for node, cs in candidates.items()}
         self.graphs = {node.graph for node in candidates}
         self.checks: list[SiteCheck] = []
         self.done: set[fx.Node] = set()
@@ -157,17 +173,17 @@ class _Observed:
             self.checks.append(check_site(candidate, values, bound=self.bound, limit=self.limit))
 
 
-class _Walk(fx.Interpreter):
+class Walk(fx.Interpreter):
     """Runs a graph node by node and shows every Site's values to the observer."""
 
-    def __init__(self, module: fx.GraphModule, observed: _Observed) -> None:
+    def __init__(self, module: fx.GraphModule, observed: Observer) -> None:
         super().__init__(module, garbage_collect_values=True)
         self.observed = observed
         here = {n.name: n for n in module.graph.nodes}
-        for node, candidates in observed.candidates.items():
+        for node, sites in observed.sites.items():
             if here.get(node.name) is node:
-                for candidate in candidates:
-                    self._hold(boundary(candidate.site), node)
+                for site in sites:
+                    self._hold(boundary(site), node)
 
     def _hold(self, values: Iterable[fx.Node], until: fx.Node) -> None:
         """Keep values until a Site's output has been seen, even if their last user ran before."""
@@ -182,7 +198,7 @@ class _Walk(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Run one node; at a Site's output, check the Site."""
         value = super().run_node(n)
-        if n in self.observed.candidates:
+        if n in self.observed.sites:
             self.observed.computed(n, {**self.env, n: value})
         return value
 
@@ -193,7 +209,7 @@ class _Walk(fx.Interpreter):
     def _walked(self, value: Any) -> Any:
         if not isinstance(value, fx.GraphModule) or not self._has_sites(value):
             return value
-        inner = _Walk(value, self.observed)
+        inner = Walk(value, self.observed)
         return lambda *args: inner.run(*args)
 
     def _has_sites(self, module: fx.GraphModule) -> bool:

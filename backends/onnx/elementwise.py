@@ -252,6 +252,12 @@ class Elementwise:
         x = self._as(args[0], "float")
         return Typed(self.recorder.op("IsInf", x, detect_positive=0), "bool")
 
+    def _no_float8(self) -> Typed:
+        raise LowerError(
+            "ONNX: 8-bit floats inside a score have no kernel in ONNX Runtime; "
+            "keep this site exact, or use int8."
+        )
+
     def _read(self, tensor: str, index: tuple[Expr, ...]) -> Typed:
         if tensor not in self.frame.reads:
             raise LowerError(f"ONNX: the mask or score reads {tensor!r}, which is not given.")
@@ -341,6 +347,7 @@ _SPECIAL: Mapping[str, Callable[[Elementwise, tuple[Typed, ...]], Typed]] = {
     "rsqrt": lambda e, a: e._float_function(a, "rsqrt"),
     "silu": lambda e, a: e._float_function(a, "silu"),
     "gelu": lambda e, a: e._float_function(a, "gelu"),
+    **{name: lambda e, a: e._no_float8() for name in ("cast_f8e4m3", "cast_f8e5m2")},
 }
 
 EMITTED = frozenset({*_COMPARE, *_BINARY, *_FLOAT_UNARY, *_ANY_UNARY, *_CASTS, *_SPECIAL})

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from attn_rewrite.backends.torch.ops import tile_counts
-from attn_rewrite.cascade.attention import as_softmax
 from attn_rewrite.cascade.expr import TRUE
 from attn_rewrite.cascade.ir import Cascade
+from attn_rewrite.cascade.staged import attention_form
 
 SIDES = (128, 64, 32)
 # A length at which guards of dynamic lengths are compared.
@@ -18,7 +18,7 @@ _WORTH = 0.25
 
 def choose_block(cascade: Cascade, extents: Mapping[str, int | None]) -> int:
     """The tile side for the guard of ``cascade``; ``extents`` may be None where dynamic."""
-    form = as_softmax(cascade)
+    form = attention_form(cascade)
     if form is None or form.guard == TRUE:
         return SIDES[0]
     kv_len = extents.get("kv") or max(_TYPICAL_LENGTH, extents.get("q") or 0)

@@ -25,6 +25,7 @@ from attn_rewrite.backends.torch.form import (
 )
 from attn_rewrite.cascade.attention import QK, SoftmaxAttention
 from attn_rewrite.cascade.expr import TRUE, Const, Expr, Rank, Read
+from attn_rewrite.cascade.staged import A
 from attn_rewrite.graph import Builder, aten
 
 FRAME = ("b", "h", "q", "kv")
@@ -128,9 +129,16 @@ def working_type(value: Any) -> torch.dtype:
 
 
 def emit_dense(
-    build: Builder, form: SoftmaxAttention, inputs: Sequence[Any], dropout: float = 0.0
+    build: Builder,
+    form: SoftmaxAttention,
+    inputs: Sequence[Any],
+    dropout: float = 0.0,
+    probability: Expr | None = None,
 ) -> Any:
-    """The attention output [b, h, q, f] in the type of q, from [q, k, v, *reads]."""
+    """The attention output [b, h, q, f] in the type of q, from [q, k, v, *reads].
+
+    ``probability`` is an expression over `A` that takes the place of the probabilities.
+    """
     dtype = working_type(inputs[0])
     space = attention_space(build, form, inputs, dtype)
     q, k, v = (cast(build, t, dtype) for t in inputs[:3])
@@ -138,14 +146,10 @@ def emit_dense(
     product = build.call(aten.matmul.default, q, build.call(aten.transpose.int, k, 2, 3))
     emitter = Emitter(build, space)
     scores = _scores(build, form, product, emitter)
-    if form.guard != TRUE:
-        dropped = build.call(aten.logical_not.default, emitter.truth(form.guard))
-        scores = build.call(aten.masked_fill.Scalar, scores, dropped, -math.inf)
-    if form.sink is None:
-        may_be_empty = _may_empty_rows(form.guard, linear_score(form.score))
-        p = _softmax(build, scores, may_be_empty=may_be_empty)
-    else:
-        p = _softmax_with_sink(build, scores, emitter.tensor(form.sink, dtype))
+    p = _probabilities(build, form, scores, emitter)
+    if probability is not None:
+        emitter.know(A, p)
+        p = emitter.tensor(probability, dtype)
     if dropout:
         p = build.call(aten.dropout.default, p, dropout, True)
     if form.weight is not None:
@@ -154,6 +158,17 @@ def emit_dense(
     kind = dtype_of(inputs[0])
     assert kind is not None
     return cast(build, out, kind)
+
+
+def _probabilities(build: Builder, form: SoftmaxAttention, scores: Any, emitter: Emitter) -> Any:
+    """Softmax of the scores that the guard keeps; the rest is 0."""
+    if form.guard != TRUE:
+        dropped = build.call(aten.logical_not.default, emitter.truth(form.guard))
+        scores = build.call(aten.masked_fill.Scalar, scores, dropped, -math.inf)
+    if form.sink is not None:
+        return _softmax_with_sink(build, scores, emitter.tensor(form.sink, emitter.space.dtype))
+    may_be_empty = _may_empty_rows(form.guard, linear_score(form.score))
+    return _softmax(build, scores, may_be_empty=may_be_empty)
 
 
 def repeat_heads(build: Builder, tensor: Any, group: int) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attn_rewrite.backends.torch.dense import DenseSpace, size
-from attn_rewrite.backends.torch.emit import Emitter, cast, dtype_of, value_of
+from attn_rewrite.backends.torch.emit import Emitter, StraightThrough, cast, dtype_of, value_of
 from attn_rewrite.cascade.expr import (
     TRUE,
     Call,
@@ -27,6 +27,7 @@ from attn_rewrite.cascade.expr import (
     walk,
 )
 from attn_rewrite.cascade.extents import extents as solve_extents
+from attn_rewrite.cascade.extents import largest
 from attn_rewrite.cascade.ir import Cascade, Einsum, Loop
 from attn_rewrite.cascade.simplify import simplify
 from attn_rewrite.graph import Builder, EagerBuilder, aten
@@ -41,6 +42,7 @@ _REDUCTIONS: dict[str, tuple[Any, float]] = {
     "or": (aten.any.dim, 0.0),
     "and": (aten.all.dim, 1.0),
 }
+_SCATTERED = {"add": "sum", "max": "amax", "min": "amin", "mul": "prod"}
 _BY_DIM = ("mul", "or", "and")  # operators that reduce one dimension at a time
 
 
@@ -58,15 +60,32 @@ def lower_cascade_to_callable(cascade: Cascade) -> Function:
 
 def why_not_unrolled(cascade: Cascade) -> str | None:
     """Why a cascade cannot be written out, or None."""
+    loop_ranks = {s.rank for s in cascade.body if isinstance(s, Loop)}
     for e in cascade.einsums():
         for index in e.out.index:
-            loop_ranks = {s.rank for s in cascade.body if isinstance(s, Loop)}
-            if not isinstance(index, Rank | Const | Extent) and ranks_of(index) - loop_ranks:
+            if isinstance(index, Rank | Const | Extent) or not ranks_of(index) - loop_ranks:
+                continue
+            if len(ranks_of(index)) > 1 or largest(index) is None or loop_ranks:
                 return (
                     f"cascade {cascade.name} writes {e.out} through the computed index {index}; "
-                    f"only plain ranks and loop coordinates are lowered"
+                    f"plain ranks, blocks of one rank and loop coordinates are lowered"
                 )
     return None
+
+
+def emit_stages(build: Builder, cascade: Cascade, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The outputs of the stages of an attention by name, in float64.
+
+    Scales and codes follow the oracle to the last bit: a code that rounds the other way is an error
+    of a whole step.  Rounding passes gradients straight through (Bengio et al. 2013).
+    """
+    first = next(iter(inputs.values()))
+    machine = _Machine(
+        build, cascade, inputs, value_of(first).device, torch.float64, emitter=StraightThrough
+    )
+    for e in machine.statements():
+        machine.run(e)
+    return {name: machine.value(name) for name in cascade.outputs}
 
 
 def emit_cascade(build: Builder, cascade: Cascade, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,6 +123,7 @@ class _Machine:
     dtype: torch.dtype
     tensors: dict[str, Any] = field(default_factory=dict)
     slots: dict[str, dict[tuple[int, ...], Any]] = field(default_factory=dict)
+    emitter: type[Emitter] = Emitter
 
     def __post_init__(self) -> None:
         self.tensors = {
@@ -163,8 +183,12 @@ class _Machine:
         """Emit one Einsum and note its output."""
         frame = self._frame(e)
         dims = self.counted.get(e.out.tensor, ())
-        kept = [i.name for d, i in enumerate(e.out.index) if d not in dims and isinstance(i, Rank)]
+        # A computed index (a block of a rank) keeps the rank until its points are folded together.
+        kept = [r for d, i in enumerate(e.out.index) if d not in dims for r in ranks_of(i)]
         value = self._value(e, frame, kept)
+        for dim, index in enumerate(e.out.index):
+            if dim not in dims and not isinstance(index, Rank | Const | Extent):
+                value = self._scattered(e, value, dim, index)
         if dims:
             at = tuple(_literal(e.out.index[d]) for d in dims)
             self.slots.setdefault(e.out.tensor, {})[at] = value
@@ -173,9 +197,34 @@ class _Machine:
 
     def _frame(self, e: Einsum) -> tuple[str, ...]:
         """Ranks the Einsum iterates: those of the output first."""
-        out = [i.name for i in e.out.index if isinstance(i, Rank)]
+        out = [r for i in e.out.index for r in ranks_of(i)]
         inside = [n.name for part in (e.expr, e.guard) for n in walk(part) if isinstance(n, Rank)]
         return tuple(dict.fromkeys([*out, *inside, *(r for r, _ in e.reduce)]))
+
+    def _scattered(self, e: Einsum, value: Any, dim: int, index: Expr) -> Any:
+        """Fold the points of one dimension that land on the same coordinate of the output."""
+        (rank,) = ranks_of(index)
+        line = DenseSpace(self.build, self.device, self.dtype, (rank,), self.extents, {})
+        emitter = Emitter(self.build, line)
+        top = largest(index)
+        assert top is not None
+        sizes = [size(self.build, value, d) for d in range(value_of(value).ndim)]
+        groups = [emitter.emit(top + 1) if d == dim else n for d, n in enumerate(sizes)]
+        decl = next((t for t in self.cascade.tensors if t.name == e.out.tensor), None)
+        if decl is not None:  # later Einsums may iterate the groups
+            self.extents.setdefault(decl.ranks[dim], groups[dim])
+        operation = dict(e.reduce).get(rank, "add")
+        start = _REDUCTIONS[operation][1]  # of groups without a point; nothing reads them
+        target = self.build.call(
+            aten.full.default, groups, start, dtype=dtype_of(value), device=self.device
+        )
+        at = emitter.tensor(index, torch.int64)
+        at = self.build.call(
+            aten.reshape.default, at, [-1 if d == dim else 1 for d in range(len(sizes))]
+        )
+        at = self.build.call(aten.expand.default, at, sizes)
+        reduce = _SCATTERED[operation]
+        return self.build.call(aten.scatter_reduce.two, target, dim, at, value, reduce)
 
     # Values
 
@@ -194,7 +243,7 @@ class _Machine:
         reads = {n for part in parts for n in walk(part) if isinstance(n, Read)}
         views = {r.tensor: self.tensors[r.tensor] for r in reads if r.tensor in self.tensors}
         space = DenseSpace(self.build, self.device, self.dtype, frame, self.extents, views)
-        emitter = Emitter(self.build, space, known)
+        emitter = self.emitter(self.build, space, known)
         for read in reads:
             dims = self.counted.get(read.tensor, ())
             if not dims or read.tensor in self.tensors:

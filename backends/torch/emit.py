@@ -20,11 +20,12 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
-from attn_rewrite.cascade.expr import Call, Const, Expr, Extent, Rank, Read
+from attn_rewrite.cascade.expr import FLOAT8, Call, Const, Expr, Extent, Rank, Read
 from attn_rewrite.graph import Builder, aten
 
 DTYPES = {
     "f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16,
+    "f8e4m3": torch.float8_e4m3fn, "f8e5m2": torch.float8_e5m2,
     "i64": torch.int64, "i32": torch.int32, "i8": torch.int8, "bool": torch.bool,
 }  # fmt: skip
 
@@ -218,8 +219,26 @@ class Emitter:
                 limits = torch.iinfo(dtype)
                 value = self.build.call(aten.clamp.default, value, limits.min, limits.max)
             return cast(self.build, value, torch.int64)
+        if dtype.itemsize == 1:
+            return self._float8(cast(self.build, value, self.space.dtype), dtype)
         rounded = self.build.call(aten.to.dtype, value, dtype)
         return cast(self.build, rounded, self.space.dtype)
+
+    def _float8(self, value: Any, dtype: torch.dtype) -> Any:
+        """Rounded to an 8-bit float by exponents: half to even, saturating, without a cast.
+
+        A cast from float64 rounds twice, by way of float32.
+        """
+        name = next(n for n, d in DTYPES.items() if d == dtype)
+        bits, smallest, largest = FLOAT8[name]
+        value = self.build.call(aten.clamp.default, value, -largest, largest)
+        exponent = self.build.call(operator.getitem, self.build.call(aten.frexp.Tensor, value), 1)
+        # The stored bits of the significand start one below the exponent of frexp.
+        lowest = self.build.call(aten.clamp.default, exponent, smallest + 1)
+        power = self.build.call(aten.sub.Scalar, lowest, bits + 1)
+        step = self.build.call(aten.exp2.default, cast(self.build, power, self.space.dtype))
+        units = self.build.call(aten.div.Tensor, value, step)
+        return self.build.call(aten.mul.Tensor, self.build.call(aten.round.default, units), step)
 
     def _divide(self, a: Any, b: Any) -> Any:
         """``a / b``, and 0 where b is 0: the divisor is empty there."""
@@ -270,6 +289,35 @@ class Emitter:
             return power
         empty = self.build.call(aten.eq.Scalar, a, -math.inf)
         return self.build.call(aten.masked_fill.Scalar, power, empty, 0)
+
+
+class StraightThrough(Emitter):
+    """Rounding and narrow casts whose gradient is that of the number they round.
+
+    ``x + (r - x)`` is ``r`` to the last bit: the difference of a number and its rounding is exact.
+    Narrow numbers stay in the working type.
+    """
+
+    def apply(self, op: str, *values: Any) -> Any:
+        """One operator of the language on values."""
+        if op in ("round", "floor") and is_tensor(values[0]):
+            return self._through(values[0], super().apply(op, *values))
+        return super().apply(op, *values)
+
+    def _cast(self, value: Any, dtype: torch.dtype) -> Any:
+        if dtype == torch.int8:  # rounded and saturated by what stands inside
+            return value
+        if dtype.itemsize == 1 and dtype.is_floating_point:
+            return self._through(
+                value, self._float8(cast(self.build, value, self.space.dtype), dtype)
+            )
+        return super()._cast(value, dtype)
+
+    def _through(self, value: Any, rounded: Any) -> Any:
+        if not (kind := dtype_of(value)) or not kind.is_floating_point:
+            return rounded
+        gap = self.build.call(aten.sub.Tensor, rounded, value)
+        return self.build.call(aten.add.Tensor, value, self.build.call(aten.detach.default, gap))
 
 
 _SIZES: dict[str, Callable[..., Any]] = {

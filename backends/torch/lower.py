@@ -4,13 +4,14 @@
 ``sdpa``   ``scale * QK`` with a bias or mask PyTorch's fused kernels take
 ``tiled``  a guard that leaves out whole blocks: the operator ``attn_rewrite::tiled_attention``
 ``dense``  everything else, as plain ATen operators
+``mapped`` probabilities that are rounded or clipped: ``attn_rewrite::mapped_attention``
 =========  =====================================================================================
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -27,11 +28,14 @@ from attn_rewrite.backends.torch.form import (
     is_causal_with_offset,
     linear_score,
 )
+from attn_rewrite.backends.torch.mapped import mapped_attention
 from attn_rewrite.backends.torch.ops import tiled_attention
 from attn_rewrite.backends.torch.schedule import block_tables, make_schedule
-from attn_rewrite.cascade.attention import SoftmaxAttention, as_softmax
-from attn_rewrite.cascade.expr import TRUE, Expr, ranks_of, tensors_of
+from attn_rewrite.backends.torch.staged import emit_mapped, emit_prepared, prepared, rounds
+from attn_rewrite.cascade.attention import SoftmaxAttention, as_softmax, softmax_cascade
+from attn_rewrite.cascade.expr import TRUE, Expr, ranks_of, tensors_of, walk
 from attn_rewrite.cascade.ir import Cascade
+from attn_rewrite.cascade.staged import StagedAttention, as_staged
 from attn_rewrite.graph import Builder, GraphBuilder, aten
 from attn_rewrite.passes.transform import Exactness
 from attn_rewrite.site import Refusal
@@ -43,6 +47,7 @@ WORTHWHILE = 0.1
 # The length a guard is tried at where the graph does not fix one.
 _TYPICAL_LENGTH = 4096
 _ANY_TYPE = "float16, bfloat16, float32, float64"
+_CONTRACT = {"dtypes": _ANY_TYPE, "head dims": "any", "query without keys": "0", "dropout": "0"}
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,10 @@ def lower(
     """
     form, known = as_softmax(cascade), extents or {}
     if form is None:
-        return _lower_einsums(cascade, dropout)
+        staged = as_staged(cascade)
+        if staged is None:
+            return _lower_einsums(cascade, dropout)
+        return _lower_staged(cascade, staged, dropout, block, known)
     stray = _stray_rank(form)
     if stray is not None:
         return Refusal(
@@ -265,6 +273,51 @@ def _skipped(form: SoftmaxAttention, extents: Mapping[str, int | None], block: i
     return 1.0 - schedule.counts().density
 
 
+# Operands with stages, mapped probabilities
+
+
+def _lower_staged(
+    cascade: Cascade,
+    staged: StagedAttention,
+    dropout: float,
+    block: int,
+    extents: Mapping[str, int | None],
+) -> Kernel | Refusal:
+    """Stages as plain operators before the kernel of the rest; or the operator that maps P."""
+    if dropout:
+        reason = f"{cascade.name} has dropout {dropout}, which no kernel of rounded operands has"
+        return Refusal("not-lowered", reason)
+    if staged.probability is not None and any(map(rounds, walk(staged.probability))):
+        return _lower_mapped(cascade, block)
+    if staged.probability is not None:
+        why = "its probabilities are mapped before they multiply V"
+        plan = partial(emit_mapped, cascade.inputs, staged)
+        return Kernel("dense", cascade, Exactness.REASSOCIATED, why, _CONTRACT, plan)
+    held = prepared(staged)
+    inner = lower(softmax_cascade(held.form, cascade.name), block=block, extents=extents)
+    if isinstance(inner, Refusal):
+        return inner
+
+    def emit(build: Builder, inputs: Sequence[Any]) -> Any:
+        operands, kind = emit_prepared(build, held, cascade.inputs, inputs)
+        return cast(build, inner.emit(build, operands), kind)
+
+    why = f"{inner.why}; codes times their scales, as integer products gain no time on this backend"
+    return replace(inner, cascade=cascade, why=why, _emit=emit)
+
+
+def _lower_mapped(cascade: Cascade, block: int) -> Kernel:
+    text = str(cascade)
+
+    def emit(build: Builder, inputs: Sequence[Any]) -> Any:
+        q, k, v, *reads = inputs
+        op = torch.ops.attn_rewrite.mapped_attention.default
+        return build.call(op, q, k, v, reads, text, block)
+
+    why = "its probabilities are rounded before they multiply V; exact, not fast, on this backend"
+    return Kernel("mapped", cascade, Exactness.REASSOCIATED, why, _CONTRACT, emit)
+
+
 # Cascades that are not softmax attention
 
 
@@ -279,9 +332,8 @@ def _lower_einsums(cascade: Cascade, dropout: float) -> Kernel | Refusal:
         named = dict(zip((t.name for t in cascade.inputs), inputs, strict=True))
         return emit_cascade(build, cascade, named)[cascade.outputs[0]]
 
-    contract = {"dtypes": _ANY_TYPE, "head dims": "any", "query without keys": "0", "dropout": "0"}
     why = "it is not a softmax attention, so its Einsums run one by one"
-    return Kernel("dense", cascade, Exactness.REASSOCIATED, why, contract, emit)
+    return Kernel("dense", cascade, Exactness.REASSOCIATED, why, _CONTRACT, emit)
 
 
 # Text
@@ -311,4 +363,4 @@ def _as_code(kernel: Kernel) -> str:
     return str(fx.GraphModule({}, graph).code).strip() + "\n"
 
 
-__all__ = ["Kernel", "lower", "tiled_attention"]
+__all__ = ["Kernel", "lower", "mapped_attention", "tiled_attention"]

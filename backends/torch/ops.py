@@ -24,6 +24,7 @@ from attn_rewrite.backends.torch.schedule import TileCounts, make_schedule
 from attn_rewrite.backends.torch.tiles import prepare
 from attn_rewrite.cascade.attention import SoftmaxAttention, as_softmax
 from attn_rewrite.cascade.ir import Cascade
+from attn_rewrite.cascade.staged import attention_form
 from attn_rewrite.cascade.text import parse
 from attn_rewrite.errors import LowerError
 
@@ -168,7 +169,7 @@ def tile_counts(
     ``tables`` are values of block lists that the guard reads.  Raises `LowerError` if the cascade
     is not a softmax attention.
     """
-    form = as_softmax(cascade)
+    form = attention_form(cascade)
     if form is None:
         raise LowerError(f"cascade {cascade.name} is not a softmax attention: it has no tiles")
     schedule = make_schedule(

@@ -41,6 +41,7 @@ _NUMERIC: Mapping[str, Callable[..., float]] = {
     "gelu": lambda a: 0.5 * a * (1 + math.erf(a / math.sqrt(2))),
     "cast_i64": int, "cast_i32": int, "cast_i8": int, "cast_bool": bool,
     "cast_f32": float, "cast_f16": lambda a: _rounded(a, 11), "cast_bf16": lambda a: _rounded(a, 8),
+    "cast_f8e4m3": lambda a: _rounded(a, 4), "cast_f8e5m2": lambda a: _rounded(a, 3),
 }  # fmt: skip
 # sympy's own classes, under the names of the language.
 _NAMES = {sympy.log: "log", sympy.tanh: "tanh", sympy.Abs: "abs", sympy.sin: "sin",

@@ -28,6 +28,7 @@ from attn_rewrite.passes.cascade.placement import Placed, place
 from attn_rewrite.passes.cascade.proof import Fusion, FusionRefusal, Proof
 from attn_rewrite.passes.cascade.scans import Scan, direction_of, scans_of
 from attn_rewrite.passes.cascade.steps import Step
+from attn_rewrite.passes.cascade.staging import fused_after_stages
 from attn_rewrite.site import Refusal
 
 
@@ -74,6 +75,15 @@ def fuse_reductions(
     before = count_passes(cascade, rank)
     if before <= 1:
         return Fusion(cascade, (), cascade.rank(rank), before, before)
+    staged = fused_after_stages(
+        cascade,
+        rank,
+        lambda rest: fuse_reductions(
+            rest, rank, tile=tile, lazy=lazy, reference=reference, local_rounding=local_rounding
+        ),
+    )
+    if staged is not None:
+        return staged
     flow = _streamed(cascade, rank)
     if isinstance(flow, FusionRefusal):
         return flow

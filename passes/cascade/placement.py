@@ -35,7 +35,10 @@ from attn_rewrite.passes.cascade.steps import Step
 
 # The operation that distributes over a reduction, most useful first.
 _ACTIONS = {"add": ("mul",), "max": ("add", "mul"), "min": ("add", "mul")}
-_ROUNDING = {"round", "floor", "ceil", "cast_f32", "cast_f16", "cast_bf16", "cast_i8", "cast_i32"}
+_ROUNDING = {
+    "round", "floor", "ceil", "cast_f32", "cast_f16", "cast_bf16", "cast_f8e4m3", "cast_f8e5m2",
+    "cast_i8", "cast_i32",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

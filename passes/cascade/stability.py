@@ -21,7 +21,8 @@ from attn_rewrite.passes.cascade.signs import sign
 
 _RISING = {
     "exp", "exp2", "log", "log1p", "sqrt", "tanh", "sigmoid", "relu", "softplus", "erf", "floor",
-    "ceil", "round", "cast_f64", "cast_f32", "cast_f16", "cast_bf16",
+    "ceil", "round", "cast_f64", "cast_f32", "cast_f16", "cast_bf16", "cast_f8e4m3",
+    "cast_f8e5m2",
 }  # fmt: skip
 
 

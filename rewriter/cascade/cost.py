@@ -30,7 +30,7 @@ from attn_rewrite.target import BYTES, Target, dtype_name
 TILE = 128
 # An exponential costs what FuseMax charges for it: six dependent multiply-adds.
 _EXP = 6
-_STORED = {**BYTES, "i64": 8, "i32": 4, "bool": 1}
+_STORED = {**BYTES, "i64": 8, "i32": 4, "bool": 1, "f8e4m3": 1, "f8e5m2": 1, "i4": 0.5}
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,10 @@ def complete_extents(cascade: Cascade, given: Mapping[str, int]) -> dict[str, in
         if decl.name in sizes and decl.parts and not sizes.keys() & set(decl.parts):
             sizes[decl.parts[-1]] = min(TILE, sizes[decl.name])
     _walked(cascade, sizes)
-    missing = names - sizes.keys() - {part for r in cascade.ranks for part in r.parts}
+    # A rank that only tensors of the cascade have gets its extent from what is written to them.
+    outside = {r for t in cascade.inputs for r in t.ranks}
+    made = {r for t in cascade.tensors for r in t.ranks} - outside
+    missing = names - sizes.keys() - {part for r in cascade.ranks for part in r.parts} - made
     for name in sorted(missing | {n for n, size in sizes.items() if size < 1}):
         got = f"is {sizes[name]}" if name in sizes else "is missing"
         raise PolicyError(
@@ -331,7 +334,7 @@ class _Counter:
         decl = self.declared.get(tensor)
         if decl is None or decl.dtype == "float":
             return WORD
-        return sympy.Integer(_STORED.get(decl.dtype, 4))
+        return sympy.nsimplify(_STORED.get(decl.dtype, 4))
 
 
 @dataclass(frozen=True)

@@ -52,12 +52,19 @@ def _table() -> dict[str, Operator]:
     table["isneginf"] = Operator("isneginf", 1, boolean=True)
     table["where"] = Operator("where", 3)
     table["clip"] = Operator("clip", 3)
-    for dtype in ("f64", "f32", "f16", "bf16", "i64", "i32", "i8", "bool"):
+    for dtype in ("f64", "f32", "f16", "bf16", "f8e4m3", "f8e5m2", "i64", "i32", "i8", "bool"):
         table[f"cast_{dtype}"] = Operator(f"cast_{dtype}", 1, boolean=dtype == "bool")
     return table
 
 
 OPERATORS: Mapping[str, Operator] = _table()
+
+# Stored bits of the significand, smallest exponent and largest value of the 8-bit floats (OCP 8-bit
+# floating point specification 1.0, table 1; E4M3 has no infinities).
+FLOAT8: Mapping[str, tuple[int, int, float]] = {
+    "f8e4m3": (3, -6, 448.0),
+    "f8e5m2": (2, -14, 57344.0),
+}
 
 
 @dataclass(frozen=True, eq=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from attn_rewrite.cascade.expr import Call, Const, Expr, Extent, Rank, Read, walk
+from attn_rewrite.cascade.expr import Call, Const, Expr, Extent, Rank, Read, call, ranks_of, walk
 from attn_rewrite.cascade.ir import Cascade, Einsum, TensorDecl
 from attn_rewrite.errors import CascadeError
 
@@ -131,12 +131,25 @@ class _Solver:
             dims_out = [self._reach(i) for i in einsum.out.index]
             if None not in dims_out:
                 self.dims[einsum.out.tensor] = dims_out
+                self._groups(einsum.out, dims_out)
                 news = True
         return news
 
     def _reach(self, index: Expr) -> int | None:
-        """The extent a plain output index gives; None where it is not plain or not known."""
-        return self.known.get(index.name) if isinstance(index, Rank) else None
+        """The extent an output index gives; None where a rank of it is not known."""
+        if not ranks_of(index) <= self.known.keys():
+            return None
+        top = largest(index) if isinstance(index, Rank) or _is_grouped(index) else None
+        return None if top is None else _number(top, self.known) + 1
+
+    def _groups(self, out: Read, dims: Sequence[int | None]) -> None:
+        """The declared rank of a dimension that counts groups (``q // 128``) has their number."""
+        decl = next((t for t in self.cascade.tensors if t.name == out.tensor), None)
+        if decl is None or len(decl.ranks) != len(dims):
+            return
+        for rank, index, extent in zip(decl.ranks, out.index, dims, strict=True):
+            if _is_grouped(index) and extent is not None and rank not in self.known:
+                self.learn(rank, extent, f"the groups of {out}")
 
     def needed(self) -> set[str]:
         """Every rank that an Einsum iterates."""
@@ -151,6 +164,46 @@ class _Solver:
 def _reads(einsum: Einsum) -> Iterator[Read]:
     for part in (einsum.expr, einsum.guard):
         yield from (n for n in walk(part) if isinstance(n, Read))
+
+
+def _is_grouped(index: Expr) -> bool:
+    """Does the index put several points of a rank together?"""
+    return any(isinstance(n, Call) and n.op == "floordiv" for n in walk(index))
+
+
+def largest(index: Expr) -> Expr | None:
+    """The largest value of a computed index as an expression over extents; None where not known.
+
+    Sums, multiples, quotients and remainders by positive literals of ranks: all grow with their
+    ranks, or are bounded by their divisor.
+    """
+    match index:
+        case Rank(name):
+            return Extent(name) - 1
+        case Call("mod", (_, Const(int(size)))):
+            return Const(size - 1)
+        case Call("floordiv" | "mul" as op, (inner, Const(int(by)))) if by > 0:
+            top = largest(inner)
+            return None if top is None else call(op, top, by)
+        case Call("add", (left, right)):
+            tops = (largest(left), largest(right))
+            return None if tops[0] is None or tops[1] is None else tops[0] + tops[1]
+        case Const(int(value)):
+            return Const(value)
+    return None
+
+
+def _number(expr: Expr, sizes: Mapping[str, int]) -> int:
+    """An expression of `largest` at given extents."""
+    match expr:
+        case Const(value):
+            return int(value)
+        case Extent(rank):
+            return sizes[rank]
+        case Call(op, (left, right)):
+            a, b = _number(left, sizes), _number(right, sizes)
+            return {"add": a + b, "sub": a - b, "mul": a * b, "floordiv": a // max(b, 1)}[op]
+    raise ValueError(f"{expr} is no size")
 
 
 @dataclass(frozen=True)

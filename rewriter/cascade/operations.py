@@ -28,7 +28,10 @@ _KIND = {
 }  # fmt: skip
 # Reading a coordinate, choosing a branch or a sign is addressing, not arithmetic on data.
 _FREE = {"neg", "where", "isneginf", "not", "and", "or", "lt", "le", "gt", "ge", "eq", "ne"}
-_WIDTH = {"f64": 8, "i64": 8, "f32": 4, "i32": 4, "f16": 2, "bf16": 2, "i8": 1, "bool": 1}
+_WIDTH = {
+    "f64": 8, "i64": 8, "f32": 4, "i32": 4, "f16": 2, "bf16": 2, "i8": 1, "bool": 1,
+    "f8e4m3": 1, "f8e5m2": 1, "i4": sympy.Rational(1, 2),
+}  # fmt: skip
 WORD = sympy.Symbol("word", positive=True, integer=True)  # bytes of the model's dtype
 
 
@@ -167,4 +170,4 @@ def _read_bytes(read: Read, decl: TensorDecl | None, again: frozenset[str]) -> s
 def _width(decl: TensorDecl | None) -> sympy.Expr:
     if decl is None or decl.dtype == "float":
         return WORD
-    return sympy.Integer(_WIDTH.get(decl.dtype, 4))
+    return sympy.sympify(_WIDTH.get(decl.dtype, 4))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from attn_rewrite.cascade.expr import Call, Const, Expr, Extent, Rank, Read, walk
+from attn_rewrite.cascade.expr import FLOAT8, Call, Const, Expr, Extent, Rank, Read, walk
 from attn_rewrite.cascade.extents import shift_of
 from attn_rewrite.errors import CascadeError
 
@@ -236,10 +236,24 @@ def _exact(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda a: function(_arithmetic(a))
 
 
+def float8(value: Tensor, name: str) -> Tensor:
+    """``value`` rounded to an 8-bit float, half to even, saturating; in the type of ``value``.
+
+    By exponents, because a conversion of float64 by way of float32 rounds twice.
+    """
+    bits, smallest, largest = FLOAT8[name]
+    value = value.clamp(-largest, largest)
+    exponent = torch.frexp(value).exponent - 1
+    step = torch.ldexp(torch.ones_like(value), exponent.clamp(min=smallest) - bits)
+    return torch.round(value / step) * step
+
+
 def _cast(name: str) -> Callable[[Tensor], Tensor]:
     """Round to the named type and come back; integer types truncate and saturate."""
     if name == "bool":
         return truth
+    if name in FLOAT8:
+        return lambda a: float8(real(a), name)
     if name in _FLOATS:
         return lambda a: real(a).to(_FLOATS[name]).to(torch.float64)
     bits = _INTEGERS[name]
@@ -276,5 +290,5 @@ _OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "reciprocal": _of_real(torch.reciprocal),
     "isneginf": _of_real(torch.isneginf),
     "clip": lambda a, low, high: _promoted(torch.minimum)(_promoted(torch.maximum)(a, low), high),
-    **{f"cast_{name}": _cast(name) for name in (*_FLOATS, *_INTEGERS, "bool")},
+    **{f"cast_{name}": _cast(name) for name in (*_FLOATS, *FLOAT8, *_INTEGERS, "bool")},
 }  # fmt: skip

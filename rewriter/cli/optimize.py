@@ -35,6 +35,13 @@ class Rewriting:
         Path | None, typer.Option(metavar="FILE", help="Replay a plan.json instead of a policy.")
     ] = None
     budget: BudgetText = None
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Inputs as .safetensors, one row a call: choose a scheme for each head.",
+        ),
+    ] = None
     export: Annotated[
         list[str],
         typer.Option(
@@ -67,8 +74,9 @@ def optimize(model: Model, rewriting: Rewriting, options: ModelOptions, terminal
     with output_folder(rewriting.output, force=rewriting.force) as part:
         loaded = options.load(model, terminal)
         optimized = rewrite(
-            loaded, request.policy, terminal, plan=request.plan, budget=request.budget
-        )
+            loaded, request.policy, terminal, plan=request.plan, budget=request.budget,
+            calibration=_calibration(rewriting.calibration, loaded),
+        )  # fmt: skip
         with terminal.stage("writing model.pt2"):
             write_result(optimized, part, source=loaded)
         artifacts = _export(optimized, part, request.onnx, terminal)
@@ -91,6 +99,7 @@ def rewrite(
     *,
     plan: Plan | None = None,
     budget: Budget | None = None,
+    calibration: Any = None,
 ) -> OptimizedModule:
     """`attn_rewrite.optimize` on a loaded model, said on standard error."""
     with terminal.stage("capturing, rewriting and verifying"):
@@ -104,12 +113,22 @@ def rewrite(
             dynamic_shapes=loaded.dynamic_shapes,
             budget=budget,
             plan=plan,
+            calibration=calibration,
         )
     # Only here it is known where the inputs came from.
     inputs = next((note for note in loaded.notes if note.startswith("inputs ")), "user's")
     notes = (*(note for note in loaded.notes if note != inputs), *optimized.report.notes)
     optimized.report = replace(optimized.report, inputs=inputs, notes=notes)
     return optimized
+
+
+def _calibration(path: Path | None, loaded: LoadedModel) -> dict[str, Any] | None:
+    """Calibration inputs of a file, checked against the model's arguments."""
+    if path is None:
+        return None
+    from attn_rewrite.checkpoints.inputs import read_inputs
+
+    return read_inputs(path, loaded.model).kwargs
 
 
 def exit_code(optimized: OptimizedModule, terminal: Terminal) -> int:
