@@ -22,6 +22,7 @@ Ints = npt.NDArray[np.int64]
 
 # Pairs a table may hold (32 MB of prefix sums).
 TABLE_LIMIT = 1 << 22
+_CHUNK = 1 << 15  # pairs evaluated at a time, so that intermediates stay in the cache
 
 
 class FactorError(ValueError):
@@ -79,9 +80,13 @@ def relation(atoms: Iterable[Expr], q: str, kv: str, lengths: tuple[int, int]) -
     if lengths[0] * lengths[1] > TABLE_LIMIT:
         return _band(atoms, q, kv, lengths)
     rows, columns = (np.arange(n, dtype=np.int64) for n in lengths)
-    kept = values(conjunction(atoms), {q: rows[:, None], kv: columns[None]})
+    mask = conjunction(atoms)
     sums = np.zeros((lengths[0] + 1, lengths[1] + 1), np.int64)
-    sums[1:, 1:] = np.broadcast_to(kept, lengths)
+    step = max(1, _CHUNK // max(1, lengths[1]))
+    for start in range(0, lengths[0], step):
+        part = rows[start : start + step]
+        kept = values(mask, {q: part[:, None], kv: columns[None]})
+        sums[start + 1 : start + 1 + len(part), 1:] = kept
     return Table(sums.cumsum(0).cumsum(1))
 
 
