@@ -59,6 +59,7 @@ build/gpu/ready: Makefile
 	@touch $@
 
 gpu-test: build/gpu/ready  ## kernels on this machine's GPU against dense float64 attention
+	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no GPU is visible to this Python")'
 	PYTHONPATH=build/gpu:. $(PYTHON) -m pytest -m gpu -p no:cacheprovider tests/gpu
 
 gpu-bench: build/gpu/ready  ## kernels on this machine's GPU beside SDPA, FlexAttention and torch.compile

@@ -55,21 +55,29 @@ class Traversal:
         """The parts of a pass; writes the lines that compute their bounds."""
         if self.stepwise:
             return [Part("0", self.last, False)]
-        guards = dict.fromkeys(s.guard for s in of.steps if s.guard != TRUE)
-        if self.frame.schedule.skipping == "lists" and guards:
+        guards = {s.guard for s in of.steps} - {TRUE}
+        guard = self._shared_guard(of)
+        if guard is not None and self.frame.schedule.skipping == "lists":
             return self._lists()
-        if self.frame.schedule.skipping == "bounds" and len(guards) == 1:
+        if guard is not None and self.frame.schedule.skipping == "bounds":
             roles = self.frame.roles
-            (guard,) = guards
-            found = loop_ranges(guard, roles.row, roles.along,
-                                integer_tensors(self.frame.program))  # fmt: skip
+            whole = integer_tensors(self.frame.program)
+            found = loop_ranges(guard, roles.row, roles.along, whole)
             if found:
                 return self._bounded(found)
         if guards:
             return [Part(self.first, self.last, True)]
-        whole = f"{self.last} // {self.side} * {self.side}"
-        self.frame.body.line(f"whole = {whole}")
+        self.frame.body.line(f"whole = {self.last} // {self.side} * {self.side}")
         return [Part(self.first, "whole", False), Part("whole", self.last, True)]
+
+    def _shared_guard(self, of: Pass) -> Expr | None:
+        """The guard of everything that leaves a tile; None where one fold sees more than another.
+
+        A tile may be skipped only if no fold and no output of the pass takes anything from it.
+        """
+        along = self.frame.roles.along
+        leaving = {s.guard for s in of.steps if along in s.folds() or s.name in of.stores}
+        return leaving.pop() if len(leaving) == 1 and TRUE not in leaving else None
 
     @contextmanager
     def loop(self, parts: Sequence[Part]) -> Iterator[str | None]:

@@ -15,7 +15,7 @@ from attn_rewrite.backends.triton.lists import blockwise_tables, list_schedule, 
 from attn_rewrite.backends.triton.prepare import with_lse
 from attn_rewrite.backends.triton.schedule import Schedule
 from attn_rewrite.backends.triton.staging import stages_of
-from attn_rewrite.cascade import NAMED, interpret
+from attn_rewrite.cascade import NAMED, interpret, parse
 from attn_rewrite.cascade.attention import softmax_cascade
 from attn_rewrite.site import Refusal
 from tests.interpreted.dense import CASES, Case, bound, inputs_for, reference
@@ -131,6 +131,20 @@ def test_a_prefix_of_minus_infinity_is_no_nan():
     x = inputs_for(case, SIZES, torch.float32, 7)
     x["bias"][:, :, :, :20] = -math.inf
     check(case, x, SMALL.with_(skipping="bounds"))
+
+
+def test_tiles_that_one_sum_needs_are_not_skipped_for_another():
+    cascade = parse(
+        "cascade two-sums\nranks q, kv, d, f\ninputs Q[q, d], K[kv, d], V[kv, f]\noutputs NEAR, ALL\n\n"
+        "QK[q, kv] = Q[q, d] * K[kv, d]\nP[q, kv] = sigmoid(QK[q, kv])\n"
+        "NEAR[q, f] = P[q, kv] * V[kv, f] where q - kv >= 0\nALL[q, f] = P[q, kv] * V[kv, f]\n"
+    )
+    make = torch.Generator().manual_seed(0)
+    x = {n: torch.randn(40, 16, generator=make) for n in "QKV"}
+    (stage,) = stages_of(cascade)
+    found = run(emit(stage.program, SMALL.with_(skipping="bounds"), {"d": 16, "f": 16}), x)
+    for name, wanted in interpret(cascade, x).items():
+        assert (found[name].double() - wanted).abs().max() <= 2e-6 * wanted.abs().max()
 
 
 def test_eight_bit_operands():
