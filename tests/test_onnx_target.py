@@ -12,7 +12,9 @@ from torch import nn
 from torch.nn import functional
 
 from attn_rewrite import export_onnx
+from attn_rewrite.backends.onnx.sites import SITE_KEY
 from attn_rewrite.cascade.attention import QK, SoftmaxAttention
+from attn_rewrite.cascade.text import parse
 from tests.test_onnx import HQ, Tiled, bound, capture, tokens
 from tests.test_onnx_window import causal_window
 
@@ -97,3 +99,37 @@ def test_portable_files_hold_standard_operators_only(tmp_path: Path) -> None:
     artifact = export_onnx(program, tmp_path / "m.onnx")
     assert artifact.sites[0].choice == ""
     assert not any("::" in name for name in census(artifact.path))
+
+
+class Two(nn.Module):
+    """Two rewritten attentions under names that are one operator name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Tiled(SoftmaxAttention(QK, causal_window(5), group=2))
+        self.second = Tiled(SoftmaxAttention(QK, causal_window(9), group=2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x) + self.second(x)
+
+
+@pytest.mark.parametrize("opset", [20, 23])
+@pytest.mark.parametrize("names", [("a.b", "c"), ("a.b", "a_b")])
+def test_a_rewritten_site_is_a_function_that_says_what_it_computes(
+    names: tuple[str, str], opset: int, tmp_path: Path
+) -> None:
+    program = capture(Two(), tokens(2, 20))
+    spliced = [n for n in program.graph.nodes if "tiled_attention" in str(n.target)]
+    for node, name in zip(spliced, names, strict=True):
+        node.meta[SITE_KEY] = name
+    artifact = export_onnx(program, tmp_path / "m.onnx", opset=opset)  # compares the numbers
+    proto = onnx.load(artifact.path)
+    onnx.checker.check_model(proto)
+    calls = [n.op_type for n in proto.graph.node if n.domain == "attn_rewrite"]
+    assert [s.name for s in artifact.sites] == list(names)
+    assert len(set(calls)) == 2
+    assert calls[0] == "a_b"
+    functions = {f.name: f for f in proto.functions}
+    assert set(functions) == set(calls)
+    texts = [parse(functions[c].doc_string) for c in calls]
+    assert texts == [parse(m.text) for m in (Two().first, Two().second)]

@@ -62,6 +62,8 @@ def export_onnx(
     """
     number = check_options(target, opset)
     require_exporter()
+    import onnx_ir.passes.common as common
+
     from attn_rewrite.backends.onnx.artifact import OnnxArtifact
     from attn_rewrite.backends.onnx.names import (
         axis_names,
@@ -74,6 +76,7 @@ def export_onnx(
     program = getattr(optimized, "program", optimized)
     with _quiet():
         model = _translate(program, number)
+        common.InlinePass()(model)  # the only functions of the file are its rewritten sites
         sites = expand(model, number, site_names(program), target)
         rename_outputs(model, output_names(program))
         _finish(model, number)
@@ -197,11 +200,10 @@ def _finish(model: ir.Model, opset: int) -> None:
     for function in model.functions.values():
         function.opset_imports[""] = opset
     if opset < 23:
-        onnxscript.optimizer.optimize_ir(model)
+        onnxscript.optimizer.optimize_ir(model, inline=False)
     else:
         # From 23 on the optimiser fuses RotaryEmbedding with tables of batch 1, which ONNX Runtime
         # refuses at any other batch.
-        common.InlinePass()(model)
         common.RemoveUnusedNodesPass()(model)
         common.RemoveUnusedFunctionsPass()(model)
     common.RemoveUnusedOpsetsPass()(model)
@@ -249,8 +251,9 @@ def _check_sparse(optimized: Any, sites: tuple[SiteLowering, ...]) -> None:
 
 
 def _check_census(census: Mapping[str, int], target: str) -> None:
-    own = "com.microsoft::" if target == "onnxruntime" else "::"
-    foreign = [name for name in census if "::" in name and not name.startswith(own)]
+    own = "com.microsoft::" if target == "onnxruntime" else "attn_rewrite::"
+    own_domains = (own, "attn_rewrite::")  # the second: functions whose bodies are in the file
+    foreign = [name for name in census if "::" in name and not name.startswith(own_domains)]
     if foreign:
         reason = f"the graph needs {', '.join(foreign)}, which no runtime has to know"
         raise LowerError(

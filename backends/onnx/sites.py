@@ -7,6 +7,7 @@ per attention, and `expand` replaces every marker once the rest of the model is 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 SITE_KEY = "attn_rewrite_site"  # set by attn_rewrite.apply on the nodes it splices in
+FUNCTION_DOMAIN = "attn_rewrite"
 MARKER_DOMAIN = "attn_rewrite.export"
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
 _ANY = [*_FLOATS, "tensor(bool)", *(f"tensor(int{n})" for n in (8, 16, 32, 64)), "tensor(uint8)"]
@@ -198,17 +200,19 @@ def _form_of(node: ir.Node, name: str) -> SoftmaxAttention:
 
 
 def _expand_tiled(
-    r: Recorder, node: ir.Node, name: str, target: str
+    r: Recorder, node: ir.Node, name: str, target: str, formal: Sequence[ir.Value]
 ) -> tuple[ir.Value, SiteLowering]:
-    out, lowering = _tiled(r, node, name)
+    out, lowering = _tiled(r, node, name, formal)
     return out, replace(lowering, choice=NOT_BLOCKS) if target == "onnxruntime" else lowering
 
 
-def _tiled(r: Recorder, node: ir.Node, name: str) -> tuple[ir.Value, SiteLowering]:
+def _tiled(
+    r: Recorder, node: ir.Node, name: str, formal: Sequence[ir.Value]
+) -> tuple[ir.Value, SiteLowering]:
     form = _form_of(node, name)
     inputs = [i for i in node.inputs if i is not None]
     plan = choose_plan(form, inputs, _attribute(node, "block") or DEFAULT_ROWS)
-    out = emit_attention(r, inputs, form, plan)
+    out = emit_attention(r, formal, form, plan)
     if isinstance(plan, BlockPlan):
         counts = (plan.executed, plan.total)
         return out, SiteLowering(
@@ -251,21 +255,59 @@ def _expand_sdpa(
     return out, SiteLowering(name, operator, form_name, detail, choice=choice)
 
 
-def _expand_one(node: ir.Node, name: str, prefix: str, opset: int, target: str) -> SiteLowering:
+def _parameters(r: Recorder, node: ir.Node) -> list[ir.Value]:
+    """The inputs of a function that stands for ``node``: of the same types and shapes."""
+    given = [i for i in node.inputs if i is not None]
+    return [
+        ir.Value(name=f"{r.prefix}/input_{i}", shape=x.shape, type=x.type)
+        for i, x in enumerate(given)
+    ]
+
+
+def _expand_one(
+    model: ir.Model, node: ir.Node, name: str, prefix: str, opset: int, target: str
+) -> SiteLowering:
     r = Recorder(prefix, opset)
     tiled = node.op_type == "TiledAttention"
-    value, lowering = (_expand_tiled if tiled else _expand_sdpa)(r, node, name, target)
-    for new in r.nodes:
-        new.metadata_props["attn_rewrite.site"] = name
-        new.meta.update(node.meta)
-        if tiled and new.op_type == "Scan":
-            new.metadata_props["attn_rewrite.cascade"] = _attribute(node, "cascade")
+    formal = _parameters(r, node) if tiled else []
+    if tiled:
+        value, lowering = _expand_tiled(r, node, name, target, formal)
+    else:
+        value, lowering = _expand_sdpa(r, node, name, target)
     graph = node.graph
     assert graph is not None
-    ir.convenience.replace_nodes_and_values(
-        graph, node, [node], r.nodes, list(node.outputs), [value]
-    )
+    if tiled:
+        function, nodes = _as_function(r, node, name, formal, value)
+        if function.identifier() in model.functions:  # "a.b" and "a_b" are one operator name
+            function.name = nodes[0].op_type = f"{function.name}_{prefix}"
+        model.functions[function.identifier()] = function
+        value = nodes[0].outputs[0]
+    else:
+        nodes = r.nodes
+    for new in nodes:
+        new.metadata_props["attn_rewrite.site"] = name
+        new.meta.update(node.meta)
+    ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, list(node.outputs), [value])
     return lowering
+
+
+def _as_function(
+    r: Recorder, node: ir.Node, name: str, formal: list[ir.Value], value: ir.Value
+) -> tuple[ir.Function, list[ir.Node]]:
+    """What was recorded as a function of the model under the site's name, and the call of it.
+
+    A runtime that knows the operator may use its own kernel; every other one runs the body.
+    """
+    body = ir.Graph(formal, [value], nodes=r.nodes, opset_imports={"": r.opset}, name=name)
+    text = _attribute(node, "cascade")
+    operator = re.sub(r"[^A-Za-z0-9_]", "_", name)
+    function = ir.Function(FUNCTION_DOMAIN, operator, "", graph=body, attributes=[])
+    function.doc_string = text
+    function.metadata_props["attn_rewrite.cascade"] = text
+    given = [i for i in node.inputs if i is not None]
+    call = ir.node(operator, given, domain=FUNCTION_DOMAIN, name=f"{r.prefix}/call")
+    call.outputs[0].name = f"{r.prefix}/output"
+    return function, [call]
 
 
 def expand(
@@ -281,15 +323,17 @@ def expand(
     """
     given = given or {}
     found: list[SiteLowering] = []
-    for owner in (model.graph, *model.functions.values()):
+    for owner in (model.graph, *tuple(model.functions.values())):
         markers = [
             n for n in ir.traversal.RecursiveGraphIterator(owner) if n.domain == MARKER_DOMAIN
         ]
         for node in markers:
             name = _site_name(node, given, [s.name for s in found])
-            found.append(_expand_one(node, name, f"attention_{len(found)}", opset, target))
+            found.append(_expand_one(model, node, name, f"attention_{len(found)}", opset, target))
         owner.opset_imports.pop(MARKER_DOMAIN, None)
     model.opset_imports.pop(MARKER_DOMAIN, None)
+    if any(domain == FUNCTION_DOMAIN for domain, *_ in model.functions):
+        model.opset_imports[FUNCTION_DOMAIN] = 1
     if any(s.form == "MultiHeadAttention" for s in found):
         for owner in (model, *model.functions.values()):
             owner.opset_imports[DOMAIN] = 1
