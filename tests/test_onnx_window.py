@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from attn_rewrite.backends.onnx.bands import EVERY_KEY, Affine, Segment, segments
+from attn_rewrite.backends.onnx.bands import EVERY_KEY, Affine, Reach, Segment, segments
 from attn_rewrite.backends.onnx.elementwise import Coordinate, Elementwise, Frame
 from attn_rewrite.backends.onnx.graph import Recorder
 from attn_rewrite.backends.onnx.tiles import emit_attention, plan_tiles
@@ -102,7 +102,6 @@ def test_key_ranges_of_known_masks(mask: Expr, expected: tuple[Segment, ...]) ->
     "mask",
     [
         TRUE,
-        Q >= KV,  # causal alone has no fixed width
         causal_window(8) | (Q < 4),  # global rows see every key
         KV < 2 * Q,  # not parallel to the diagonal
         Read("M0", (Rank("b"), Q, KV)),
@@ -114,6 +113,47 @@ def test_key_ranges_of_known_masks(mask: Expr, expected: tuple[Segment, ...]) ->
 )
 def test_masks_without_a_fixed_band_read_every_key(mask: Expr) -> None:
     assert segments(mask, 128) == (EVERY_KEY,)
+
+
+@pytest.mark.parametrize(
+    ("mask", "reach"),
+    [
+        (Q >= KV, Reach(high=Affine(0))),
+        (KV - Q < 5, Reach(high=Affine(4))),
+        (KV <= Q + LAST, Reach(high=Affine(0, (("kv", 1), ("q", -1))))),
+        (KV > Q - 3, Reach(low=Affine(-2))),
+        (~(Q >= KV), Reach(low=Affine(1))),
+        ((Q >= KV) & ((Q - KV < 5) | (Q < 3)), Reach(high=Affine(0))),
+        ((Q >= KV) | (Q >= KV - 7), Reach(high=Affine(7))),
+        ((Q >= KV) & (Q >= KV + 2), Reach(high=Affine(-2))),
+    ],
+)
+def test_masks_bounded_on_one_side_follow_the_block(mask: Expr, reach: Reach) -> None:
+    assert segments(mask, 128) == (reach,)
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (100, 100), (7, 61), (61, 7), (64, 64)])
+@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("side", ["below", "above", "shifted", "behind a cache"])
+def test_causal_masks_skip_the_other_half(side: str, group: int, lengths: tuple[int, int]) -> None:
+    s, t = lengths
+    gap = distance(s, t)
+    mask, keep = {
+        "below": (Q >= KV, gap >= 0),
+        "above": (KV > Q + 2, gap < -2),
+        "shifted": (Q - KV >= 9, gap >= 9),
+        "behind a cache": (KV <= Q + LAST, distance(s, t, t - s) >= 0),
+    }[side]
+    form = SoftmaxAttention(QK * 0.4, mask, group=group)
+    counted = check(build(form), sample(form, 2, s, t), keep)
+    if lengths == (100, 100):
+        steps = range(0, 100, 16)
+        wanted = {
+            "below": sum(min(q + 16, 100) for q in steps),
+            "shifted": sum(min(max(q + 7, 1), 100) for q in steps),
+        }
+        assert counted == 16 * wanted.get(side, counted // 16)
+        assert counted < 0.65 * 112 * 100
 
 
 def evaluate(expr: Expr, env: dict[str, np.ndarray | int]) -> np.ndarray:
@@ -209,6 +249,11 @@ def test_key_ranges_hold_every_kept_pair(mask: Expr, rows: int, s: int, t: int) 
     for q0 in range(s):
         covered = np.zeros(t, bool)
         for r in ranges:
+            if isinstance(r, Reach):
+                low = 0 if r.low is None else q0 + r.low.at(extents)
+                high = t if r.high is None else q0 + rows + r.high.at(extents)
+                covered[max(low, 0) : max(high, 0)] = True
+                continue
             first = r.start.const + sum(c * extents[n] for n, c in r.start.extents)
             first = (first + q0 if r.relative else first) if r.width is not None else 0
             last = t if r.width is None else first + r.width
@@ -578,10 +623,8 @@ def test_sink_logit_and_weight() -> None:
 @pytest.mark.parametrize(
     ("guard", "kept"),
     [
-        (Q >= KV, lambda d, s: d >= 0),
         (TRUE, lambda d, s: d == d),
-        ((Q >= KV) & ((Q - KV < 9) | eq(call("mod", Q - KV, 8), 0)),
-         lambda d, s: (d >= 0) & ((d < 9) | (d % 8 == 0))),
+        (eq(call("mod", Q - KV, 8), 0), lambda d, s: d % 8 == 0),
         (causal_window(9) | (Q < 3),
          lambda d, s: ((d >= 0) & (d < 9)) | (np.arange(s) < 3)[:, None]),
     ],

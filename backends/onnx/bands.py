@@ -8,6 +8,7 @@ itself is still evaluated inside the tile.  What is not affine in ``q`` and ``kv
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
@@ -26,6 +27,10 @@ class Affine:
     def minus(self, other: Affine) -> int | None:
         """The difference where it is a fixed number, else None."""
         return self.const - other.const if self.extents == other.extents else None
+
+    def at(self, sizes: Mapping[str, int]) -> int:
+        """The value for extents that are known."""
+        return self.const + sum(c * sizes[rank] for rank, c in self.extents)
 
     def plus(self, number: int) -> Affine:
         """The same value moved by ``number``."""
@@ -52,6 +57,22 @@ class Segment:
             return "all keys"
         start = f"q0 + {self.start}" if self.relative else str(self.start)
         return f"{self.width} keys from {start.replace('+ -', '- ')}"
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Keys from ``q + low`` to ``q + high`` of any query q of the block; None: from or to the end.
+
+    The width follows the place of the block, as under a causal mask.
+    """
+
+    low: Affine | None = None
+    high: Affine | None = None
+
+    def __str__(self) -> str:
+        low = "0" if self.low is None else f"q + {self.low}"
+        high = "the end" if self.high is None else f"q + {self.high}"
+        return f"keys from {low} to {high}".replace(" + 0", "").replace("+ -", "- ")
 
 
 EVERY_KEY = Segment()
@@ -270,12 +291,34 @@ def _merged(found: list[Segment]) -> tuple[Segment, ...]:
     return tuple(result)
 
 
-def segments(mask: Expr, rows: int) -> tuple[Segment, ...]:
+def _outermost(bounds: list[tuple[Affine, ...]], sign: int) -> Affine | None:
+    """The bound that holds in every region (``sign`` 1: above), None where one has no such bound.
+
+    Of several bounds of a region any will do; the tightest of those that compare is taken.
+    """
+    if not bounds or not all(bounds):
+        return None
+    extents = bounds[0][0].extents
+    alike = [[b.const for b in region if b.extents == extents] for region in bounds]
+    if not all(alike):
+        return None
+    return Affine(sign * max(min(sign * c for c in region) for region in alike), extents)
+
+
+def _reach(regions: tuple[_Region, ...]) -> Segment | Reach:
+    low = _outermost([r.relative_low for r in regions], -1)
+    high = _outermost([r.relative_high for r in regions], 1)
+    return EVERY_KEY if low is None and high is None else Reach(low, high)
+
+
+def segments(mask: Expr, rows: int) -> tuple[Segment | Reach, ...]:
     """Key ranges that hold every kept pair of any ``rows`` consecutive queries.
 
-    ``(EVERY_KEY,)`` where the mask confines the keys to no fixed width, ``()`` where it keeps none.
+    One `Reach` where the mask bounds the distance on a side only, ``(EVERY_KEY,)`` where it bounds
+    nothing, ``()`` where it keeps nothing.
     """
-    found = [_segment(region, rows) for region in _regions(mask)]
+    regions = _regions(mask)
+    found = [_segment(region, rows) for region in regions]
     if any(s is None for s in found):
-        return (EVERY_KEY,)
+        return (_reach(regions),)
     return _merged([s for s in found if s is not None and s.width])

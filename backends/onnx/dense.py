@@ -16,6 +16,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from attn_rewrite.backends.onnx.graph import Recorder
+from attn_rewrite.backends.onnx.tiles import TilePlan, plan_tiles
+from attn_rewrite.cascade.attention import QK, SoftmaxAttention
+from attn_rewrite.cascade.expr import KV, Q
 from attn_rewrite.errors import LowerError
 
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -72,6 +75,34 @@ def _whole_mask(r: Recorder, inputs: Sequence[ir.Value]) -> Sequence[ir.Value]:
     q, k, v, mask = inputs
     shape = r.op("Concat", r.extent(q, -2), r.extent(k, -2), axis=0)
     return q, k, v, r.op("Expand", mask, shape)
+
+
+# Causal attention this short is one step of tiles, which saves nothing.
+SHORT = 256
+
+
+def fits_tiles(inputs: Sequence[ir.Value]) -> bool:
+    """Whether q, k, v have four dimensions, fixed heads and one batch, and enough queries."""
+    sizes = [_sizes(x) for x in inputs[:3]]
+    if len(inputs) != 3 or any(len(s) != 4 or not isinstance(s[1], int) for s in sizes):
+        return False
+    length = sizes[0][2]
+    return len({str(s[0]) for s in sizes}) == 1 and not (
+        isinstance(length, int) and length <= SHORT
+    )
+
+
+def causal_half(
+    inputs: Sequence[ir.Value], options: SdpaOptions
+) -> tuple[SoftmaxAttention, TilePlan]:
+    """Causal attention as tiles that end at the diagonal (top-left, as in torch)."""
+    q, k, _ = inputs
+    scale = options.scale
+    if scale is None:
+        scale = 1 / math.sqrt(_fixed(q, -1, "the head dimension"))
+    group = _fixed(q, 1, "the head count") // _fixed(k, 1, "the head count")
+    form = SoftmaxAttention(QK * scale, Q >= KV, group=group)
+    return form, plan_tiles(form)
 
 
 class _Decomposed:

@@ -7,8 +7,9 @@ per attention, and `expand` replaces every marker once the rest of the model is 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import onnx.defs
@@ -17,7 +18,8 @@ import torch
 from onnxscript import values
 
 from attn_rewrite.backends.onnx.blocks import BlockPlan
-from attn_rewrite.backends.onnx.dense import SdpaOptions, emit_sdpa
+from attn_rewrite.backends.onnx.contrib import DOMAIN, NOT_BLOCKS, emit_multi_head, why_not
+from attn_rewrite.backends.onnx.dense import SdpaOptions, causal_half, emit_sdpa, fits_tiles
 from attn_rewrite.backends.onnx.graph import Recorder
 from attn_rewrite.backends.onnx.tiles import (
     DEFAULT_ROWS,
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 SITE_KEY = "attn_rewrite_site"  # set by attn_rewrite.apply on the nodes it splices in
+FUNCTION_DOMAIN = "attn_rewrite"
 MARKER_DOMAIN = "attn_rewrite.export"
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
 _ANY = [*_FLOATS, "tensor(bool)", *(f"tensor(int{n})" for n in (8, 16, 32, 64)), "tensor(uint8)"]
@@ -43,11 +46,13 @@ _ANY = [*_FLOATS, "tensor(bool)", *(f"tensor(int{n})" for n in (8, 16, 32, 64)),
 class SiteLowering:
     """How one attention left for ONNX.
 
-    ``form`` is ``"tiles"`` (keys outside the mask's bands are never read), ``"blocks"`` (only the
+    ``form`` is ``"tiles"`` (keys outside the mask's bands are never read), ``"half"`` (keys beyond
+    the one side that the mask bounds, as the upper half under a causal one), ``"blocks"`` (only the
     blocks of ``tiles``, executed and total over all heads, are computed), ``"dense mask"`` (every
     key is read and the mask applied: nothing is saved), ``"dense"`` (MatMul and Softmax over all
     keys), ``"operators"`` (the graph's own) or the name of an operator.  ``detail`` says more in
-    words; ``rows`` and ``width`` are the queries and keys of a step of the tiled form.
+    words; ``rows`` and ``width`` are the queries and keys of a step of the tiled form; ``choice``
+    says, for the target ``onnxruntime``, why this form and not one of its own operators.
     """
 
     name: str
@@ -57,11 +62,12 @@ class SiteLowering:
     rows: int | None = None
     width: int | None = None
     tiles: tuple[int, int] | None = None
+    choice: str = ""
 
     @property
     def skips(self) -> bool:
         """True where the lowering really leaves out what the mask excludes."""
-        return self.form in ("tiles", "blocks")
+        return self.form in ("tiles", "half", "blocks")
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for metadata and reports."""
@@ -74,6 +80,7 @@ class SiteLowering:
             "width": self.width,
             "tiles": None if self.tiles is None else list(self.tiles),
             "skips": self.skips,
+            "choice": self.choice,
         }
 
 
@@ -192,17 +199,26 @@ def _form_of(node: ir.Node, name: str) -> SoftmaxAttention:
     return form
 
 
-def _expand_tiled(r: Recorder, node: ir.Node, name: str) -> tuple[ir.Value, SiteLowering]:
+def _expand_tiled(
+    r: Recorder, node: ir.Node, name: str, target: str, formal: Sequence[ir.Value]
+) -> tuple[ir.Value, SiteLowering]:
+    out, lowering = _tiled(r, node, name, formal)
+    return out, replace(lowering, choice=NOT_BLOCKS) if target == "onnxruntime" else lowering
+
+
+def _tiled(
+    r: Recorder, node: ir.Node, name: str, formal: Sequence[ir.Value]
+) -> tuple[ir.Value, SiteLowering]:
     form = _form_of(node, name)
     inputs = [i for i in node.inputs if i is not None]
     plan = choose_plan(form, inputs, _attribute(node, "block") or DEFAULT_ROWS)
-    out = emit_attention(r, inputs, form, plan)
+    out = emit_attention(r, formal, form, plan)
     if isinstance(plan, BlockPlan):
         counts = (plan.executed, plan.total)
         return out, SiteLowering(
             name, "tiled_attention", "blocks", str(plan), plan.block, tiles=counts
         )
-    form_name, detail = "tiles", str(plan)
+    form_name, detail = "half" if plan.reach else "tiles", str(plan)
     if plan.dense:
         form_name = "dense mask"
         detail = f"every key of {_rows(plan)} queries a step: no fixed band in {form.guard}"
@@ -214,53 +230,113 @@ def _rows(plan: TilePlan | HeadPlan) -> int:
     return plan.rows if isinstance(plan, TilePlan) else plan.parts[0][1].rows
 
 
-def _expand_sdpa(r: Recorder, node: ir.Node, name: str) -> tuple[ir.Value, SiteLowering]:
+def _expand_sdpa(
+    r: Recorder, node: ir.Node, name: str, target: str
+) -> tuple[ir.Value, SiteLowering]:
     text = _attribute(node, "scale")
     options = SdpaOptions(
         causal=bool(_attribute(node, "causal")),
         grouped=bool(_attribute(node, "gqa")),
         scale=float(text) if text else None,
     )
-    out, form, detail = emit_sdpa(r, [i for i in node.inputs if i is not None], options)
-    return out, SiteLowering(name, "scaled_dot_product_attention", form, detail)
+    inputs = [i for i in node.inputs if i is not None]
+    operator = "scaled_dot_product_attention"
+    choice = why_not(inputs, options) if target == "onnxruntime" else ""
+    if choice is None:
+        out = emit_multi_head(r, inputs, options)
+        why = "a streaming kernel: no scores in memory, faster than MatMul and Softmax"
+        detail = "ONNX Runtime's operator, no mask"
+        return out, SiteLowering(name, operator, "MultiHeadAttention", detail, choice=why)
+    if options.causal and fits_tiles(inputs):
+        form, plan = causal_half(inputs, options)
+        out = emit_attention(r, inputs, form, plan)
+        return out, SiteLowering(name, operator, "half", str(plan), plan.rows, choice=choice)
+    out, form_name, detail = emit_sdpa(r, inputs, options)
+    return out, SiteLowering(name, operator, form_name, detail, choice=choice)
 
 
-def _expand_one(node: ir.Node, name: str, prefix: str, opset: int) -> SiteLowering:
+def _parameters(r: Recorder, node: ir.Node) -> list[ir.Value]:
+    """The inputs of a function that stands for ``node``: of the same types and shapes."""
+    given = [i for i in node.inputs if i is not None]
+    return [
+        ir.Value(name=f"{r.prefix}/input_{i}", shape=x.shape, type=x.type)
+        for i, x in enumerate(given)
+    ]
+
+
+def _expand_one(
+    model: ir.Model, node: ir.Node, name: str, prefix: str, opset: int, target: str
+) -> SiteLowering:
     r = Recorder(prefix, opset)
     tiled = node.op_type == "TiledAttention"
-    value, lowering = (_expand_tiled if tiled else _expand_sdpa)(r, node, name)
-    for new in r.nodes:
-        new.metadata_props["attn_rewrite.site"] = name
-        new.meta.update(node.meta)
-        if tiled and new.op_type == "Scan":
-            new.metadata_props["attn_rewrite.cascade"] = _attribute(node, "cascade")
+    formal = _parameters(r, node) if tiled else []
+    if tiled:
+        value, lowering = _expand_tiled(r, node, name, target, formal)
+    else:
+        value, lowering = _expand_sdpa(r, node, name, target)
     graph = node.graph
     assert graph is not None
-    ir.convenience.replace_nodes_and_values(
-        graph, node, [node], r.nodes, list(node.outputs), [value]
-    )
+    if tiled:
+        function, nodes = _as_function(r, node, name, formal, value)
+        if function.identifier() in model.functions:  # "a.b" and "a_b" are one operator name
+            function.name = nodes[0].op_type = f"{function.name}_{prefix}"
+        model.functions[function.identifier()] = function
+        value = nodes[0].outputs[0]
+    else:
+        nodes = r.nodes
+    for new in nodes:
+        new.metadata_props["attn_rewrite.site"] = name
+        new.meta.update(node.meta)
+    ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, list(node.outputs), [value])
     return lowering
 
 
+def _as_function(
+    r: Recorder, node: ir.Node, name: str, formal: list[ir.Value], value: ir.Value
+) -> tuple[ir.Function, list[ir.Node]]:
+    """What was recorded as a function of the model under the site's name, and the call of it.
+
+    A runtime that knows the operator may use its own kernel; every other one runs the body.
+    """
+    body = ir.Graph(formal, [value], nodes=r.nodes, opset_imports={"": r.opset}, name=name)
+    text = _attribute(node, "cascade")
+    operator = re.sub(r"[^A-Za-z0-9_]", "_", name)
+    function = ir.Function(FUNCTION_DOMAIN, operator, "", graph=body, attributes=[])
+    function.doc_string = text
+    function.metadata_props["attn_rewrite.cascade"] = text
+    given = [i for i in node.inputs if i is not None]
+    call = ir.node(operator, given, domain=FUNCTION_DOMAIN, name=f"{r.prefix}/call")
+    call.outputs[0].name = f"{r.prefix}/output"
+    return function, [call]
+
+
 def expand(
-    model: ir.Model, opset: int, given: Mapping[str, str] | None = None
+    model: ir.Model,
+    opset: int,
+    given: Mapping[str, str] | None = None,
+    target: str = "portable",
 ) -> tuple[SiteLowering, ...]:
-    """Replace every marker in the model, its functions and nested graphs by standard operators.
+    """Replace every marker in the model, its functions and nested graphs by the target's operators.
 
     ``given`` are site names by graph node (`site_names`); a named site without a marker was left as
     plain operators, and the result says so.
     """
     given = given or {}
     found: list[SiteLowering] = []
-    for owner in (model.graph, *model.functions.values()):
+    for owner in (model.graph, *tuple(model.functions.values())):
         markers = [
             n for n in ir.traversal.RecursiveGraphIterator(owner) if n.domain == MARKER_DOMAIN
         ]
         for node in markers:
             name = _site_name(node, given, [s.name for s in found])
-            found.append(_expand_one(node, name, f"attention_{len(found)}", opset))
+            found.append(_expand_one(model, node, name, f"attention_{len(found)}", opset, target))
         owner.opset_imports.pop(MARKER_DOMAIN, None)
     model.opset_imports.pop(MARKER_DOMAIN, None)
+    if any(domain == FUNCTION_DOMAIN for domain, *_ in model.functions):
+        model.opset_imports[FUNCTION_DOMAIN] = 1
+    if any(s.form == "MultiHeadAttention" for s in found):
+        for owner in (model, *model.functions.values()):
+            owner.opset_imports[DOMAIN] = 1
     marked = {s.name for s in found}
     plain = [name for name in dict.fromkeys(given.values()) if name not in marked]
     return (*found, *(SiteLowering(n, "aten", "operators", "as in the graph") for n in plain))

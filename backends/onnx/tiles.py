@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from attn_rewrite.backends.onnx.bands import EVERY_KEY, Segment, segments
+from attn_rewrite.backends.onnx.bands import EVERY_KEY, Reach, Segment, segments
 from attn_rewrite.backends.onnx.blocks import BlockPlan, Problem, plan_blocks
 from attn_rewrite.backends.onnx.elementwise import Coordinate, Elementwise, Frame, Typed, affine
 from attn_rewrite.backends.onnx.gathered import Gathered
@@ -40,7 +40,7 @@ class TilePlan:
     """How one attention is tiled: ``rows`` queries a step, and the key ranges of a step."""
 
     rows: int
-    segments: tuple[Segment, ...]
+    segments: tuple[Segment | Reach, ...]
 
     @property
     def dense(self) -> bool:
@@ -49,8 +49,28 @@ class TilePlan:
 
     @property
     def width(self) -> int | None:
-        """The keys of a step; None where it reads all of them."""
-        return None if self.dense else sum(s.width or 0 for s in self.segments)
+        """The keys of a step; None where the step reads all of them, or its place decides."""
+        if self.dense or self.reach is not None:
+            return None
+        return sum(s.width or 0 for s in self.segments if isinstance(s, Segment))
+
+    @property
+    def reach(self) -> Reach | None:
+        """The keys of a step where their number follows its place."""
+        return next((s for s in self.segments if isinstance(s, Reach)), None)
+
+    def pairs(self, q_len: int, kv_len: int) -> int:
+        """Scores computed for one head."""
+        if self.reach is None:
+            return q_len * min(kv_len if self.width is None else self.width, kv_len)
+        sizes = {"q": q_len, "kv": kv_len}
+        starts = np.arange(0, q_len, self.rows)
+        low, high = np.zeros_like(starts), np.full_like(starts, kv_len)
+        if self.reach.low is not None:
+            low = np.clip(starts + self.reach.low.at(sizes), 0, kv_len - 1)
+        if self.reach.high is not None:
+            high = np.clip(starts + self.rows + self.reach.high.at(sizes), low + 1, kv_len)
+        return int((high - low).sum()) * min(self.rows, q_len)
 
     def __str__(self) -> str:
         return f"{self.rows} queries a step, " + ", ".join(map(str, self.segments))
@@ -66,6 +86,11 @@ class HeadPlan:
     def dense(self) -> bool:
         """True where some head reads every key."""
         return any(plan.dense for _, plan in self.parts)
+
+    @property
+    def reach(self) -> Reach | None:
+        """The keys of some head where their number follows the place of a step."""
+        return next((plan.reach for _, plan in self.parts if plan.reach), None)
 
     def __str__(self) -> str:
         return "; ".join(f"heads {a} to {b - 1}: {plan}" for (a, b), plan in self.parts)
@@ -97,7 +122,7 @@ def choose_plan(form: SoftmaxAttention, inputs: Sequence[ir.Value], rows: int) -
     batch = q.shape[0] if q.shape is not None and isinstance(q.shape[0], int) else 1
     problem = Problem(heads, form.group, q_len, kv_len, batch)
     blocks = plan_blocks(form.guard, problem, rows, _known(reads, form))
-    band_pairs = heads * q_len * min(bands.width or kv_len, kv_len)
+    band_pairs = heads * bands.pairs(q_len, kv_len)
     return blocks if blocks.pairs <= WORTH_BLOCKS * band_pairs else bands
 
 
@@ -188,7 +213,11 @@ class _Tiled:
         self.heads = r.integers(list(range(operands.first, operands.first + operands.heads)))
         self.batch = r.counting(self.extents["b"])
         self.keys = r.counting(self.extents["kv"]) if plan.dense else None
-        self.key_offsets = [self._offsets(s) for s in plan.segments if s.width is not None]
+        self.key_offsets = [
+            self._offsets(s)
+            for s in plan.segments
+            if isinstance(s, Segment) and s.width is not None
+        ]
 
     def _extents(self) -> dict[str, ir.Value]:
         r, x = self.r, self.x
@@ -264,12 +293,15 @@ class _Tiled:
         """The keys of the step, and which of them no earlier range of the step holds already."""
         if self.keys is not None:
             return self.keys, None
+        if self.plan.reach is not None:
+            return self._reached(r, start, self.plan.reach), None
         ranges: list[tuple[ir.Value, ir.Value]] = []
         columns: list[ir.Value] = []
         unique: list[ir.Value] = []
         for segment, (width, offsets, limit) in zip(
             self.plan.segments, self.key_offsets, strict=True
         ):
+            assert isinstance(segment, Segment)
             first = affine(r, segment.start, self.extents)
             if segment.relative:
                 first = r.op("Add", start, first)
@@ -280,6 +312,19 @@ class _Tiled:
         if len(columns) == 1:
             return columns[0], None
         return r.op("Concat", *columns, axis=0), r.op("Concat", *unique, axis=0)
+
+    def _reached(self, r: Recorder, start: ir.Value, reach: Reach) -> ir.Value:
+        """The keys a block can reach, at least one: a softmax needs a column."""
+        first, end = r.integers([0]), self.extents["kv"]
+        if reach.low is not None:
+            last = r.op("Sub", end, r.integers([1]))
+            first = r.op("Add", start, affine(r, reach.low, self.extents))
+            first = r.op("Min", r.op("Max", first, r.integers([0])), last)
+        if reach.high is not None:
+            stop = r.op("Add", start, affine(r, reach.high, self.extents))
+            stop = r.op("Min", r.op("Add", stop, self.rows), end)
+            end = r.op("Max", stop, r.op("Add", first, r.integers([1])))
+        return r.op("Range", r.scalar(first), r.scalar(end), r.integers(1))
 
     @staticmethod
     def _outside(

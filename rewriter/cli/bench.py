@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 
     from attn_rewrite.checkpoint import LoadedModel
 
+RUNTIMES = ("torch", "onnxruntime")
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -32,17 +37,25 @@ class Timing:
     ] = None
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each model.")] = 20
     warmup: Annotated[int, typer.Option(min=0, help="Runs before that are not timed.")] = 3
+    runtime: Annotated[
+        str, typer.Option(metavar="NAME", help="torch, or onnxruntime: both models exported.")
+    ] = "torch"
 
 
 def bench(model: Model, timing: Timing, options: ModelOptions, terminal: Terminal) -> int:
     """Time MODEL, or a saved result, before and after: alternating, medians and ratios."""
+    _check_runtime(timing.runtime)
     saved = Path(model)
     if (saved / "attn_rewrite.json").is_file():
         loaded, after, policy = _saved(saved, timing, options, terminal)
     else:
         loaded, after, policy = _fresh(model, timing, options, terminal)
-    with terminal.stage(f"timing {timing.repeats} runs of each"):
-        before_s, after_s = _take_turns(loaded, after, timing)
+    with contextlib.ExitStack() as stack:
+        pair = (_in_torch(loaded, loaded.model), _in_torch(loaded, after))
+        if timing.runtime == "onnxruntime":
+            pair = stack.enter_context(_sessions(loaded, after, terminal))
+        with terminal.stage(f"timing {timing.repeats} runs of each"):
+            before_s, after_s = _take_turns(loaded, pair, timing)
     document = {
         "model": model,
         "policy": policy,
@@ -85,22 +98,63 @@ def _saved(
     return loaded, optimized, optimized.plan.policy
 
 
-def _take_turns(loaded: LoadedModel, after: Any, timing: Timing) -> tuple[list[float], list[float]]:
+def _check_runtime(name: str) -> None:
+    from attn_rewrite.errors import PolicyError
+
+    if name not in RUNTIMES:
+        raise PolicyError(f"--runtime {name!r} is not known; expected {' or '.join(RUNTIMES)}")
+    if name == "onnxruntime":
+        from attn_rewrite.backends.onnx.runtime import require_exporter, runtime
+
+        require_exporter()
+        runtime()
+
+
+def _in_torch(loaded: LoadedModel, model: Any) -> Callable[[], Any]:
+    return lambda: model(*loaded.args, **loaded.kwargs)
+
+
+@contextlib.contextmanager
+def _sessions(
+    loaded: LoadedModel, after: Any, terminal: Terminal
+) -> Iterator[tuple[Callable[[], Any], Callable[[], Any]]]:
+    """Runs of the original, captured and exported unchanged, and of the rewritten model."""
+    from attn_rewrite import export_onnx
+    from attn_rewrite.backends.onnx.oracle import as_arrays, example_inputs
+    from attn_rewrite.backends.onnx.runtime import run_session
+    from attn_rewrite.cli.optimize import rewrite
+    from attn_rewrite.policy import Policy
+
+    plain = rewrite(loaded, Policy.parse("keep"), terminal)
+    runs: list[Callable[[], Any]] = []
+    with tempfile.TemporaryDirectory(prefix="attn-rewrite-") as folder:
+        for name, model in (("original", plain), ("rewritten", after)):
+            with terminal.stage(f"exporting the {name} model"):
+                file = Path(folder) / f"{name}.onnx"
+                artifact = export_onnx(model, file, target="onnxruntime")
+            session = artifact.session()
+            inputs = as_arrays(example_inputs(model.program)[0])
+            runs.append(functools.partial(run_session, session, inputs))
+        yield runs[0], runs[1]
+
+
+def _take_turns(
+    loaded: LoadedModel, pair: tuple[Callable[[], Any], Callable[[], Any]], timing: Timing
+) -> tuple[list[float], list[float]]:
     """Seconds of each run; who goes first changes, so that drift hits both."""
     import torch
 
-    models = (loaded.model, after)
     seconds: tuple[list[float], list[float]] = ([], [])
     settle = _settler(loaded)
     with torch.inference_mode():
         for _ in range(timing.warmup):
-            for model in models:
-                model(*loaded.args, **loaded.kwargs)
+            for run in pair:
+                run()
         for turn in range(timing.repeats):
             for which in (0, 1) if turn % 2 == 0 else (1, 0):
                 settle()
                 start = time.perf_counter()
-                models[which](*loaded.args, **loaded.kwargs)
+                pair[which]()
                 settle()
                 seconds[which].append(time.perf_counter() - start)
     return seconds
@@ -119,13 +173,16 @@ def _conditions(loaded: LoadedModel, timing: Timing) -> dict[str, Any]:
     import torch
     from torch.utils import _pytree as pytree
 
+    from attn_rewrite.backends.onnx.runtime import THREADS as ONNX_THREADS
+
     leaves = pytree.tree_leaves((loaded.args, loaded.kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     parameter = next(iter(loaded.model.parameters()), None)
     return {
         "inputs": [f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in tensors],
         "device": "cpu" if parameter is None else str(parameter.device),
-        "threads": torch.get_num_threads(),
+        "runtime": timing.runtime,
+        "threads": ONNX_THREADS if timing.runtime == "onnxruntime" else torch.get_num_threads(),
         "repeats": timing.repeats,
         "warmup": timing.warmup,
     }
@@ -146,7 +203,7 @@ def _view(console: Console, document: dict[str, Any]) -> None:
     inputs = ", ".join(conditions["inputs"])
     console.print(
         f"{document['model']} under {document['policy'].strip()}\n{inputs} on "
-        f"{conditions['device']}, {conditions['threads']} threads",
+        f"{conditions['device']}, {conditions['runtime']}, {conditions['threads']} threads",
         markup=False,
     )
     table = Table("", "median ms", "fastest ms", "slowest ms")

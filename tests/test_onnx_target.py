@@ -1,0 +1,135 @@
+"""The target ``onnxruntime``: its own operators where they are exact and faster, said per site."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from attn_rewrite import export_onnx
+from attn_rewrite.backends.onnx.sites import SITE_KEY
+from attn_rewrite.cascade.attention import QK, SoftmaxAttention
+from attn_rewrite.cascade.text import parse
+from tests.test_onnx import HQ, Tiled, bound, capture, tokens
+from tests.test_onnx_window import causal_window
+
+
+class Cross(nn.Module):
+    """Queries and keys of lengths of their own; values of another width."""
+
+    def __init__(self, heads_kv: int = HQ, **options: object) -> None:
+        super().__init__()
+        self.heads_kv, self.options = heads_kv, options
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return functional.scaled_dot_product_attention(q, k, v, **self.options)
+
+
+def inputs(model: Cross, s: int, t: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    shapes = [(2, HQ, s, 8), (2, model.heads_kv, t, 8), (2, model.heads_kv, t, 6)]
+    return [torch.randn(*x).to(dtype) for x in shapes]
+
+
+def census(path: Path) -> set[str]:
+    nodes = onnx.load(path).graph.node
+    return {f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in nodes}
+
+
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_attention_without_a_mask_is_one_operator(scale: float | None, tmp_path: Path) -> None:
+    model = Cross(scale=scale)
+    x = inputs(model, 20, 33)
+    artifact = export_onnx(
+        torch.export.export(model, tuple(x)), tmp_path / "m.onnx", target="onnxruntime"
+    )
+    (site,) = artifact.sites
+    assert (site.form, artifact.target) == ("MultiHeadAttention", "onnxruntime")
+    assert "streaming" in site.choice
+    assert "com.microsoft::MultiHeadAttention" in census(artifact.path)
+    q, k, v = (t.double().numpy() for t in x)
+    score = q @ k.swapaxes(-1, -2) * (scale or 8**-0.5)
+    weights = np.exp(score - score.max(-1, keepdims=True))
+    wanted = weights / weights.sum(-1, keepdims=True) @ v
+    got = artifact.run({n: t.numpy() for n, t in zip("qkv", x, strict=True)})["output"]
+    assert np.abs(got - wanted).max() <= bound(model, tuple(x), wanted)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (Cross(is_causal=True), "streams only"),
+        (Cross(2, enable_gqa=True), "one fixed number of heads"),
+    ],
+)
+def test_what_the_operator_does_not_express_is_portable(
+    model: Cross, words: str, tmp_path: Path
+) -> None:
+    program = torch.export.export(model, tuple(inputs(model, 20, 20)))
+    artifact = export_onnx(program, tmp_path / "m.onnx", target="onnxruntime")
+    assert words in artifact.sites[0].choice
+    assert not any("::" in name for name in census(artifact.path))
+
+
+def test_bfloat16_has_no_kernel(tmp_path: Path) -> None:
+    model = Cross()
+    program = torch.export.export(model, tuple(inputs(model, 9, 9, torch.bfloat16)))
+    artifact = export_onnx(program, tmp_path / "m.onnx", target="onnxruntime", verify=False)
+    assert "no kernel" in artifact.sites[0].choice
+
+
+def test_tiles_stay_tiles(tmp_path: Path) -> None:
+    model = Tiled(SoftmaxAttention(QK, causal_window(5), group=2))
+    program = capture(model, tokens(2, 20))
+    artifact = export_onnx(program, tmp_path / "m.onnx", target="onnxruntime")
+    (site,) = artifact.sites
+    assert (site.form, site.skips) == ("tiles", True)
+    assert "SparseAttention" in site.choice
+    assert site.to_json()["choice"] == site.choice
+
+
+def test_portable_files_hold_standard_operators_only(tmp_path: Path) -> None:
+    model = Cross()
+    program = torch.export.export(model, tuple(inputs(model, 9, 9)))
+    artifact = export_onnx(program, tmp_path / "m.onnx")
+    assert artifact.sites[0].choice == ""
+    assert not any("::" in name for name in census(artifact.path))
+
+
+class Two(nn.Module):
+    """Two rewritten attentions under names that are one operator name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Tiled(SoftmaxAttention(QK, causal_window(5), group=2))
+        self.second = Tiled(SoftmaxAttention(QK, causal_window(9), group=2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x) + self.second(x)
+
+
+@pytest.mark.parametrize("opset", [20, 23])
+@pytest.mark.parametrize("names", [("a.b", "c"), ("a.b", "a_b")])
+def test_a_rewritten_site_is_a_function_that_says_what_it_computes(
+    names: tuple[str, str], opset: int, tmp_path: Path
+) -> None:
+    program = capture(Two(), tokens(2, 20))
+    spliced = [n for n in program.graph.nodes if "tiled_attention" in str(n.target)]
+    for node, name in zip(spliced, names, strict=True):
+        node.meta[SITE_KEY] = name
+    artifact = export_onnx(program, tmp_path / "m.onnx", opset=opset)  # compares the numbers
+    proto = onnx.load(artifact.path)
+    onnx.checker.check_model(proto)
+    calls = [n.op_type for n in proto.graph.node if n.domain == "attn_rewrite"]
+    assert [s.name for s in artifact.sites] == list(names)
+    assert len(set(calls)) == 2
+    assert calls[0] == "a_b"
+    functions = {f.name: f for f in proto.functions}
+    assert set(functions) == set(calls)
+    texts = [parse(functions[c].doc_string) for c in calls]
+    assert texts == [parse(m.text) for m in (Two().first, Two().second)]
