@@ -22,9 +22,10 @@ Written by the suite (`python -m tests.zoo` runs rows and writes this file); do 
 calls, and softmax calls between two products of activations.  The finder has no part in it.
 *found* counts Sites; a row with more Sites than attentions is not in full either.  *exact* is the
 greatest error of the exactly rewritten model against float64 over its bound: twice the original's
-own error, or 4 eps of the greatest value.  A row that is not captured, neither ahead of time nor just in time, counts as not found.  Rows that the library cannot
-build or run here, and rows without attention, are left out of the rate; spellings that the library
-does not offer are left out of the table.
+own error, or 4 eps of the greatest value.  A row that is not captured, neither ahead of time nor
+just in time, counts as not found.  Rows that the library cannot build or run here, and rows without
+attention, are left out of the rate; spellings that the library does not offer are left out of the
+table, and so are rows that were not run.
 """
 
 
