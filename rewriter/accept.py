@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from attn_rewrite import quantisation
 from attn_rewrite.budget import Budget
 from attn_rewrite.capture import Captured
 from attn_rewrite.costs import before_and_after
 from attn_rewrite.driver import Decision, Stopwatch, lowered, spliced
-from attn_rewrite import quantisation
 from attn_rewrite.passes.keep import Keep
 from attn_rewrite.passes.transform import Exactness
 from attn_rewrite.plan import Plan, Step

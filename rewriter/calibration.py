@@ -1,9 +1,9 @@
 """Choosing a scheme for each head by measuring it: one half of the inputs chooses, one confirms.
 
 The error of a head is that of its attention output on the model's own activations, both cascades in
-float64: what quantisation itself costs, whichever backend runs it.  The reference is the cascade that
-stands before the quantising transform of a policy, so the errors of ``window(...) | int8`` are not
-mixed.
+float64: what quantisation itself costs, whichever backend runs it. The reference is the cascade
+that stands before the quantising transform of a policy, so the errors of ``window(...) | int8`` are
+not mixed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the report says of quantised sites: their passes over the keys, and that a CPU gains none."""
+"""What the report says of quantised sites: passes over the keys, and that a CPU gains nothing."""
 
 from __future__ import annotations
 

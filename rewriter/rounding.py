@@ -30,7 +30,8 @@ def plain_attention(
     """AV[b, h, q, f] of a softmax attention in the dtype of Q; None for any other cascade.
 
     Stages (scales and codes) are those of the oracle: rounding to codes is part of the attention.
-    None for mapped probabilities too: what rounds them has to be as exact as the oracle.  Softmax statistics are float32 for half types, as eager models keep them.
+    None for mapped probabilities too: what rounds them has to be as exact as the oracle.  Softmax
+    statistics are float32 for half types, as eager models keep them.
     """
     staged = as_staged(cascade)
     if staged is None or staged.probability is not None:

@@ -102,8 +102,10 @@ class _Mapped:
         """Integer codes as int8, other operands in float64."""
         tensor = self.tensors[name]
         if self.staged.declaration(name).dtype in _INTEGERS:
-            return tensor.to(torch.int8)
-        return tensor.double()
+            codes: Tensor = tensor.to(torch.int8)
+            return codes
+        wide: Tensor = tensor.double()
+        return wide
 
     def run(self) -> Tensor:
         """The output [b, h, q, f] in float64."""
@@ -203,7 +205,7 @@ class _Mapped:
         """The largest probability of each row that the statistic counts."""
         assert self.staged.peak is not None
         counted = tile.emitter.truth(self.staged.peak.guard)
-        value = tile.emitter.tensor(self.staged.peak.expr).masked_fill(~counted, -math.inf)
+        value: Tensor = tile.emitter.tensor(self.staged.peak.expr).masked_fill(~counted, -math.inf)
         value = value.expand_as(tile.exponentials).amax(-1, keepdim=True)
         return value.masked_fill(value == -math.inf, 0.0)
 

@@ -94,11 +94,10 @@ def _multiplied(staged: StagedAttention, factor: Expr) -> StagedAttention:
         name += "'"
     ranks = tuple(r.name for r in space)
     stage = Einsum(Read(name, space), Read(operand, space) * factor)
-    moved = {"q": name} if operand == staged.q else {"k": name}
-    return replace(
-        staged, stages=(*staged.stages, stage), tensors=(*staged.tensors, TensorDecl(name, ranks)),
-        **moved,
-    )  # fmt: skip
+    more = replace(
+        staged, stages=(*staged.stages, stage), tensors=(*staged.tensors, TensorDecl(name, ranks))
+    )
+    return replace(more, q=name) if operand == staged.q else replace(more, k=name)
 
 
 def prepared(staged: StagedAttention, *, fold: bool = True) -> Prepared:

@@ -27,8 +27,8 @@ from attn_rewrite.passes.cascade.online import emit, loop_members
 from attn_rewrite.passes.cascade.placement import Placed, place
 from attn_rewrite.passes.cascade.proof import Fusion, FusionRefusal, Proof
 from attn_rewrite.passes.cascade.scans import Scan, direction_of, scans_of
-from attn_rewrite.passes.cascade.steps import Step
 from attn_rewrite.passes.cascade.staging import fused_after_stages
+from attn_rewrite.passes.cascade.steps import Step
 from attn_rewrite.site import Refusal
 
 

@@ -19,8 +19,8 @@ class ClippedSoftmax(Quantisation):
     """clip((zeta - gamma) * softmax + gamma, 0, 1): exact zeros without huge scores.
 
     A change of the model that wants fine-tuning; afterwards its activations have fewer outliers and
-    quantise better.  gamma is given, or -alpha over the number of keys.  Rows no longer sum to one, so
-    it takes two passes and no smoothing of V.  Differentiable.
+    quantise better.  gamma is given, or -alpha over the number of keys.  Rows no longer sum to one,
+    so it takes two passes and no smoothing of V.  Differentiable.
     """
 
     name: ClassVar[str] = "clipped_softmax"

@@ -49,7 +49,7 @@ class Dgq(Quantisation):
         others = TRUE if heads is None else outside(heads)
         row = self.per == "row"
         peak = Read("PS", ROW if row else ())
-        counted = (*conjuncts(staged.form.guard), *((KV >= start,) if start else ()))
+        counted = (*conjuncts(staged.form.guard), *((start <= KV,) if start else ()))
         counted += () if heads is None else (~others,)
         statistic = Einsum(
             peak, A, tuple((r, "max") for r in (("kv",) if row else _EVERY)), conjunction(counted)

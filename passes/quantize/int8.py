@@ -75,7 +75,7 @@ class IntegerProducts(Quantisation):
         wrong = _static_problem(self.q_scale, site.hq) or _static_problem(self.k_scale, site.hkv)
         if wrong:
             return wrong
-        pv = {True: "int8", False: None}.get(self.pv, self.pv)  # type: ignore[call-overload]
+        pv = ("int8" if self.pv else None) if isinstance(self.pv, bool) else self.pv
         v = None if pv is None else Integer(8, self.rounding) if pv == "int8" else Float8()
         return Scheme(
             q=self._coding(code, self.q_block, self.q_scale),

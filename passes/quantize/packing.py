@@ -20,10 +20,13 @@ def pack(codes: Tensor, bits: int, word: int = 8) -> Tensor:
 
     each = _per_word(bits, word)
     codes = codes.to(torch.int64)
-    if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < 2**bits):
-        raise ValueError(f"codes of {bits} bits are 0 to {2**bits - 1}, got {codes.unique()}")
+    if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < 2**bits):
+        raise ValueError(
+            f"codes of {bits} bits are 0 to {2**bits - 1}, got {int(codes.min())} to {int(codes.max())}"
+        )
     tail = -codes.shape[-1] % each
-    codes = torch.nn.functional.pad(codes, (0, tail)).unflatten(-1, (-1, each))
+    codes = torch.nn.functional.pad(codes, (0, tail))
+    codes = codes.reshape(*codes.shape[:-1], -1, each)
     shifts = bits * torch.arange(each, device=codes.device)
     return (codes << shifts).sum(-1)
 
@@ -35,7 +38,8 @@ def unpack(words: Tensor, bits: int, count: int, word: int = 8) -> Tensor:
     each = _per_word(bits, word)
     shifts = bits * torch.arange(each, device=words.device)
     codes = (words.to(torch.int64)[..., None] >> shifts) & (2**bits - 1)
-    return codes.flatten(-2)[..., :count]
+    found: Tensor = codes.flatten(-2)[..., :count]
+    return found
 
 
 def pack_int4(codes: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def _inside(
     made = cascade.producer(read.tensor)
     index = _scale_index(made, decl) if made is not None else _declared(cascade, decl)
     if made is not None:
-        here = {i: at for i, at in zip(made.out.index, read.index, strict=True)}
+        here = dict(zip(made.out.index, read.index, strict=True))
         index = tuple(substitute(i, here) for i in index)
     ranks = frozenset[str]().union(*(ranks_of(i) for i in index)) & summed
     if not ranks:

@@ -4,8 +4,8 @@ A quantiser knows its range, its rounding and the formulas of scale, code and va
 `Granularity` knows which elements share a scale.  Both speak the language of cascades, so the
 oracle, the placement rule, the fusion analysis and every backend read the same formulas.
 
-Formulas: Zhang et al. 2025 (SageAttention, section 3), Liu et al. 2024 (KIVI, section 3.2), Micikevicius
-et al. 2022 (8-bit floats), Ryu et al. 2025 (DGQ, section 4.2).
+Formulas: Zhang et al. 2025 (SageAttention, section 3), Liu et al. 2024 (KIVI, section 3.2),
+Micikevicius et al. 2022 (8-bit floats), Ryu et al. 2025 (DGQ, section 4.2).
 """
 
 from __future__ import annotations

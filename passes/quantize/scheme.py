@@ -60,8 +60,8 @@ class Scheme:
 
     P is quantised below the row maximum, where it is at most 1, so its scale is fixed; the sum
     that divides it is not rounded.  ``smooth_k``/``smooth_v`` subtract the mean over the keys,
-    ``smooth_q`` that over each block of ``smooth_block`` queries; ``rotate`` multiplies Q and K by a
-    Hadamard matrix.
+    ``smooth_q`` that over each block of ``smooth_block`` queries; ``rotate`` multiplies Q and K
+    by a Hadamard matrix.
     """
 
     q: Coding | None = None
@@ -126,7 +126,7 @@ class _Writer:
         """A tensor name that no other scheme on the same attention has."""
         return stem + self.suffix
 
-    def others(self, head: Expr) -> Expr:
+    def others(self, head: Rank) -> Expr:
         """Which heads are left alone; ``head`` counts query heads or key heads."""
         if self.heads is None:
             return TRUE
@@ -283,7 +283,7 @@ class _Writer:
         value = plain
         if self.scheme.p is not None:
             value = value / self.only(H, Const(self.scheme.p.limit), 1.0)
-        group = {self.staged.head: self.staged.kv_head}
+        group: dict[Expr, Expr] = {self.staged.head: self.staged.kv_head}
         if self.scheme.v is not None:
             index = self.scheme.v.granularity.index(self.staged.kv_head, KV, F)
             value = value * self.only(H, Read(self.name("VS"), index), 1.0)

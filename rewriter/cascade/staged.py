@@ -104,7 +104,9 @@ def staged_cascade(staged: StagedAttention, name: str = "attention") -> Cascade:
     q = Read(staged.q, (B, H, Q, D))
     k = Read(staged.k, (B, staged.kv_head, KV, D))
     v = Read(staged.v, (B, staged.kv_head, KV, F))
-    product = replace(base.body[0], expr=q * k)
+    scores = base.body[0]
+    assert isinstance(scores, Einsum)
+    product = replace(scores, expr=q * k)
     shares, last = base.body[-2:]
     assert isinstance(shares, Einsum)
     assert isinstance(last, Einsum)
