@@ -118,11 +118,15 @@ def allowed(own: torch.Tensor, wanted: np.ndarray) -> float:
 
 
 def operators(path: Path) -> set[str]:
-    """Every operator of the file, nested graphs included."""
+    """Every operator of the file, nested graphs and the bodies of its functions included."""
 
-    def walk(graph: onnx.GraphProto) -> set[str]:
+    def walk(graph: onnx.GraphProto | onnx.FunctionProto) -> set[str]:
         found = set()
         for node in graph.node:
+            if node.domain == "attn_rewrite":
+                assert node.op_type in functions
+                found |= walk(functions[node.op_type])
+                continue
             assert node.domain in ("", "ai.onnx"), node.domain
             found.add(node.op_type)
             for attribute in node.attribute:
@@ -131,7 +135,7 @@ def operators(path: Path) -> set[str]:
         return found
 
     model = onnx.load(path, load_external_data=False)
-    assert not model.functions
+    functions = {f.name: f for f in model.functions}
     return walk(model.graph)
 
 
@@ -306,9 +310,12 @@ def test_site_names_come_from_the_rewrite_or_the_module_path(tmp_path: Path) -> 
             node.meta["attn_rewrite_site"] = "layer.7.attention.0"
     artifact = export_onnx(program, tmp_path / "m.onnx")
     assert artifact.sites[0].name == "layer.7.attention.0"
-    scan = next(n for n in onnx.load(artifact.path).graph.node if n.op_type == "Scan")
-    props = {p.key: p.value for p in scan.metadata_props}
-    assert props["attn_rewrite.site"] == "layer.7.attention.0"
+    proto = onnx.load(artifact.path)
+    call = next(n for n in proto.graph.node if n.op_type == "layer_7_attention_0")
+    assert {p.key: p.value for p in call.metadata_props}["attn_rewrite.site"] == (
+        "layer.7.attention.0"
+    )
+    props = {p.key: p.value for p in proto.functions[0].metadata_props}
     assert props["attn_rewrite.cascade"] == str(softmax_cascade(window(10)))
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +15,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+import attn_rewrite as ar
 from attn_rewrite import export_onnx
 from attn_rewrite.backends.onnx.sites import SITE_KEY
 from attn_rewrite.cascade.attention import QK, SoftmaxAttention
 from attn_rewrite.cascade.text import parse
-from tests.test_onnx import HQ, Tiled, bound, capture, tokens
+from tests.test_onnx import HQ, Sdpa, Tiled, bound, capture, tokens
 from tests.test_onnx_window import causal_window
 
 
@@ -133,3 +138,65 @@ def test_a_rewritten_site_is_a_function_that_says_what_it_computes(
     assert set(functions) == set(calls)
     texts = [parse(functions[c].doc_string) for c in calls]
     assert texts == [parse(m.text) for m in (Two().first, Two().second)]
+
+
+def test_where_every_operator_ran_is_listed(tmp_path: Path) -> None:
+    model = Tiled(SoftmaxAttention(QK, causal_window(5), group=2))
+    artifact = export_onnx(capture(model, tokens(2, 20)), tmp_path / "m.onnx")
+    found = artifact.placement({"x": tokens(1, 30).numpy()})
+    assert list(found) == ["CPUExecutionProvider"]
+    assert {"Scan", "Softmax", "MatMul"} <= set(found["CPUExecutionProvider"]) | {"MatMul"}
+    assert not list(tmp_path.glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("options", "policy", "target"),
+    [
+        ({}, "exact", "portable"),
+        ({}, "window(size=16)", "onnxruntime"),
+        ({"is_causal": True}, "exact", "onnxruntime"),
+        ({"is_causal": True}, "window(size=9, sinks=3)", "portable"),
+    ],
+)
+def test_models_under_policies(options: dict, policy: str, target: str, tmp_path: Path) -> None:
+    done = ar.optimize(Sdpa(**options).eval(), policy, (tokens(2, 300),))
+    artifact = export_onnx(done, tmp_path / "m.onnx", target=target)  # compares at two sizes
+    (site,) = artifact.sites
+    assert artifact.errors
+    assert site.skips == (policy != "exact" or bool(options))
+    assert site.form == ("tiles" if policy != "exact" else "half" if options else "dense")
+    assert bool(site.choice) == (target == "onnxruntime")
+    assert artifact.verify({"x": tokens(3, 77, seed=5).numpy()})
+
+
+def test_bench_in_onnx_runtime(tmp_path: Path) -> None:
+    (tmp_path / "toy.py").write_text(
+        "from tests.test_onnx import Sdpa, tokens\n"
+        "def make():\n    return Sdpa().eval(), (tokens(2, 300),), {}, None\n"
+    )
+    paths = [str(tmp_path), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    command = [sys.executable, "-m", "attn_rewrite", "bench", "toy:make", "--runtime",
+               "onnxruntime", "--policy", "window(size=16)", "--repeats", "2", "--json"]  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["conditions"]["runtime"] == "onnxruntime"
+    assert document["original"]["median_s"] > 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("optimize", "no-such-model", "-o", "out", "--export", "onnx:portabel"),
+        ("bench", "no-such-model", "--runtime", "onnx"),
+    ],
+)
+def test_options_are_checked_before_the_model_is_loaded(arguments: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "attn_rewrite", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "is not known" in done.stderr
+    assert "no-such-model" not in done.stderr

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attn_rewrite.backends.onnx.runtime import STAGE, open_session, run_session
+from attn_rewrite.backends.onnx.runtime import STAGE, open_session, placement, run_session
 from attn_rewrite.backends.onnx.sites import SiteLowering
 from attn_rewrite.errors import ToolError, VerifyError
 
@@ -70,6 +70,15 @@ class OnnxArtifact:
             return run_in_child(self.path, given)[0]
         session = self.session()
         return [run_session(session, inputs) for inputs in given]
+
+    def placement(
+        self, inputs: Arrays, providers: Sequence[str] | None = None
+    ) -> dict[str, tuple[str, ...]]:
+        """The operators that ran on each provider in one run with ``inputs``, sorted.
+
+        With an accelerator asked for, what stands under ``CPUExecutionProvider`` fell back.
+        """
+        return placement(self.path, self._complete(inputs), providers)
 
     def _complete(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         missing = [s.name for s in self.inputs if s.name not in inputs]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,12 +70,14 @@ def open_session(
     *,
     threads: int = THREADS,
     prepack: bool = True,
+    profile: Path | None = None,
 ) -> Any:
     """An ``InferenceSession`` on ``path``; `ToolError` where it cannot be loaded.
 
     The pool does not spin (other sessions and processes share the cores).  A provider that was
     asked for and did not start is an error, never a silent fall back to the CPU.  ``prepack`` False
     leaves weights as they are in the file: slower to run, faster to load, no second copy.
+    ``profile`` is the start of the name of a file that says where each node ran.
     """
     ort = runtime()
     options = ort.SessionOptions()
@@ -83,6 +87,8 @@ def open_session(
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     wanted = list(providers) if providers is not None else ["CPUExecutionProvider"]
     _require(ort, wanted, ort.get_available_providers())
     try:
@@ -116,6 +122,22 @@ def run_session(session: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
         raise ToolError(
             f"ONNX Runtime failed while running: {_first_line(error)}", stage=STAGE
         ) from error
+
+
+def placement(
+    path: Path, inputs: Mapping[str, Any], providers: Sequence[str] | None = None
+) -> dict[str, tuple[str, ...]]:
+    """Operators by the provider that ran them, nested graphs included, in one profiled run."""
+    with tempfile.TemporaryDirectory(prefix="attn-rewrite-") as folder:
+        session = open_session(path, providers, profile=Path(folder) / "run")
+        run_session(session, inputs)
+        events = json.loads(Path(session.end_profiling()).read_text())
+    found: dict[str, set[str]] = {}
+    for event in events:
+        given = event.get("args", {})
+        if given.get("provider") and given.get("op_name"):
+            found.setdefault(given["provider"], set()).add(given["op_name"])
+    return {provider: tuple(sorted(names)) for provider, names in sorted(found.items())}
 
 
 def _first_line(error: BaseException) -> str:

@@ -300,7 +300,8 @@ def _as_function(
     """
     body = ir.Graph(formal, [value], nodes=r.nodes, opset_imports={"": r.opset}, name=name)
     text = _attribute(node, "cascade")
-    operator = re.sub(r"[^A-Za-z0-9_]", "_", name)
+    plain = re.sub(r"[^A-Za-z0-9_]", "_", name)
+    operator = f"site_{plain}" if plain[:1].isdigit() else plain
     function = ir.Function(FUNCTION_DOMAIN, operator, "", graph=body, attributes=[])
     function.doc_string = text
     function.metadata_props["attn_rewrite.cascade"] = text

@@ -118,7 +118,8 @@ def choose_plan(form: SoftmaxAttention, inputs: Sequence[ir.Value], rows: int) -
     if heads is None or form.guard in (TRUE, FALSE):
         return bands
     if q_len is None or kv_len is None:
-        return plan_heads(form, heads, rows) if bands.dense and heads_differ(form.guard) else bands
+        wide = bands.dense or bands.reach is not None
+        return plan_heads(form, heads, rows) if wide and heads_differ(form.guard) else bands
     batch = q.shape[0] if q.shape is not None and isinstance(q.shape[0], int) else 1
     problem = Problem(heads, form.group, q_len, kv_len, batch)
     blocks = plan_blocks(form.guard, problem, rows, _known(reads, form))
