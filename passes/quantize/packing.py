@@ -21,9 +21,8 @@ def pack(codes: Tensor, bits: int, word: int = 8) -> Tensor:
     each = _per_word(bits, word)
     codes = codes.to(torch.int64)
     if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < 2**bits):
-        raise ValueError(
-            f"codes of {bits} bits are 0 to {2**bits - 1}, got {int(codes.min())} to {int(codes.max())}"
-        )
+        found = f"{int(codes.min())} to {int(codes.max())}"
+        raise ValueError(f"codes of {bits} bits are 0 to {2**bits - 1}, got {found}")
     tail = -codes.shape[-1] % each
     codes = torch.nn.functional.pad(codes, (0, tail))
     codes = codes.reshape(*codes.shape[:-1], -1, each)

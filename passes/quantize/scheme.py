@@ -133,7 +133,7 @@ class _Writer:
         group = 1 if head == H else self.staged.form.group
         return outside(tuple(h // group for h in self.heads), head)
 
-    def only(self, head: Expr, value: Expr, otherwise: Expr | float) -> Expr:
+    def only(self, head: Rank, value: Expr, otherwise: Expr | float) -> Expr:
         """``value`` on the heads that are quantised."""
         return value if self.heads is None else where(self.others(head), otherwise, value)
 

@@ -123,9 +123,13 @@ def staged_cascade(staged: StagedAttention, name: str = "attention") -> Cascade:
             Einsum(PV, _weighted(PI, weight) * v, (("kv", "add"),), guard),
             Einsum(last.out, staged.output),
         )
+    ranks = base.ranks + staged.ranks
+    # Ranks that only stages have, as those of the blocks that share a scale.
+    known = {r.name for r in ranks} | {part for r in ranks for part in r.parts}
+    own = dict.fromkeys(r for t in staged.tensors for r in t.ranks if r not in known)
     return replace(
         base,
-        ranks=base.ranks + staged.ranks,
+        ranks=(*ranks, *map(RankDecl, own)),
         body=(*staged.stages, product, *base.body[1:-2], *tail),
         tensors=base.tensors + staged.tensors,
     )
