@@ -24,7 +24,6 @@ from attn_rewrite.cascade.expr import (
     Expr,
     H,
     Q,
-    Rank,
     call,
     conjunction,
     conjuncts,
@@ -222,7 +221,7 @@ def spans_text(heads: tuple[int, ...]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans(heads))
 
 
-def outside(heads: tuple[int, ...], rank: Rank = H) -> Expr:
+def outside(heads: tuple[int, ...], rank: Expr = H) -> Expr:
     """The mask of all heads but ``heads``."""
     terms = [
         call("ne", rank, a) if a == b else (rank < a) | (rank > b) if a else rank > b

@@ -126,14 +126,14 @@ class _Writer:
         """A tensor name that no other scheme on the same attention has."""
         return stem + self.suffix
 
-    def others(self, head: Rank) -> Expr:
+    def others(self, head: Expr) -> Expr:
         """Which heads are left alone; ``head`` counts query heads or key heads."""
         if self.heads is None:
             return TRUE
         group = 1 if head == H else self.staged.form.group
         return outside(tuple(h // group for h in self.heads), head)
 
-    def only(self, head: Rank, value: Expr, otherwise: Expr | float) -> Expr:
+    def only(self, head: Expr, value: Expr, otherwise: Expr | float) -> Expr:
         """``value`` on the heads that are quantised."""
         return value if self.heads is None else where(self.others(head), otherwise, value)
 
