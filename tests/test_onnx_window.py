@@ -306,7 +306,16 @@ DOMAIN = {"log": POSITIVE, "log1p": POSITIVE, "sqrt": POSITIVE, "rsqrt": POSITIV
           "reciprocal": POSITIVE, "pow": POSITIVE}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", sorted(OPERATORS))
+NO_KERNEL = {"cast_f8e4m3", "cast_f8e5m2"}
+
+
+@pytest.mark.parametrize("name", sorted(NO_KERNEL))
+def test_8_bit_floats_are_refused(name: str) -> None:
+    with pytest.raises(LowerError, match="8-bit floats inside a score have no kernel"):
+        run_expression(call(name, REAL), {}, (1, 1, 5, 7))
+
+
+@pytest.mark.parametrize("name", sorted(OPERATORS.keys() - NO_KERNEL))
 def test_every_operator_means_in_onnx_what_it_means_in_numpy(name: str) -> None:
     operator = OPERATORS[name]
     first = DOMAIN.get(name, REAL)

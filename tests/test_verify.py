@@ -28,8 +28,8 @@ from attn_rewrite.report import ErrorMeasure
 from attn_rewrite.site import Refusal
 from attn_rewrite.verify import (
     Candidate,
+    Walk,
     _Observed,
-    _Walk,
     check_sites,
     compare_outputs,
     flat_inputs,
@@ -422,7 +422,7 @@ def test_values_are_freed_on_the_way():
     walk = _Observed({c.site.output.node: [c] for c in candidates}, None, 1 << 20)
     most = 0
 
-    class Counting(_Walk):
+    class Counting(Walk):
         def run_node(self, n):
             nonlocal most
             tensors = [
