@@ -90,6 +90,9 @@ def default_schedule(
         return _sides(64, 32, 8, 2) if cuda else _sides(64, 32, 4, 1)
     if not cuda:
         return _sides(128, 64 if width <= 64 else 32, 4, 2)
+    padded = any(n != padded_side(n) for n in lanes.values())
+    if device.arch == 80 and width > 64 and padded:
+        return _sides(128, 32, 8, 3)  # masks of the lanes beyond the last one take registers
     return _sides(128, 64, 8, 3)
 
 
