@@ -81,7 +81,8 @@ def test_the_held_out_half_has_to_confirm(model):
     first = ar.optimize(model, "int8", (X,), calibration=quiet, budget=budget).plan
     second = ar.optimize(model, "int8", (X,), calibration=loud, budget=budget).plan
     assert {s.heads for s in first.steps if s.text == "int8"} == {(2, 3)}
-    assert not [s for s in second.steps if s.text == "int8"]
+    chosen = [set(s.heads or range(4)) for s in second.steps if s.text == "int8"]
+    assert set().union(*chosen) < {2, 3}
 
 
 def test_groups_that_share_a_key_head_go_together():
