@@ -148,7 +148,16 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     }
     if hasattr(torch.ops.attn_rewrite, "tiled_attention"):
         table[torch.ops.attn_rewrite.tiled_attention.default] = _translate_tiled()
+    if hasattr(torch.ops.attn_rewrite, "mapped_attention"):
+        table[torch.ops.attn_rewrite.mapped_attention.default] = _refuse_mapped
     return table
+
+
+def _refuse_mapped(q: Any, k: Any, v: Any, reads: Any, cascade: str, block: int) -> Any:
+    raise LowerError(
+        "ONNX: a site rounds its probabilities before they multiply V, which this exporter has no "
+        "operators for; quantise only Q and K there (int8), or run it with the torch backend."
+    )
 
 
 def _origins(sources: Sequence[Any]) -> Iterator[str]:
