@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from attn_rewrite.cascade.attention import POINT
-from attn_rewrite.cascade.expr import B, Expr, H, Q, Read, tensors_of
-from attn_rewrite.cascade.ir import Cascade, Einsum, TensorDecl
+from attn_rewrite.cascade.expr import B, Call, Expr, H, Q, Read, tensors_of, where
+from attn_rewrite.cascade.ir import Cascade, Einsum, RankDecl, TensorDecl
 from attn_rewrite.cascade.oracle import interpret
 from attn_rewrite.cascade.staged import StagedAttention, as_staged
 from attn_rewrite.chunked import LIMIT_BYTES, sliced, unstaged
@@ -30,6 +30,7 @@ def plain_attention(
     """AV[b, h, q, f] of a softmax attention in the dtype of Q; None for any other cascade.
 
     Stages (scales and codes) are those of the oracle: rounding to codes is part of the attention.
+    Codes enter the product times their scales, rounded, as a simulated quantisation has them.
     None for mapped probabilities too: what rounds them has to be as exact as the oracle.  Softmax
     statistics are float32 for half types, as eager models keep them.
     """
@@ -38,6 +39,7 @@ def plain_attention(
         return None
     dtype = inputs["Q"].dtype
     cascade, inputs = unstaged(cascade, inputs)
+    inputs = _values_of_codes(staged, inputs, dtype)
 
     def evaluate(part: Cascade, held: Mapping[str, Tensor]) -> Tensor:
         return _eager(part, held, staged, dtype)
@@ -49,6 +51,7 @@ def _eager(
     cascade: Cascade, inputs: Mapping[str, Tensor], staged: StagedAttention, dtype: torch.dtype
 ) -> Tensor:
     q, k = (_narrowed(inputs[n], dtype) for n in (staged.q, staged.k))
+    q, k = q.to(torch.promote_types(q.dtype, k.dtype)), k.to(torch.promote_types(q.dtype, k.dtype))
     v, group = inputs[staged.v].to(dtype), staged.form.group
     if group > 1:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -74,10 +77,33 @@ def _eager(
     return p.to(dtype) @ v
 
 
+def _values_of_codes(
+    staged: StagedAttention, inputs: Mapping[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Q and K as numbers in the working type, their scales taken out of the score (set to 1)."""
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    held = dict(inputs)
+    for name in (staged.q, staged.k):
+        made = next((e for e in staged.stages if e.out.tensor == name), None)
+        scale = None if made is None else staged.declaration(name).scale
+        if made is None or scale is None or scale not in inputs:
+            continue
+        factor: Expr = next(r for r in made.reads() if r.tensor == scale)
+        if isinstance(made.expr, Call) and made.expr.op == "where":  # some heads have no codes
+            factor = where(made.expr.args[0], 1.0, factor)
+        value = Einsum(Read("value", made.out.index), Read(name, made.out.index) * factor)
+        given = tuple(replace(staged.declaration(n), scale=None) for n in (name, scale))
+        ranks = tuple(RankDecl(r) for r in dict.fromkeys(r for t in given for r in t.ranks))
+        alone = Cascade("value", ranks, given, (value,), ("value",))
+        found = interpret(alone, {n: inputs[n] for n in (name, scale)})["value"]
+        held |= {name: found.to(work), scale: torch.ones_like(inputs[scale])}
+    return held
+
+
 def _narrowed(operand: Tensor, dtype: torch.dtype) -> Tensor:
-    """An operand in the dtype of the model; integer codes in one that adds their products up."""
-    if operand.is_floating_point():
-        return operand.to(dtype)
+    """An operand in the dtype of the model; codes and their values in one that holds them."""
+    if operand.dtype == dtype or operand.dtype == torch.float32:
+        return operand
     return operand.to(torch.float64 if dtype == torch.float64 else torch.float32)
 
 
