@@ -19,7 +19,6 @@ from attn_rewrite.backends.torch.emit import Emitter, cast, dtype_of, value_of
 from attn_rewrite.backends.torch.form import (
     LinearScore,
     is_causal,
-    is_causal_with_offset,
     linear_score,
     mentions_product,
 )
@@ -203,7 +202,8 @@ def _may_empty_rows(guard: Expr, score: LinearScore | None) -> bool:
         return False
     if score is None or score.bias is not None:
         return True  # a term of -inf may drop the keys that the guard keeps
-    return not is_causal(guard) and not is_causal_with_offset(guard)
+    # At the end of a cache the first queries keep no key where there are more queries than keys.
+    return not is_causal(guard)
 
 
 def _softmax(build: Builder, scores: Any, *, may_be_empty: bool) -> Any:
