@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from attn_rewrite.backends.torch.blocks import choose_block
@@ -53,7 +54,16 @@ def lower_site(site: Site, cascade: Cascade, backend: str = "auto") -> tuple[Ker
     if backend == "torch" or not on_gpu or (isinstance(kernel, Kernel) and kernel.name == "sdpa"):
         return kernel, block
     generated = _triton(site, cascade, extents, operand)
-    return (kernel if isinstance(generated, Refusal) else generated), block
+    if isinstance(generated, Refusal):
+        return _without_triton(kernel, generated), block
+    return generated, block
+
+
+def _without_triton(kernel: Kernel | Refusal, refusal: Refusal) -> Kernel | Refusal:
+    """What torch makes of the site, with the reason why Triton does not."""
+    if isinstance(kernel, Refusal):
+        return replace(kernel, reason=f"{kernel.reason}; Triton: {refusal.reason}")
+    return replace(kernel, why=f"{kernel.why}; Triton: {refusal.reason}")
 
 
 def _triton(

@@ -103,6 +103,20 @@ def test_odd_shapes(text, q_len, kv_len, hkv, causal, seed, size):
     compare(rewritten(text, site), operands(site, 1, torch.float32, seed, size), site.cascade)
 
 
+# Scores in the hundreds: float32 rounds them by more than twice what the yardstick happens to show.
+# Not strict, as which cases fail hangs on the order of additions of the machine.
+@pytest.mark.xfail(reason="the bound of verification is too narrow for huge quantised scores")
+@pytest.mark.parametrize(
+    ("text", "q_len", "kv_len", "hkv", "seed"),
+    [("kv_int8(residual=4)", 30, 62, 2, 0), ("int8(rotate=true)", 5, 39, 1, 1)],
+)
+def test_scores_in_the_hundreds(text, q_len, kv_len, hkv, seed):
+    site = make_site(
+        hkv=hkv, q_len=q_len, kv_len=kv_len, d_qk=6, d_v=9, causal=False, offset="#kv - #q"
+    )
+    compare(rewritten(text, site), operands(site, 1, torch.float32, seed, 10.0), site.cascade)
+
+
 @pytest.mark.parametrize("text", ["int8", "int8(pv=true)", "fp8", "dgq(per='row')", "int4"])
 @pytest.mark.parametrize("window", ["window(size=20)", "window(size=9, sinks=2)"])
 @pytest.mark.parametrize("order", [0, 1])
