@@ -82,6 +82,8 @@ def _run(module: fx.GraphModule, targets: dict[str, list[Canonicalization]]) -> 
             if new is None:
                 continue
             edits += 1
+            if new is node:  # it stays, and what reads it changed
+                break
             node.replace_all_uses_with(new)
             new.meta["origin"] = node.meta.get("origin")
             module.graph.erase_node(node)

@@ -24,5 +24,6 @@ class Canonicalization:
     targets: ClassVar[frozenset[str]]  # operator names, any overload
 
     def rewrite(self, node: fx.Node, build: GraphBuilder) -> fx.Node | None:
-        """A node of equal value in normal form, built with ``build``; None to leave ``node``."""
+        """A node of equal value in normal form, built with ``build``; None to leave all as it is,
+        ``node`` itself where it stays and its readers were changed."""
         raise TypeError(f"{type(self).__name__} must define rewrite()")
