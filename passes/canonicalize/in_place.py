@@ -8,6 +8,7 @@ taken for what is read after it.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -96,7 +97,7 @@ def _levels(
         return None
     top = max((chain.index(m) for m in read), default=0)
     levels = {chain[0]: value}
-    for view, whole in zip(chain[:top], chain[1:], strict=False):
+    for view, whole in itertools.pairwise(chain[: top + 1]):
         value = _put_back(view, whole, value, build)
         if value is None:
             return None
@@ -121,8 +122,9 @@ def _result(write: fx.Node, build: GraphBuilder) -> fx.Node | None:
 
 def _alike(a: fx.Node, b: fx.Node) -> bool:
     one, other = a.meta.get("val"), b.meta.get("val")
-    tensors = isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
-    return tensors and one.dtype == other.dtype and _same_shape(a, b)
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return False
+    return one.dtype == other.dtype and _same_shape(a, b)
 
 
 def _same_shape(a: fx.Node, b: fx.Node) -> bool:
@@ -137,10 +139,10 @@ def _put_back(view: fx.Node, whole: fx.Node, value: fx.Node, build: GraphBuilder
     if name in ("slice", "alias") and named.get("step", 1) == 1 and _same_shape(view, whole):
         return value
     if name == "slice":
-        at = (named["dim"], named["start"], named["end"], named["step"])
+        at = [named[n] for n in ("dim", "start", "end", "step")]
         return build.call(aten.slice_scatter.default, whole, value, *at)  # type: ignore[no-any-return]
     if name == "select":
-        at = (named["dim"], named["index"])
+        at = [named["dim"], named["index"]]
         return build.call(aten.select_scatter.default, whole, value, *at)  # type: ignore[no-any-return]
     return None
 
@@ -149,7 +151,7 @@ def _separate(
     write: fx.Node, readers: dict[fx.Node, list[fx.Node]], build: GraphBuilder
 ) -> fx.Node | None:
     """Keep a write; its later readers read copies that are made after it."""
-    if op_name(write) in _VIEWS or not any(readers.values()) and not write.users:
+    if op_name(write) in _VIEWS or (not any(readers.values()) and not write.users):
         return None
     build.at(write.next)
     for member, users in {**readers, write: list(write.users)}.items():
