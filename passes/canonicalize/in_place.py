@@ -19,10 +19,12 @@ from attn_rewrite.graph import TRANSPARENT, GraphBuilder, arguments, aten, op_na
 from attn_rewrite.passes.canonicalize.base import Canonicalization
 from attn_rewrite.passes.transform import Exactness
 
+# ``add_`` and ``__iand__`` write, ``__and__`` does not.
 _WRITES = frozenset(
-    name.removeprefix("aten::").partition(".")[0]
-    for name in torch._C._dispatch_get_all_op_names()
-    if name.startswith("aten::") and name.partition(".")[0].endswith("_")
+    name
+    for name in (n.removeprefix("aten::") for n in torch._C._dispatch_get_all_op_names())
+    for name in [name.partition(".")[0]]
+    if name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
 )
 # Operators whose result is, or may be, the memory of their first operand.
 _VIEWS = TRANSPARENT | frozenset(
