@@ -18,6 +18,7 @@ from attn_rewrite.graph import (
     op_name,
     restore,
 )
+from attn_rewrite.memory import is_dead_write
 from attn_rewrite.site import Site
 
 _PROVENANCE = ("nn_module_stack", "stack_trace", "torch_fn")
@@ -90,14 +91,15 @@ _VIEWS = frozenset(
 
 
 def sweep(graph: fx.Graph) -> None:
-    """Remove what is no longer used: assertions on dead values, dropouts, pure operators."""
+    """Remove what is no longer used: assertions on dead values, dropouts, pure operators, and
+    writes to memory that is not read any more."""
     for node in reversed(list(graph.nodes)):
         if op_name(node) == "_assert_tensor_metadata":
             source = node.args[0]
             assert isinstance(source, fx.Node)
             if all(op_name(u) == "_assert_tensor_metadata" for u in source.users):
                 graph.erase_node(node)
-        elif not node.users and not _has_effect(node):
+        elif not node.users and (not _has_effect(node) or is_dead_write(node)):
             graph.erase_node(node)
 
 

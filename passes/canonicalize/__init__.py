@@ -7,7 +7,8 @@ import importlib
 from torch import fx
 
 from attn_rewrite.graph import GraphBuilder, copy_graph, op_name
-from attn_rewrite.passes.canonicalize.base import Canonicalization
+from attn_rewrite.memory import written
+from attn_rewrite.passes.canonicalize.base import WRITES, Canonicalization
 
 # "module:Class" of every canonicalisation, in the order they are tried on a node; a new spelling is
 # one line here.
@@ -70,12 +71,17 @@ def canonicalize(
 
 def _run(module: fx.GraphModule, targets: dict[str, list[Canonicalization]]) -> int:
     """Rewrite every node to a fixed point; the number of edits."""
+
+    def rules(node: fx.Node) -> list[Canonicalization]:
+        writes = targets.get(WRITES, []) if written(node) else []
+        return [*targets.get(op_name(node), []), *writes]
+
     edits = 0
-    queue = [n for n in module.graph.nodes if op_name(n) in targets]
+    queue = [n for n in module.graph.nodes if rules(n)]
     for node in queue:
         if node._erased:
             continue
-        for rule in targets[op_name(node)]:
+        for rule in rules(node):
             build = GraphBuilder(module.graph)
             build.at(node, **{k: node.meta[k] for k in _PROVENANCE if k in node.meta})
             new = rule.rewrite(node, build)
@@ -87,6 +93,6 @@ def _run(module: fx.GraphModule, targets: dict[str, list[Canonicalization]]) -> 
             node.replace_all_uses_with(new)
             new.meta["origin"] = node.meta.get("origin")
             module.graph.erase_node(node)
-            queue.extend(n for n in (*build.memo.values(), *new.users) if op_name(n) in targets)
+            queue.extend(n for n in (*build.memo.values(), *new.users) if rules(n))
             break
     return edits

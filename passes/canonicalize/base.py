@@ -14,6 +14,9 @@ from torch import fx
 from attn_rewrite.graph import GraphBuilder
 from attn_rewrite.passes.transform import Exactness
 
+# In `targets`: every operator that writes to an operand, whatever its name.
+WRITES = "a write"
+
 
 @dataclass(frozen=True)
 class Canonicalization:
@@ -21,7 +24,7 @@ class Canonicalization:
 
     name: ClassVar[str]
     exactness: ClassVar[Exactness] = Exactness.REASSOCIATED
-    targets: ClassVar[frozenset[str]]  # operator names, any overload
+    targets: ClassVar[frozenset[str]]  # operator names, any overload, or `WRITES`
 
     def rewrite(self, node: fx.Node, build: GraphBuilder) -> fx.Node | None:
         """A node of equal value in normal form, built with ``build``; None to leave all as it is,

@@ -15,157 +15,140 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from attn_rewrite.graph import TRANSPARENT, GraphBuilder, arguments, aten, op_name, shape_of
-from attn_rewrite.passes.canonicalize.base import Canonicalization
+from attn_rewrite.graph import GraphBuilder, arguments, aten, is_tensor, op_name, shape_of, value_of
+from attn_rewrite.memory import sharing, viewed, views_to_memory, written
+from attn_rewrite.passes.canonicalize.base import WRITES, Canonicalization
 from attn_rewrite.passes.transform import Exactness
+from attn_rewrite.sizes import as_size, same_size
 
-# ``add_`` and ``__iand__`` write, ``__and__`` does not.
-_WRITES = frozenset(
-    name
-    for name in (n.removeprefix("aten::") for n in torch._C._dispatch_get_all_op_names())
-    for name in [name.partition(".")[0]]
-    if name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
-)
-# Operators whose result is, or may be, the memory of their first operand.
-_VIEWS = TRANSPARENT | frozenset(
-    "view reshape transpose permute unsqueeze squeeze expand slice select split chunk unbind t "
-    "getitem flatten unflatten detach contiguous to alias narrow diagonal as_strided view_as "
-    "expand_as reshape_as swapaxes swapdims movedim moveaxis unfold numpy_T mT mH tensor_split "
-    "split_with_sizes hsplit vsplit dsplit real imag view_as_real view_as_complex ravel lift_fresh "
-    "_reshape_alias _to_copy type_as atleast_1d atleast_2d atleast_3d squeeze_ unsqueeze_".split()
-)
+_Readers = dict[fx.Node, list[fx.Node]]
 
 
 @dataclass(frozen=True)
 class InPlace(Canonicalization):
-    """Functionalise a write to a tensor that the graph made."""
+    """Functionalise a write."""
 
     name: ClassVar[str] = "in-place"
     exactness: ClassVar[Exactness] = Exactness.EXACT
-    targets: ClassVar[frozenset[str]] = _WRITES
+    targets: ClassVar[frozenset[str]] = frozenset({WRITES})
 
     def rewrite(self, node: fx.Node, build: GraphBuilder) -> fx.Node | None:
         """The written tensor as a value; ``node`` itself where the write stays."""
-        written = node.args[0] if node.args else None
-        if not isinstance(written, fx.Node) or not isinstance(node.target, torch._ops.OpOverload):
-            return None
-        chain = _chain(written)
-        if chain[-1].op != "call_function":
-            return None  # an input or a buffer: a leaf of every site, read where the kernel stands
-        readers = {m: _later(m, node) for m in _aliases(chain[-1], node)}
-        levels = _levels(node, chain, {m for m, users in readers.items() if users}, build)
-        if levels is None:
+        readers = _readers(node)
+        values = _values(node, readers, build)
+        if values is None:
             return _separate(node, readers, build)
-        for member, value in levels.items():
-            if member is not written and value is not levels[written]:
+        target = written(node)[0]
+        for member, value in values.items():
+            if value is not values[target]:
                 value.meta["origin"] = member.meta.get("origin")
             for user in readers[member]:
                 user.replace_input_with(member, value)
-        return levels[written]
+        return values[target]
 
 
-def _chain(node: fx.Node) -> list[fx.Node]:
-    """A tensor and what it is a view of, up to the operator that made the memory."""
-    chain = [node]
-    while op_name(chain[-1]) in _VIEWS | _WRITES and isinstance(chain[-1].args[0], fx.Node):
-        chain.append(chain[-1].args[0])
-    return chain
+def _readers(write: fx.Node) -> _Readers:
+    """The nodes whose memory a write may change, each with its users after the write.
+
+    A view that is taken after the write counts as a reader, not as a view: it looks at the result.
+    The parts of a split do not, whenever they are named.
+    """
+    found: _Readers = {}
+    for target in written(write):
+        for member in sharing(target):
+            source = viewed(member)
+            stale = source is not None and source in found and not is_tensor(source)
+            if member is not write and (member < write or stale):
+                found[member] = [u for u in member.users if write < u and not _is_barrier(u)]
+    return {m: [u for u in us if u not in found] for m, us in found.items()}
 
 
-def _aliases(root: fx.Node, before: fx.Node) -> list[fx.Node]:
-    """``root`` and the views of its memory that were taken before a write, in the graph's order."""
-    found = dict.fromkeys([root])
-    stack = [root]
-    while stack:
-        for user in stack.pop().users:
-            views = op_name(user) in _VIEWS | _WRITES and user.args and user.args[0] in found
-            if views and user < before and user not in found:
-                found[user] = None
-                stack.append(user)
-    return list(found)
-
-
-def _later(member: fx.Node, write: fx.Node) -> list[fx.Node]:
-    return [user for user in member.users if write < user]
-
-
-def _levels(
-    write: fx.Node, chain: list[fx.Node], read: set[fx.Node], build: GraphBuilder
+def _values(
+    write: fx.Node, readers: _Readers, build: GraphBuilder
 ) -> dict[fx.Node, fx.Node] | None:
     """The new value of the written view and of all above it that is read later; None if there is
     no operator to say one of them, or if a view beside the chain is read."""
     value = _result(write, build)
-    if value is None or not read <= set(chain):
+    if value is None:
+        return None
+    assert isinstance(write.target, torch._ops.OpOverload)
+    chain = views_to_memory(written(write)[0])
+    values = {chain[0]: value}
+    if torch.Tag.inplace_view in write.target.tags:  # another shape for this view, no new elements
+        return values
+    read = {m for m, users in readers.items() if users}
+    if not read <= set(chain):
         return None
     top = max((chain.index(m) for m in read), default=0)
-    levels = {chain[0]: value}
     for view, whole in itertools.pairwise(chain[: top + 1]):
         value = _put_back(view, whole, value, build)
         if value is None:
             return None
-        levels[whole] = value
-    return levels
+        values[whole] = value
+    return values
 
 
 def _result(write: fx.Node, build: GraphBuilder) -> fx.Node | None:
-    """What a write leaves in the view that it is given."""
-    target, written = write.target, write.args[0]
+    """What a write leaves in the one operand that it writes to, if that is its first."""
+    target = write.target
     assert isinstance(target, torch._ops.OpOverload)
-    assert isinstance(written, fx.Node)
-    if op_name(write) == "copy_":
-        source = write.args[1]
-        if isinstance(source, fx.Node) and _alike(source, written):
-            return build.call(aten.alias.default, source)  # type: ignore[no-any-return]
+    if written(write) != write.args[:1]:
+        return None
+    if op_name(write) == "copy_" and _alike(write.args[1], write.args[0]):
+        return build.call(aten.alias.default, write.args[1])  # type: ignore[no-any-return]
     functional = _out_of_place(target)
     if functional is None:
         return None
     return build.call(functional, *write.args, **write.kwargs)  # type: ignore[no-any-return]
 
 
-def _alike(a: fx.Node, b: fx.Node) -> bool:
-    one, other = a.meta.get("val"), b.meta.get("val")
-    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
-        return False
-    return one.dtype == other.dtype and _same_shape(a, b)
+def _alike(a: Any, b: Any) -> bool:
+    both = is_tensor(a) and is_tensor(b)
+    return both and value_of(a).dtype == value_of(b).dtype and _same_shape(a, b)
 
 
 def _same_shape(a: fx.Node, b: fx.Node) -> bool:
-    """Of equal sizes whatever the inputs; sizes that would need a guard are not."""
-    one, other = shape_of(a), shape_of(b)
-    return len(one) == len(other) and all(str(x) == str(y) for x, y in zip(one, other, strict=True))
+    one, other = (tuple(map(as_size, shape_of(n))) for n in (a, b))
+    return len(one) == len(other) and all(map(same_size, one, other))
 
 
 def _put_back(view: fx.Node, whole: fx.Node, value: fx.Node, build: GraphBuilder) -> fx.Node | None:
     """``whole`` with ``value`` in the place of ``view``."""
-    name, named = op_name(view), arguments(view)
-    if name in ("slice", "alias") and named.get("step", 1) == 1 and _same_shape(view, whole):
+    name = op_name(view)
+    if name == "alias" or (name == "slice" and _same_shape(view, whole) and _step(view) == 1):
         return value
-    if name == "slice":
-        at = [named[n] for n in ("dim", "start", "end", "step")]
-        return build.call(aten.slice_scatter.default, whole, value, *at)  # type: ignore[no-any-return]
-    if name == "select":
-        at = [named["dim"], named["index"]]
-        return build.call(aten.select_scatter.default, whole, value, *at)  # type: ignore[no-any-return]
-    return None
-
-
-def _separate(
-    write: fx.Node, readers: dict[fx.Node, list[fx.Node]], build: GraphBuilder
-) -> fx.Node | None:
-    """Keep a write; its later readers read copies that are made after it."""
-    if op_name(write) in _VIEWS or (not any(readers.values()) and not write.users):
+    if name not in ("slice", "select"):
         return None
-    build.at(write.next)
-    for member, users in {**readers, write: list(write.users)}.items():
-        if not users or not isinstance(member.meta.get("val"), torch.Tensor):
-            continue
+    named = arguments(view)
+    at = [named[n] for n in (("dim", "index") if name == "select" else ("dim", "start", "end"))]
+    if name == "select":
+        return build.call(aten.select_scatter.default, whole, value, *at)  # type: ignore[no-any-return]
+    return build.call(aten.slice_scatter.default, whole, value, *at, _step(view))  # type: ignore[no-any-return]
+
+
+def _step(view: fx.Node) -> Any:
+    return arguments(view)["step"]
+
+
+def _separate(write: fx.Node, readers: _Readers, build: GraphBuilder) -> fx.Node | None:
+    """Keep a write; its later readers read copies that are made after it."""
+    users = [u for u in write.users if not _is_barrier(u)]
+    read = {m: us for m, us in {**readers, write: users}.items() if us and is_tensor(m)}
+    for member, users in read.items():
+        build.at(max(member, write).next)
         copy = build.call(aten.copy.default, member, member)
         copy.meta["origin"] = member.meta.get("origin")
         for user in users:
             user.replace_input_with(member, copy)
-    return write
+    return write if read else None
+
+
+def _is_barrier(node: fx.Node) -> bool:
+    return op_name(node) == "copy" and node.args[0] is node.args[1]
 
 
 def _out_of_place(target: torch._ops.OpOverload) -> Any:
-    packet = getattr(aten, target._schema.name.removeprefix("aten::").removesuffix("_"), None)
-    return getattr(packet, target._overloadname, None)
+    space, _, name = target._schema.name.partition("::")
+    if space != "aten" or not name.endswith("_") or name.endswith("__"):
+        return None
+    return getattr(getattr(aten, name.removesuffix("_"), None), target._overloadname, None)

@@ -11,6 +11,7 @@ from attn_rewrite.graph import module_path
 from attn_rewrite.passes.find.anchor import is_anchor
 from attn_rewrite.passes.find.families import recognise
 from attn_rewrite.passes.find.match import match
+from attn_rewrite.passes.find.overwritten import overwritten
 from attn_rewrite.passes.find.quotients import near_miss
 from attn_rewrite.site import Findings, Refusal, Site
 
@@ -42,6 +43,8 @@ def find(module: fx.GraphModule) -> Findings:
             found = match(node, graph, name)
             if isinstance(found, Refusal):
                 found = recognise(node, found, graph, name) or found
+            if isinstance(found, Site):
+                found = overwritten(found) or found
             if isinstance(found, Site):
                 counts[path] += 1
                 sites.append(found)
