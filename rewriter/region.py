@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate, map_arg
 
 from attn_rewrite.graph import op_name
+from attn_rewrite.memory import written
 from attn_rewrite.site import Site
 
 _DROPOUT = ("dropout", "dropout_", "native_dropout", "feature_dropout", "alpha_dropout")
@@ -67,7 +68,7 @@ def _run(node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
         args = tuple(0.0 if i == 4 else a for i, a in enumerate(args))
         kwargs = {k: 0.0 if k == "dropout_p" else v for k, v in kwargs.items()}
     # A kernel that writes in place must not touch the model's own values.
-    safe = map_aggregate((args, kwargs), _copied) if _writes(target) else (args, kwargs)
+    safe = map_aggregate((args, kwargs), _copied) if written(node) else (args, kwargs)
     return target(*safe[0], **safe[1])
 
 
@@ -78,8 +79,3 @@ def _wide(value: Any) -> Any:
 
 def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
-
-
-def _writes(target: Callable[..., Any]) -> bool:
-    schema = getattr(target, "_schema", None)
-    return schema is not None and schema.is_mutable
