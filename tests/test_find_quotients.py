@@ -118,6 +118,62 @@ def test_near_misses_are_refused(function) -> None:
     assert refusal.source
 
 
+def _rounded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = (q @ k.mT).exp()
+    return torch.div(e, e.sum(-1, keepdim=True), rounding_mode="floor") @ v
+
+
+def _rounded_late(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = (q @ k.mT).exp()
+    return torch.div(e @ v, e.sum(-1, keepdim=True), rounding_mode="trunc")
+
+
+def _bounded_above(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = (q @ k.mT).exp()
+    return (e / e.sum(-1, keepdim=True).clamp(max=3.0)) @ v
+
+
+def _bounded_below(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = (q @ k.mT).exp()
+    return (e / e.sum(-1, keepdim=True).clamp_min(100.0)) @ v
+
+
+def _whole_denominator(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = (q @ k.mT).exp()
+    return (e / e.sum(-1, keepdim=True).to(torch.int32)) @ v
+
+
+def _whole_numerator(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = (q @ k.mT).exp()
+    return (e.to(torch.int32) / e.sum(-1, keepdim=True)) @ v
+
+
+@pytest.mark.parametrize(
+    "function",
+    [_rounded, _rounded_late, _bounded_above, _bounded_below, _whole_denominator, _whole_numerator],
+    ids=lambda f: f.__name__,
+)
+def test_a_quotient_that_changes_its_sum_is_no_softmax(function) -> None:
+    """Each differs from the softmax by far more than rounding, and is refused with a reason."""
+    args = [x.double() for x in _qkv()]
+    q, k, v = args
+    assert (function(*args) - (q @ k.mT).softmax(-1) @ v).abs().max() > 1e-2
+    found = findings(function)
+    assert not found.sites
+    assert found.refusals
+    assert all(r.code and r.reason and r.node and r.source for r in found.refusals)
+
+
+def test_a_bound_that_cannot_bind_is_no_obstacle() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = q @ k.mT
+        e = (s - s.amax(-1, keepdim=True)).exp()
+        return (e / e.sum(-1, keepdim=True).clamp(min=1e-6)) @ v
+
+    found = findings(attend)
+    assert (len(found.sites), found.refusals) == (1, ())
+
+
 def _sigmoid(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return 1 / (1 + torch.exp(-q)) * v
 
