@@ -138,12 +138,12 @@ def is_call(node: Any, *names: str) -> bool:
 
 def through(node: Any, *names: str) -> Any:
     """Skip operators of ``names``, but no cast to whole numbers: that changes the values."""
-    while is_call(node, *names) and not _truncates(node):
+    while is_call(node, *names) and not truncates(node):
         node = node.args[0]
     return node
 
 
-def _truncates(node: fx.Node) -> bool:
+def truncates(node: fx.Node) -> bool:
     """True where floating point goes in and integers or truth values come out."""
     source = node.args[0]
     if not isinstance(source, fx.Node) or not is_tensor(source) or not is_tensor(node):
