@@ -137,10 +137,24 @@ def is_call(node: Any, *names: str) -> bool:
 
 
 def through(node: Any, *names: str) -> Any:
-    """Skip operators that do not change the values (or only bound a sum of exponentials from 0)."""
-    while is_call(node, *names):
+    """Skip operators of ``names``, but no cast to whole numbers: that changes the values."""
+    while is_call(node, *names) and not truncates(node):
         node = node.args[0]
     return node
+
+
+def truncates(node: fx.Node) -> bool:
+    """True where floating point goes in and integers or truth values come out."""
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or not is_tensor(source) or not is_tensor(node):
+        return False
+    whole = not value_of(node).dtype.is_floating_point
+    return whole and value_of(source).dtype.is_floating_point
+
+
+def rounds(node: Any) -> bool:
+    """True for a division that rounds its quotient down or towards zero."""
+    return is_call(node, "div", "div_") and node.kwargs.get("rounding_mode") is not None
 
 
 def inverted(node: Any) -> Any:
@@ -151,7 +165,8 @@ def inverted(node: Any) -> Any:
         return node.args[0]
     if is_call(node, "pow") and node.args[1] == -1:
         return node.args[0]
-    return node.args[1] if is_call(node, "div") and node.args[0] == 1 else None
+    divides = is_call(node, "div") and not rounds(node)
+    return node.args[1] if divides and node.args[0] == 1 else None
 
 
 def op_name(node: fx.Node) -> str:

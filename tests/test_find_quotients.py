@@ -118,6 +118,109 @@ def test_near_misses_are_refused(function) -> None:
     assert refusal.source
 
 
+def _rounded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = (q @ k.mT).exp()
+    return torch.div(e, e.sum(-1, keepdim=True), rounding_mode="floor") @ v
+
+
+def _rounded_late(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = (q @ k.mT).exp()
+    return torch.div(e @ v, e.sum(-1, keepdim=True), rounding_mode="trunc")
+
+
+def _bounded_above(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = (q @ k.mT).exp()
+    return (e / e.sum(-1, keepdim=True).clamp(max=3.0)) @ v
+
+
+def _bounded_below(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = (q @ k.mT).exp()
+    return (e / e.sum(-1, keepdim=True).clamp_min(100.0)) @ v
+
+
+def _whole_denominator(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = (q @ k.mT).exp()
+    return (e / e.sum(-1, keepdim=True).to(torch.int32)) @ v
+
+
+def _whole_numerator(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = (q @ k.mT).exp()
+    return (e.to(torch.int32) / e.sum(-1, keepdim=True)) @ v
+
+
+def _truncated_probabilities(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1).to(torch.int32).to(v.dtype) @ v
+
+
+def _truncated_before_late_division(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = (q @ k.mT).exp()
+    return (e.to(torch.int32).to(v.dtype) @ v) / e.sum(-1, keepdim=True)
+
+
+def _rounded_probabilities(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.div((q @ k.mT).softmax(-1), 0.1, rounding_mode="floor") @ v
+
+
+def _twice_the_normaliser(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = q @ k.mT
+    return torch.sub(s, s.logsumexp(-1, keepdim=True), alpha=2).exp() @ v
+
+
+def _rounded_sink(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = (q @ k.mT).exp()
+    return torch.div(e, e.sum(-1, keepdim=True) + 1, rounding_mode="floor") @ v
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        _truncated_probabilities,
+        _truncated_before_late_division,
+        _rounded_probabilities,
+        _twice_the_normaliser,
+        _rounded_sink,
+        _rounded,
+        _rounded_late,
+        _bounded_above,
+        _bounded_below,
+        _whole_denominator,
+        _whole_numerator,
+    ],
+    ids=lambda f: f.__name__,
+)
+def test_a_quotient_that_changes_its_sum_is_no_softmax(function) -> None:
+    """Each differs from the softmax by far more than rounding, and is refused with a reason."""
+    args = [x.double() for x in _qkv()]
+    q, k, v = args
+    assert (function(*args) - (q @ k.mT).softmax(-1) @ v).abs().max() > 1e-2
+    found = findings(function)
+    assert not found.sites
+    if function is not _twice_the_normaliser:  # neither a softmax nor a quotient is left
+        assert found.refusals
+    assert all(r.code and r.reason and r.node and r.source for r in found.refusals)
+
+
+@pytest.mark.parametrize(("fill", "sites"), [(0.0, 1), (1.0, 0)])
+def test_rows_without_keys_are_zero_only_if_filled_with_zeros(fill: float, sites: int) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = (q @ k.mT).masked_fill(q[..., :1] > 0, -math.inf)
+        empty = (s == -math.inf).all(-1, keepdim=True)
+        return torch.where(empty, torch.full_like(s, fill), s.softmax(-1)) @ v
+
+    found = findings(attend)
+    assert (len(found.sites), bool(found.refusals)) == (sites, not sites)
+
+
+def test_a_bound_that_cannot_bind_is_no_obstacle() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = q @ k.mT
+        e = (s - s.amax(-1, keepdim=True)).exp()
+        return (e / e.sum(-1, keepdim=True).clamp(min=1e-6)) @ v
+
+    found = findings(attend)
+    assert (len(found.sites), found.refusals) == (1, ())
+
+
 def _sigmoid(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return 1 / (1 + torch.exp(-q)) * v
 

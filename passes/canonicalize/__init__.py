@@ -6,7 +6,7 @@ import importlib
 
 from torch import fx
 
-from attn_rewrite.graph import GraphBuilder, copy_graph, op_name
+from attn_rewrite.graph import GraphBuilder, copy_graph, op_name, rounds
 from attn_rewrite.memory import written
 from attn_rewrite.passes.canonicalize.base import WRITES, Canonicalization
 
@@ -74,7 +74,8 @@ def _run(module: fx.GraphModule, targets: dict[str, list[Canonicalization]]) -> 
 
     def rules(node: fx.Node) -> list[Canonicalization]:
         writes = targets.get(WRITES, []) if written(node) else []
-        return [*targets.get(op_name(node), []), *writes]
+        named = [] if rounds(node) else targets.get(op_name(node), [])  # no rule is for rounding
+        return [*named, *writes]
 
     edits = 0
     queue = [n for n in module.graph.nodes if rules(n)]

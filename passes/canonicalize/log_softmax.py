@@ -33,9 +33,9 @@ class LogSoftmax(Canonicalization):
 
 def _normalised_axis(inner: Any) -> int | None:
     """The axis of ``x - logsumexp(x, axis)``, kept with length 1; None if it is something else."""
-    if not is_call(inner, "sub", "sub_"):
+    if not is_call(inner, "sub", "sub_") or arguments(inner).get("alpha", 1) != 1:
         return None
-    source, norm = inner.args
+    source, norm = inner.args[:2]
     opened = norm.args[1] if is_call(norm, "unsqueeze") else None
     norm = norm.args[0] if opened is not None else norm
     if not is_call(norm, "logsumexp") or through(norm.args[0], "to") is not through(source, "to"):

@@ -30,12 +30,13 @@ def zeroed(node: Any, build: GraphBuilder) -> tuple[fx.Node, fx.Node, bool] | No
         return (named["self"], named["mask"], False) if named["value"] == 0 else None
     yes: Any = named.get("self")
     no: Any = named.get("other")
-    if _is_zero(no) and is_tensor(yes):
+    if is_zero(no) and is_tensor(yes):
         return yes, named["condition"], True
-    return (no, named["condition"], False) if _is_zero(yes) and is_tensor(no) else None
+    return (no, named["condition"], False) if is_zero(yes) and is_tensor(no) else None
 
 
-def _is_zero(value: Any) -> bool:
+def is_zero(value: Any) -> bool:
+    """True for the number 0 and for a tensor made of zeros."""
     if isinstance(value, (int, float)):
         return value == 0
     return is_call(value, "zeros", "zeros_like", "new_zeros") or (

@@ -9,6 +9,7 @@ from torch import fx
 
 from attn_rewrite.graph import GraphBuilder, arguments, aten, is_call
 from attn_rewrite.passes.canonicalize.base import Canonicalization
+from attn_rewrite.passes.canonicalize.masked_exponential import is_zero
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,7 @@ class SafeSoftmax(Canonicalization):
         if "self" not in named or "other" not in named:
             return None
         empty, zeros, softmax = named["condition"], named["self"], named["other"]
-        if not is_call(softmax, "softmax", "_softmax") or not is_call(
-            zeros, "zeros_like", "zeros", "full", "full_like"
-        ):
+        if not is_call(softmax, "softmax", "_softmax") or not is_zero(zeros):
             return None
         scores = arguments(softmax)
         if not _tests_empty_rows(empty, scores["self"]):

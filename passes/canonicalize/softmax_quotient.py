@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import fx
 
 from attn_rewrite.graph import (
@@ -17,6 +18,7 @@ from attn_rewrite.graph import (
     op_name,
     shape_of,
     through,
+    value_of,
 )
 from attn_rewrite.passes.canonicalize.base import Canonicalization
 from attn_rewrite.passes.find.product import Product, product_of
@@ -50,6 +52,8 @@ def summed_exponential(denominator: Any) -> tuple[fx.Node, int] | None:
     exponential = total.args[0]
     if len(where) != 1 or not is_call(exponential, "exp", "exp_"):
         return None
+    if not all(_never_binds(c, exponential) for c in _clamps(denominator, total)):
+        return None
     rank = len(shape_of(exponential))
     where_axis = int(where[0]) % rank
     if not named.get("keepdim") and not (
@@ -57,6 +61,42 @@ def summed_exponential(denominator: Any) -> tuple[fx.Node, int] | None:
     ):
         return None
     return exponential, where_axis
+
+
+def _clamps(denominator: Any, total: fx.Node) -> list[fx.Node]:
+    """The bounds put on ``total`` on the way to ``denominator``."""
+    found: list[fx.Node] = []
+    while denominator is not total:
+        if is_call(denominator, "clamp", "clamp_min"):
+            found.append(denominator)
+        denominator = denominator.args[0]
+    return found
+
+
+def _never_binds(clamp: fx.Node, exponential: fx.Node) -> bool:
+    """True for a lower bound that only guards against a division by zero.
+
+    After a shift by the row's maximum one term is exp(0): a bound up to 1 cannot bind.  Without it
+    the bound may be no larger than one rounding error of 1.
+    """
+    named = arguments(clamp)
+    low = named.get("min")
+    if named.get("max") is not None or not isinstance(low, (int, float)):
+        return False
+    return low <= (1 if _is_shifted(exponential) else torch.finfo(value_of(clamp).dtype).eps)
+
+
+def _is_shifted(exponential: fx.Node) -> bool:
+    """True for ``exp(x - max(x))``."""
+    shifted = exponential.args[0]
+    if not is_call(shifted, "sub", "sub_") or not isinstance(shifted, fx.Node):
+        return False
+    if arguments(shifted).get("alpha", 1) != 1:
+        return False
+    top = through(shifted.args[1], "detach")
+    if is_call(top, "getitem"):
+        top = top.args[0] if top.args[1] == 0 else None
+    return is_call(top, "amax", "max") and top.args[0] is shifted.args[0]
 
 
 def softmax_of(build: GraphBuilder, exponential: fx.Node, axis: int) -> fx.Node:

@@ -8,7 +8,15 @@ from torch import fx
 
 from attn_rewrite.cascade.expr import FALSE, Expr, call, where
 from attn_rewrite.cascade.simplify import simplify
-from attn_rewrite.graph import arguments, is_tensor, live_users, op_name, shape_of
+from attn_rewrite.graph import (
+    arguments,
+    is_tensor,
+    live_users,
+    op_name,
+    rounds,
+    shape_of,
+    truncates,
+)
 from attn_rewrite.passes.find.anchor import Anchor, ValueProduct, refuse
 from attn_rewrite.passes.find.axes import Atoms
 from attn_rewrite.passes.find.layout import push
@@ -83,6 +91,9 @@ def _step(anchor: Anchor, here: Probabilities, user: fx.Node) -> Probabilities |
         return replace(here, node=user, sink=False)
     if user.args and user.args[0] is here.node:
         moved = push(user, here.dims, anchor.axes)
+        if moved is not None and truncates(user):
+            reason = "the probabilities are cast to whole numbers before the value product"
+            return refuse("probabilities-truncated", reason, user)
         if moved is not None:
             return replace(here, node=user, dims=moved)
     factor = _factor(anchor, here, user)
@@ -124,8 +135,10 @@ def _factor(anchor: Anchor, here: Probabilities, user: fx.Node) -> Expr | None:
         if is_tensor(other) and len(other.meta["val"].shape) > len(here.dims):  # type: ignore[union-attr]
             return None
         return lift(other, user, here.dims, 0)
-    if name == "div" and user.args[0] is here.node and isinstance(user.args[1], (int, float)):
-        return lift(1.0 / user.args[1], user, here.dims, 0)
+    if name == "div" and user.args[0] is here.node and not rounds(user):
+        divisor = user.args[1]
+        if isinstance(divisor, (int, float)):
+            return lift(1.0 / divisor, user, here.dims, 0)
     if name == "masked_fill" and user.args[0] is here.node:
         mask = lift(user.args[1], user, here.dims, 0)
         fill = lift(arguments(user)["value"], user, (), 0)
