@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from attn_rewrite.backends.torch.blocks import choose_block
-from attn_rewrite.backends.torch.lower import Kernel, lower
+from attn_rewrite.backends.torch.lower import Kernel, in_new_order, lower
 from attn_rewrite.cascade.ir import Cascade
+from attn_rewrite.cascade.reordered import as_reordered
 from attn_rewrite.errors import LowerError, PolicyError
 from attn_rewrite.site import Refusal, Site
 
@@ -76,10 +77,14 @@ def _triton(
         return Refusal(
             "dtype", f"Triton kernels compute in float32, and the operands are {operand.dtype}"
         )
-    return lower_to_triton(
-        cascade, dropout=site.dropout, extents=extents, device=device_of(operand),
-        item_bytes=operand.element_size(),
+    found = as_reordered(cascade)
+    kernel = lower_to_triton(
+        cascade if found is None else found.inner, dropout=site.dropout, extents=extents,
+        device=device_of(operand), item_bytes=operand.element_size(),
     )  # fmt: skip
+    if found is None or isinstance(kernel, Refusal):
+        return kernel
+    return in_new_order(kernel, found, cascade)
 
 
 def _has_gpu() -> bool:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from attn_rewrite.errors import PolicyError
 from attn_rewrite.passes.keep import Exact, Keep
 from attn_rewrite.passes.quantize.base import Quantisation
+from attn_rewrite.passes.reorder.reorder import Reorder
+from attn_rewrite.passes.sparse.laid_out import LaidOut
 from attn_rewrite.passes.transform import Exactness, ScoreEdit, Transform, spans_text
 from attn_rewrite.policy import Policy, Rule, glob_matches, pipeline_text
 from attn_rewrite.policy_text import Transforms
@@ -286,23 +288,32 @@ def rewritten(site: Site, *steps: Step) -> Cascade | Refusal:
     for step in steps:
         if step.site != site.name:
             raise ValueError(f"a step for {step.site} was applied to {site.name}")
+        here = site
         for number, transform in enumerate(step.transforms):
-            refusal = transform.admits(site, step.named_kinds)
+            refusal = transform.admits(here, step.named_kinds)
             refusal = refusal or _too_late(site, step.transforms[:number], transform)
             if refusal is not None:
                 return refusal
             if step.heads is None or len(step.heads) == site.hq:
-                result = transform.apply(cascade, site)
+                result = transform.apply(cascade, here)
             else:
-                result = transform.apply_to_heads(cascade, site, step.heads)
+                result = transform.apply_to_heads(cascade, here, step.heads)
             if isinstance(result, Refusal):
                 return result
-            cascade = result
+            cascade, here = result, transform.after(here)
     return cascade
 
 
 def _too_late(site: Site, before: tuple[Transform, ...], transform: Transform) -> Refusal | None:
-    """An edit of the score after quantisation: what smoothing took off the score is missing."""
+    """An edit of the score after quantisation: what smoothing took off the score is missing.
+    A pattern over the model's grid after a reordering: positions mean something else by then."""
+    moved = any(isinstance(t, Reorder) for t in before)
+    if moved and isinstance(transform, LaidOut) and transform.reads_grid:
+        reason = (
+            f"{transform.name} reads the grid of the model, and reorder has moved its tokens; "
+            f"write {transform.name} before reorder, or give it the layout of the new order"
+        )
+        return transform.refuse(site, "reorder-early", reason)
     quantised = next((t for t in before if isinstance(t, Quantisation)), None)
     if quantised is None or not isinstance(transform, ScoreEdit):
         return None
