@@ -19,6 +19,7 @@ from attn_rewrite.graph import (
     restore,
 )
 from attn_rewrite.memory import is_dead_write
+from attn_rewrite.passes.reorder.settle import Gathers, count_gathers, settle_orders
 from attn_rewrite.site import Site
 
 _PROVENANCE = ("nn_module_stack", "stack_trace", "torch_fn")
@@ -70,6 +71,25 @@ def splice(host: fx.GraphModule, replacements: Iterable[Replacement]) -> fx.Grap
         module.graph.lint()
         module.recompile()
     return root
+
+
+def settle(module: fx.GraphModule) -> tuple[Gathers, Gathers]:
+    """Move the gathers of reordered Sites in the copy that `splice` made; counts before and after.
+
+    Every graph by itself: nothing moves into or out of a graph that a higher-order operator calls.
+    """
+    before, after = Gathers(), Gathers()
+    for inner in module.modules():
+        if not isinstance(inner, fx.GraphModule):
+            continue
+        here = count_gathers(inner.graph)
+        if here.total:
+            settle_orders(inner.graph)
+            sweep(inner.graph)
+            inner.graph.lint()
+            inner.recompile()
+        before, after = before + here, after + count_gathers(inner.graph)
+    return before, after
 
 
 def relax_views(node: fx.Node) -> None:

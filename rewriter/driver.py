@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx, nn
 
 from attn_rewrite import knobs
-from attn_rewrite.apply import Replacement, splice
+from attn_rewrite.apply import Replacement, settle, splice
 from attn_rewrite.backends.torch.lower import Kernel
 from attn_rewrite.calls import CallForm
 from attn_rewrite.capture import Captured, capture_model
@@ -25,6 +25,7 @@ from attn_rewrite.errors import PolicyError
 from attn_rewrite.lowering import check_backend, lower_site
 from attn_rewrite.passes.canonicalize import canonicalize
 from attn_rewrite.passes.find import find
+from attn_rewrite.passes.reorder.settle import Gathers
 from attn_rewrite.plan import Plan, check_sites, make_plan, rewritten
 from attn_rewrite.policy import Policy
 from attn_rewrite.site import Findings, Refusal, Site
@@ -274,9 +275,19 @@ def graph_text(graph: fx.GraphModule) -> str:
     return "\n\n".join(str(g.graph) for g in graphs(graph))
 
 
-def spliced(captured: Captured, decisions: list[Decision]) -> fx.GraphModule:
+@dataclass(frozen=True, eq=False)
+class Spliced:
+    """A rewritten graph, and the gathers of reordered tokens: at the Sites, and as they are now."""
+
+    graph: fx.GraphModule
+    before: Gathers
+    after: Gathers
+
+
+def spliced(captured: Captured, decisions: list[Decision]) -> Spliced:
     """The host graph with every lowered site in place."""
-    return splice(captured.graph, replacements(decisions))
+    graph = splice(captured.graph, replacements(decisions))
+    return Spliced(graph, *(settle(graph) if graph is not captured.graph else (Gathers(),) * 2))
 
 
 def _again(

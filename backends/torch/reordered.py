@@ -17,9 +17,7 @@ from attn_rewrite.backends.torch.emit import Emitter, value_of
 from attn_rewrite.cascade.expr import Expr, Rank, ranks_of
 from attn_rewrite.cascade.reordered import Reordered
 from attn_rewrite.graph import Builder, aten
-
-# Metadata of the gathers of whole tokens: "into" an order or "back" from it.
-ROLE = "attn_rewrite_order"
+from attn_rewrite.passes.reorder.settle import ROLE
 
 
 def emit_in_order(
