@@ -109,7 +109,7 @@ def _check(
         exact = None
         if item.cascade is not item.site.cascade:
             exact = lowered(item.site, item.site.cascade, item.backend).kernel
-        candidates.append(Candidate(item.site, item.cascade, item.kernel, exact))
+        candidates.append(Candidate(item.site, item.cascade, item.kernel, exact, item.tables))
     if not candidates:
         return {}
     args, kwargs = _inputs(captured)

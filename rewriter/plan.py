@@ -7,17 +7,20 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attn_rewrite.errors import PolicyError
 from attn_rewrite.passes.keep import Exact, Keep
 from attn_rewrite.passes.quantize.base import Quantisation
 from attn_rewrite.passes.reorder.reorder import Reorder
+from attn_rewrite.passes.sparse.blocks import Blocks
 from attn_rewrite.passes.sparse.laid_out import LaidOut
 from attn_rewrite.passes.transform import Exactness, ScoreEdit, Transform, spans_text
 from attn_rewrite.policy import Policy, Rule, glob_matches, pipeline_text
 from attn_rewrite.policy_text import Transforms
 from attn_rewrite.site import Refusal
+from attn_rewrite.tables import Table, describe
 
 if TYPE_CHECKING:
     from attn_rewrite.cascade.ir import Cascade
@@ -89,6 +92,27 @@ class Plan:
     refusals: tuple[Refusal, ...] = ()
     policy: str = ""
     versions: Mapping[str, str] = field(default_factory=dict, compare=False)
+    tables: Mapping[str, Table] = field(default_factory=dict, compare=False)
+
+    def tables_of(self, site: Site, cascade: Cascade) -> dict[str, Table] | Refusal:
+        """The tables that ``cascade``, rewritten for ``site``, reads besides its operands.
+
+        In the order of the cascade's inputs; a Refusal where one is missing or measures wrong.
+        """
+        read = [t.name for t in cascade.inputs if t.name not in site.inputs]
+        own = {t.name for t in site.cascade.inputs}
+        found: dict[str, Table] = {}
+        lists = [t for s in self.of(site.name) for t in s.transforms if isinstance(t, Blocks)]
+        for name in (n for n in read if n not in own):
+            table = self.tables.get(f"{site.name}/{name}")
+            shapes = {t.shape(site) for t in lists if t.table == name}
+            if table is None or {table.shape} != shapes:
+                what = "has none" if table is None else f"has one of {list(table.shape)}"
+                reason = f"{site.name} reads the table {name} of {shapes}, and the plan {what}"
+                anchor = str(site.anchor or "")
+                return Refusal("table-missing", reason, anchor, site.source, site.name)
+            found[name] = table
+        return found
 
     def of(self, site: str) -> tuple[Step, ...]:
         """The steps of a Site, one per group of heads."""
@@ -105,7 +129,8 @@ class Plan:
     @property
     def hash(self) -> str:
         """SHA-256 of what the plan does: equal plans rewrite equally, whatever their notes say."""
-        what = [[s.site, s.text, s.heads, s.named_kinds] for s in self.steps]
+        what: list[Any] = [[s.site, s.text, s.heads, s.named_kinds] for s in self.steps]
+        what += [describe(self.tables)] if self.tables else []
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
     def __str__(self) -> str:
@@ -118,6 +143,7 @@ class Plan:
             "policy": self.policy,
             "versions": dict(self.versions),
             "hash": self.hash,
+            "tables": describe(self.tables),
             "steps": [s.to_json() for s in self.steps],
             "refusals": [r.to_json() for r in self.refusals],
         }
@@ -127,14 +153,17 @@ class Plan:
         return json.dumps(self.to_json(), indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, data: object, transforms: Transforms | None = None) -> Plan:
+    def from_json(
+        cls, data: object, transforms: Transforms | None = None, tables: Path | None = None
+    ) -> Plan:
         """Read plain values or a JSON document; editing steps by hand is allowed.
 
-        Raises `PolicyError` that names the entry and what was expected there.
+        ``tables`` is the file that holds the tables of the plan, if it has any.  Raises
+        `PolicyError` that names the entry and what was expected there.
         """
         from attn_rewrite.plan_json import read_plan
 
-        return read_plan(data, transforms)
+        return read_plan(data, transforms, tables)
 
     def without(self, sites: Iterable[str], refusal: Refusal | None = None) -> Plan:
         """The plan with the steps of ``sites`` replaced by ``exact`` (they went over a budget)."""
@@ -252,7 +281,12 @@ def _plan_site(
     return steps, ()
 
 
-def expected_tiles(site: Site, cascade: Cascade, block: int = 128) -> tuple[int, int] | None:
+def expected_tiles(
+    site: Site,
+    cascade: Cascade,
+    block: int = 128,
+    tables: Mapping[str, Table] | None = None,
+) -> tuple[int, int] | None:
     """(kept, all) tiles of ``block`` x ``block`` scores over the query heads of one batch entry.
 
     None where a length is dynamic or the cascade is no softmax attention.
@@ -265,7 +299,13 @@ def expected_tiles(site: Site, cascade: Cascade, block: int = 128) -> tuple[int,
     if form is None or not isinstance(q_len, int) or not isinstance(kv_len, int):
         return None
     schedule = make_schedule(
-        form.guard, q_len=q_len, kv_len=kv_len, block=block, heads=site.hq, group=form.group
+        form.guard,
+        q_len=q_len,
+        kv_len=kv_len,
+        block=block,
+        heads=site.hq,
+        group=form.group,
+        tables=tables,
     )
     counts = schedule.counts()
     return counts.executed, counts.total
