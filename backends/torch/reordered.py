@@ -49,12 +49,15 @@ def gather_tokens(build: Builder, tensor: Any, at: Expr, ranks: tuple[str, str],
     flat = at if len(frame) == 1 else Rank(ranks[0]) * length + at
     index = Emitter(build, space).tensor(flat, torch.int64)
     if len(frame) == 1:
-        result = build.call(aten.index_select.default, tensor, 2, index)
-        if isinstance(result, fx.Node):
-            result.meta[ROLE] = role
-        return result
+        return _marked(build.call(aten.index_select.default, tensor, 2, index), role)
     b, depth = size(build, tensor, 0), size(build, tensor, 3)
     rows = build.call(aten.reshape.default, tensor, [b, heads * length, depth])
     index = build.call(aten.reshape.default, index, [-1])
-    rows = build.call(aten.index_select.default, rows, 1, index)
+    rows = _marked(build.call(aten.index_select.default, rows, 1, index), "heads")
     return build.call(aten.reshape.default, rows, [b, heads, length, depth])
+
+
+def _marked(gather: Any, role: str) -> Any:
+    if isinstance(gather, fx.Node):
+        gather.meta[ROLE] = role
+    return gather

@@ -25,7 +25,8 @@ from attn_rewrite.graph import GraphBuilder, aten, is_tensor, op_name, shape_of
 from attn_rewrite.memory import sharing, viewed, written
 from attn_rewrite.passes.reorder.token_wise import only_shape, tokens_of
 
-# Metadata of the gathers of whole tokens, set where they are made: "into" an order or "back".
+# Metadata of gathers of tokens, set where they are made: "into" an order of all heads, "back" from
+# it, or "heads" where every head has its own.
 ROLE = "attn_rewrite_order"
 Indices = npt.NDArray[np.int64]
 _SPLITS = frozenset({"split", "chunk", "split_with_sizes", "unbind", "tensor_split"})
