@@ -28,7 +28,8 @@ from attn_rewrite.passes.canonicalize import canonicalize
 from attn_rewrite.passes.find import find
 from attn_rewrite.passes.quantize.base import Quantisation
 from attn_rewrite.passes.reorder.settle import Gathers
-from attn_rewrite.plan import Plan, check_sites, make_plan, rewritten
+from attn_rewrite.plan import Plan, make_plan, rewritten
+from attn_rewrite.plan_checks import check_sites
 from attn_rewrite.policy import Policy
 from attn_rewrite.site import Findings, Refusal, Site
 from attn_rewrite.tables import Table

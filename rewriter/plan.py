@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,14 +9,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attn_rewrite.errors import PolicyError
 from attn_rewrite.passes.keep import Exact, Keep
 from attn_rewrite.passes.quantize.base import Quantisation
 from attn_rewrite.passes.reorder.reorder import Reorder
 from attn_rewrite.passes.sparse.blocks import Blocks
 from attn_rewrite.passes.sparse.laid_out import LaidOut
 from attn_rewrite.passes.transform import Exactness, ScoreEdit, Transform, spans_text
-from attn_rewrite.policy import Policy, Rule, glob_matches, pipeline_text
+from attn_rewrite.plan_checks import check_policy
+from attn_rewrite.policy import Policy, Rule, pipeline_text
 from attn_rewrite.policy_text import Transforms
 from attn_rewrite.site import Refusal
 from attn_rewrite.tables import Table, describe
@@ -187,8 +186,7 @@ def make_plan(
     is in ``plan.refusals``.  A layer glob that matches no Site, and a head that no Site of the rule
     has, are `PolicyError`.
     """
-    _check_globs(findings, policy)
-    _check_heads(findings, policy)
+    check_policy(findings, policy)
     steps: list[Step] = []
     refusals: list[Refusal] = []
     used: set[int] = set()
@@ -364,53 +362,9 @@ def _too_late(site: Site, before: tuple[Transform, ...], transform: Transform) -
     return transform.refuse(site, "edit-after-quantisation", reason)
 
 
-def _check_globs(findings: Findings, policy: Policy) -> None:
-    """A layer glob that names nothing is a mistake, not a rule without effect."""
-    for index, rule in enumerate(policy.rules):
-        for glob in rule.where.layer:
-            if any(glob_matches(glob, site) for site in findings.sites):
-                continue
-            names = list(dict.fromkeys(n for s in findings.sites for n in (s.name, s.module)))
-            near = difflib.get_close_matches(glob, names, n=5, cutoff=0.3) or names[:5]
-            hint = f"nearest: {', '.join(near)}" if near else "the model has no attention Site"
-            raise PolicyError(f"rule {index + 1}: layer {glob!r} matches no Site; {hint}")
-
-
-def _check_heads(findings: Findings, policy: Policy) -> None:
-    for index, rule in enumerate(policy.rules):
-        sites = [s for s in findings.sites if rule.where.matches(s)]
-        if rule.where.heads is None or not sites:
-            continue
-        most = max(s.hq for s in sites)
-        wrong = tuple(h for h in rule.where.heads if h >= most)
-        if wrong:
-            raise PolicyError(
-                f"rule {index + 1}: there is no head {spans_text(wrong)}; "
-                f"the Sites it matches have heads 0-{most - 1}"
-            )
-
-
 def _unused(policy: Policy, used: set[int]) -> list[Refusal]:
     return [
         Refusal("rule-unused", f"rule {i + 1} ({rule.text}) matches no Site and head that is left")
         for i, rule in enumerate(policy.rules)
         if i not in used
     ]
-
-
-def check_sites(plan: Plan, findings: Findings) -> None:
-    """Raise `PolicyError` unless a plan that was read fits the Sites of this model."""
-    known = {s.name: s for s in findings.sites}
-    for index, step in enumerate(plan.steps):
-        site = known.get(step.site)
-        if site is None:
-            near = difflib.get_close_matches(step.site, known, n=3, cutoff=0.3) or list(known)[:3]
-            raise PolicyError(
-                f"plan, steps[{index}]: the model has no Site {step.site!r}; "
-                f"nearest: {', '.join(near) or 'none'}"
-            )
-        if step.heads is not None and max(step.heads) >= site.hq:
-            raise PolicyError(
-                f"plan, steps[{index}]: {step.site} has heads 0-{site.hq - 1}, "
-                f"not {spans_text(step.heads)}"
-            )

@@ -358,15 +358,10 @@ def calibrated(policy: str, **options: Any) -> tuple[Video, ar.OptimizedModule]:
 def test_each_head_gets_the_order_of_its_structure() -> None:
     model, found = calibrated("paro(density=0.2, block=8)")
     (step,) = found.plan.steps
-    assert step.text.startswith("reorder(order=['fhw', 'hwf', 'fhw']") or "'hwf'" in step.text
     orders = step.transforms[0].order  # type: ignore[attr-defined]
     assert orders[0][0] == "f"
     assert orders[1][-1] == "f"
-    table = (
-        found.plan.tables["attention#0/paro"]
-        if "attention#0/paro" in found.plan.tables
-        else next(iter(found.plan.tables.values()))
-    )
+    table = found.plan.tables["attention#0/paro"]
     assert table.shape == (3, 16, 16)
     assert (table.reshape(3, -1).sum(1) == round(0.2 * 256)).all()
     report = found.report.sites[0]
@@ -404,7 +399,8 @@ def test_tiles_are_those_of_the_table() -> None:
     assert cost is not None
     assert cost.tiles is not None
     assert cost.tiles[0] < cost.tiles[1]
-    assert found.report.gathers["at_sites"] == found.report.gathers["left"] == 4
+    # Queries and keys are one tensor here, gathered once; values; the output.
+    assert found.report.gathers == {"at_sites": 3, "left": 3, "of_tables": 0}
 
 
 @pytest.mark.parametrize("metric", ["blocks", "literal"])
