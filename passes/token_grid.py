@@ -121,6 +121,8 @@ def _is_constant(node: fx.Node) -> bool:
         here = queue.pop()
         if here.op == "placeholder" and not is_parameter(here):
             return False
+        if op_name(here) == "sym_size":  # a length, as that of the batch, says nothing of tokens
+            continue
         fresh = [n for n in here.all_input_nodes if n not in seen]
         seen.update(fresh)
         queue += fresh

@@ -177,6 +177,10 @@ class Transform:
         """
         return None
 
+    def after(self, site: Site) -> Site:
+        """The facts of ``site`` as they stand for the transforms that follow in a pipeline."""
+        return site
+
     def refuse(self, site: Site, code: str, reason: str) -> Refusal:
         """A Refusal of this transform on ``site``."""
         from attn_rewrite.site import Refusal

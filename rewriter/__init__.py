@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from attn_rewrite import cascade as cascade
     from attn_rewrite.backends.onnx.export import export_onnx as export_onnx
     from attn_rewrite.budget import Budget as Budget
+    from attn_rewrite.calibration import Calibration as Calibration
     from attn_rewrite.driver import find_attention as find_attention
     from attn_rewrite.driver import optimize as optimize
     from attn_rewrite.errors import AttnRewriteError as AttnRewriteError
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 _HOME = {
     "AttnRewriteError": "errors",
     "Budget": "budget",
+    "Calibration": "calibration",
     "CaptureError": "errors",
     "CheckpointError": "errors",
     "Findings": "site",

@@ -17,7 +17,7 @@ from attn_rewrite import quantisation
 from attn_rewrite.budget import Budget
 from attn_rewrite.capture import Captured
 from attn_rewrite.costs import before_and_after
-from attn_rewrite.driver import Decision, Stopwatch, lowered, spliced
+from attn_rewrite.driver import Decision, Spliced, Stopwatch, lowered, spliced
 from attn_rewrite.passes.keep import Keep
 from attn_rewrite.passes.transform import Exactness
 from attn_rewrite.plan import Plan, Step
@@ -62,12 +62,12 @@ def accept(
     plan = plan.without([n for n, c in checks.items() if c.verdict == "reverted"])
     plan = _keeping(plan, {n for n, c in checks.items() if c.verdict == "kept"})
     with watch.stage("splice"):
-        graph = spliced(captured, decisions)
+        made = spliced(captured, decisions)
     end_to_end: dict[str, ErrorMeasure] = {}
     if verify:
         with watch.stage("end to end"):
-            end_to_end, graph, plan, checks, decisions = _whole(
-                captured, host, graph, plan, checks, decisions, budget
+            end_to_end, made, plan, checks, decisions = _whole(
+                captured, host, made, plan, checks, decisions, budget
             )
     with watch.stage("cost"):
         sites = tuple(_site_report(d, plan, checks.get(d.site.name), budget) for d in decisions)
@@ -84,8 +84,19 @@ def accept(
             *quantisation.notes(decisions, plan),
         ),
         budget="" if budget is None else str(budget),
+        gathers=_gathers(made),
     )
-    return Outcome(graph, plan, report)
+    return Outcome(made.graph, plan, report)
+
+
+def _gathers(made: Spliced) -> dict[str, int]:
+    """Gathers of reordered tokens, where there are any."""
+    if not made.before.total:
+        return {}
+    return {
+        "at_sites": made.before.total, "left": made.after.activations,
+        "of_tables": made.after.tables,
+    }  # fmt: skip
 
 
 def _check(
@@ -98,7 +109,7 @@ def _check(
         exact = None
         if item.cascade is not item.site.cascade:
             exact = lowered(item.site, item.site.cascade, item.backend).kernel
-        candidates.append(Candidate(item.site, item.cascade, item.kernel, exact))
+        candidates.append(Candidate(item.site, item.cascade, item.kernel, exact, item.tables))
     if not candidates:
         return {}
     args, kwargs = _inputs(captured)
@@ -128,27 +139,27 @@ def _after(item: Decision, check: SiteCheck | None) -> Decision:
     return lowered(item.site, item.site.cascade, item.backend)
 
 
-Whole = tuple[dict[str, ErrorMeasure], fx.GraphModule, Plan, dict[str, SiteCheck], list[Decision]]
+Whole = tuple[dict[str, ErrorMeasure], Spliced, Plan, dict[str, SiteCheck], list[Decision]]
 
 
 def _whole(
     captured: Captured,
     host: fx.GraphModule,
-    graph: fx.GraphModule,
+    made: Spliced,
     plan: Plan,
     checks: dict[str, SiteCheck],
     decisions: list[Decision],
     budget: Budget | None,
 ) -> Whole:
     """Compare the models; send the worst site back while the whole is over its bound."""
-    if graph is captured.graph:
-        return {}, graph, plan, checks, decisions
+    if made.graph is captured.graph:
+        return {}, made, plan, checks, decisions
     original = _run(captured.graph, captured)
     while True:
-        errors = compare_outputs(original, _run(graph, captured))
+        errors = compare_outputs(original, _run(made.graph, captured))
         bound = None if budget is None else budget.end_to_end
         if bound is None or all(bound.allows(e) for e in errors.values()):
-            return errors, graph, plan, checks, decisions
+            return errors, made, plan, checks, decisions
         left = {
             n: c.approximation
             for n, c in checks.items()
@@ -156,13 +167,13 @@ def _whole(
         }
         worst = worst_site(left, bound)
         if worst is None:
-            return errors, graph, plan, checks, decisions
+            return errors, made, plan, checks, decisions
         gone = replace(checks[worst], verdict="reverted")
         decisions = [_after(d, gone) if d.site.name == worst else d for d in decisions]
         exact = _check(captured, host, [d for d in decisions if d.site.name == worst], None)
         checks = {**checks, worst: _merged(gone, exact.get(worst))}
         plan = plan.without([worst])
-        graph = spliced(captured, decisions)
+        made = spliced(captured, decisions)
 
 
 def _notes(findings: Findings, checks: Mapping[str, SiteCheck], verify: bool) -> tuple[str, ...]:

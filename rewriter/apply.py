@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import fx
 
 from attn_rewrite.graph import (
@@ -19,7 +21,9 @@ from attn_rewrite.graph import (
     restore,
 )
 from attn_rewrite.memory import is_dead_write
+from attn_rewrite.passes.reorder.settle import Gathers, count_gathers, settle_orders
 from attn_rewrite.site import Site
+from attn_rewrite.tables import Table
 
 _PROVENANCE = ("nn_module_stack", "stack_trace", "torch_fn")
 
@@ -37,10 +41,11 @@ class Emits(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Replacement:
-    """A site and the kernel that takes its place."""
+    """A site and the kernel that takes its place; ``tables`` follow the site's own inputs."""
 
     site: Site
     kernel: Emits
+    tables: Mapping[str, Table] = field(default_factory=dict)
 
 
 def splice(host: fx.GraphModule, replacements: Iterable[Replacement]) -> fx.GraphModule:
@@ -70,6 +75,25 @@ def splice(host: fx.GraphModule, replacements: Iterable[Replacement]) -> fx.Grap
         module.graph.lint()
         module.recompile()
     return root
+
+
+def settle(module: fx.GraphModule) -> tuple[Gathers, Gathers]:
+    """Move the gathers of reordered Sites in the copy that `splice` made; counts before and after.
+
+    Every graph by itself: nothing moves into or out of a graph that a higher-order operator calls.
+    """
+    before, after = Gathers(), Gathers()
+    for inner in module.modules():
+        if not isinstance(inner, fx.GraphModule):
+            continue
+        here = count_gathers(inner.graph)
+        if here.total:
+            settle_orders(inner.graph)
+            sweep(inner.graph)
+            inner.graph.lint()
+            inner.recompile()
+        before, after = before + here, after + count_gathers(inner.graph)
+    return before, after
 
 
 def relax_views(node: fx.Node) -> None:
@@ -119,11 +143,27 @@ def compute(build: GraphBuilder, item: Replacement, twins: _Twins) -> Any:
     values = {n: (o, twins.local(o.node, build)) for n, o in site.inputs.items()}
     sizes = extents(build, values)
     inputs = [arrange(build, o, v, site.groups(n), sizes) for n, (o, v) in values.items()]
+    inputs += [_constant(build, item, name, twins) for name in item.tables]
     result = item.kernel.emit(build, inputs)
     dtype = site.output.node.meta["val"].dtype
     if result.meta["val"].dtype != dtype:
         result = build.call(aten.to.dtype, result, dtype)
     return restore(build, result, site.groups("AV"), site.output, sizes)
+
+
+def _constant(build: GraphBuilder, item: Replacement, name: str, twins: _Twins) -> fx.Node:
+    """A table of the plan as a buffer of the graph, not one of the model's state."""
+    module = next(m for m in twins.modules.values() if m.graph is build.graph)
+    place = "attn_rewrite_table_" + re.sub(r"\W", "_", f"{item.site.name}_{name}")
+    device = item.site.inputs["Q"].node.meta["val"].device
+    table = torch.from_numpy(item.tables[name]).to(device)
+    module.register_buffer(place, table, persistent=False)
+    assert build.point is not None
+    with build.graph.inserting_before(build.point):
+        node = build.graph.get_attr(place)
+    mode = build.fake_mode
+    node.meta["val"] = table if mode is None else mode.from_tensor(table)
+    return node
 
 
 def _in_graph_order(replacements: Iterable[Replacement]) -> list[Replacement]:

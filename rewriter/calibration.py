@@ -8,13 +8,15 @@ not mixed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, fx
 
+from attn_rewrite import block_calibration
 from attn_rewrite.budget import METRICS, Bound
 from attn_rewrite.calls import CallForm
 from attn_rewrite.cascade.staged import StagedAttention
@@ -42,6 +44,26 @@ if TYPE_CHECKING:
 # What a head must keep where the user gives no budget (SageAttention, section 4.5).
 DEFAULT = Bound("cosine", 0.998)
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration inputs and how the run is watched and kept.
+
+    ``inputs`` is a mapping of arguments to tensors, one row a call, or a list of calls.  ``state``
+    is a folder for what `paro` measures: memory stays that of one Site, and an interrupted run goes
+    on from there.  ``progress`` is called with (done, all, what) after every Site of every call.
+    """
+
+    inputs: Any
+    state: str | Path | None = None
+    progress: Progress | None = None
+
+    @classmethod
+    def of(cls, value: Any) -> Calibration:
+        """``value``, or the inputs that it is."""
+        return value if isinstance(value, cls) else cls(value)
 
 
 @dataclass(frozen=True)
@@ -57,6 +79,7 @@ class _Trying(Calibrated):
 
 def tentative(policy: Policy) -> Policy:
     """``policy`` as a plan can be made of it before anything was measured."""
+    policy = block_calibration.tentative(policy)
     rules = [
         replace(
             rule,
@@ -68,12 +91,16 @@ def tentative(policy: Policy) -> Policy:
 
 
 def needs_calibration(policy: Policy) -> bool:
-    """Does a rule name `calibrated`?"""
-    return any(isinstance(t, Calibrated) for rule in policy.rules for t in rule.apply)
+    """Does a rule name `calibrated` or `paro`?"""
+    return block_calibration.names_paro(policy) or any(
+        isinstance(t, Calibrated) for rule in policy.rules for t in rule.apply
+    )
 
 
-def calls_of(calibration: Any, captured: Captured, model: nn.Module | None) -> tuple[Call, ...]:
-    """Calls of the model, two at least, from what the user gave.
+def calls_of(
+    calibration: Any, captured: Captured, model: nn.Module | None, *, least: int = 2
+) -> tuple[Call, ...]:
+    """Calls of the model, ``least`` at least, from what the user gave.
 
     A mapping of arguments to tensors is cut into calls along the first dimension of all tensors;
     a sequence has one call an entry: a mapping of keyword arguments, a tuple of positional ones, or
@@ -87,11 +114,10 @@ def calls_of(calibration: Any, captured: Captured, model: nn.Module | None) -> t
         )
     form = None if model is None else CallForm.of(model, captured.args, captured.kwargs)
     calls = tuple(_call(entry, form) for entry in entries)
-    if len(calls) < 2:
-        raise PolicyError(
-            f"calibration has {len(calls)} call, expected 2 at least: one half chooses, the other "
-            "confirms"
-        )
+    if len(calls) < least:
+        halves = ": one half chooses, the other confirms" if least > 1 else ""
+        count = f"{len(calls)} call{'s' * (len(calls) != 1)}"
+        raise PolicyError(f"calibration has {count}, expected {least} at least{halves}")
     return calls
 
 
@@ -130,7 +156,7 @@ def calibrated_plan(
     """
     wanted = DEFAULT if bound is None else bound
     trials = {
-        site.name: _Trial(site, step)
+        site.name: _Trial(site, step, plan)
         for site in findings.sites
         for step in plan.of(site.name)
         if any(isinstance(t, Quantisation) for t in step.transforms)
@@ -139,7 +165,7 @@ def calibrated_plan(
         return plan
     split = len(calls) - len(calls) // 2
     for number, (args, kwargs) in enumerate(calls):
-        _observe(host, list(trials.values()), args, kwargs, held_out=number >= split)
+        observe(host, list(trials.values()), args, kwargs, held_out=number >= split)
     steps: list[Step] = []
     refusals = list(plan.refusals)
     for step in plan.steps:
@@ -162,6 +188,7 @@ class _Trial:
 
     site: Site
     step: Step
+    plan: Plan
     held: list[bool] = field(default_factory=list)
     errors: list[list[list[ErrorMeasure]]] = field(default_factory=list)
 
@@ -173,6 +200,7 @@ class _Trial:
         self.tiers = one.schemes() if isinstance(one, Calibrated) else (one,)
         self.reference = self._cascade(())
         self.cascades = [self._cascade((tier,)) for tier in self.tiers]
+        self.tables = self._tables()
         self.errors = [[[] for _ in range(self.site.hq)] for _ in self.tiers]
 
     def _cascade(self, scheme: tuple[Transform, ...]) -> Cascade | Refusal:
@@ -180,11 +208,22 @@ class _Trial:
         transforms = (*self.before, *scheme, *self.after) or (Exact(),)
         return rewritten(self.site, replace(self.step, transforms=transforms, heads=None))
 
+    def _tables(self) -> dict[str, Tensor]:
+        """What the reference reads of the plan's tables."""
+        if isinstance(self.reference, Refusal):
+            return {}
+        found = self.plan.tables_of(self.site, self.reference)
+        if isinstance(found, Refusal):
+            self.reference = found
+            return {}
+        return {n: torch.from_numpy(t) for n, t in found.items()}
+
     def see(self, inputs: Mapping[str, Tensor], held_out: bool) -> None:
         """Measure every scheme on one call."""
         self.held.append(held_out)
         if isinstance(self.reference, Refusal):
             return
+        inputs = {**inputs, **self.tables}
         wanted = oracle(self.reference, inputs)
         for tier, cascade in enumerate(self.cascades):
             if isinstance(cascade, Refusal):
@@ -225,7 +264,10 @@ class _Trial:
             note = f"calibrated: worst {bound.metric} {fit:.6g}, held out {held:.6g}"
         step = replace(self.step, transforms=transforms, heads=chosen, note=note)
         result = rewritten(self.site, replace(step, heads=None))
-        tiles = None if isinstance(result, Refusal) else expected_tiles(self.site, result)
+        tables = {n: t.numpy() for n, t in self.tables.items()}
+        tiles = None
+        if not isinstance(result, Refusal):
+            tiles = expected_tiles(self.site, result, tables=tables)
         return replace(step, tiles=tiles)
 
     def _of(self, tier: int, heads: list[int], held_out: bool) -> list[ErrorMeasure]:
@@ -262,11 +304,22 @@ def _worst(found: list[ErrorMeasure], bound: Bound) -> float:
     return min(values) if METRICS[bound.metric][0] == ">=" else max(values)
 
 
+class Trial(Protocol):
+    """Who is shown the operands of a Site, call by call."""
+
+    @property
+    def site(self) -> Site:
+        """The Site."""
+
+    def see(self, inputs: Mapping[str, Tensor], held_out: bool) -> None:
+        """The operands of one call by cascade input name; ``held_out``: it only confirms."""
+
+
 @dataclass(eq=False)
 class _Collector:
     """Shows each trial the operands of its Site while the graph runs."""
 
-    trials: dict[fx.Node, list[_Trial]]
+    trials: dict[fx.Node, list[Trial]]
     held_out: bool
     done: set[fx.Node] = field(default_factory=set)
 
@@ -290,15 +343,16 @@ class _Collector:
             trial.see(canonical_inputs(trial.site, values), self.held_out)
 
 
-def _observe(
+def observe(
     host: fx.GraphModule,
-    trials: list[_Trial],
+    trials: Sequence[Trial],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     *,
     held_out: bool,
 ) -> None:
-    by_output: dict[fx.Node, list[_Trial]] = {}
+    """Run one call and show every trial its Site; `PolicyError` for a call that does not fit."""
+    by_output: dict[fx.Node, list[Trial]] = {}
     for trial in trials:
         by_output.setdefault(trial.site.output.node, []).append(trial)
     try:

@@ -11,6 +11,7 @@ from torch import Tensor
 from attn_rewrite.cascade.expr import Const, Expr, Extent, Rank, Read, ranks_of, rebuild
 from attn_rewrite.cascade.ir import Cascade, Einsum, Loop
 from attn_rewrite.cascade.oracle import interpret
+from attn_rewrite.cascade.reordered import Reordered, as_reordered
 from attn_rewrite.cascade.staged import as_staged, core_of, stages_of
 
 LIMIT_BYTES = 256 << 20
@@ -30,8 +31,23 @@ def oracle(cascade: Cascade, inputs: Mapping[str, Tensor], limit: int = LIMIT_BY
     def interpreted(part: Cascade, held: Mapping[str, Tensor]) -> Tensor:
         return interpret(part, held)["AV"].to(torch.float64)
 
+    found = as_reordered(cascade)
+    if found is not None:
+        return restored(found, oracle(found.inner, gathered(found, inputs), limit))
     cascade, inputs = unstaged(cascade, inputs)
     return sliced(cascade, inputs, ("b", "h", "q"), limit, interpreted)
+
+
+def gathered(found: Reordered, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs of the inner cascade: Q, K and V in the new order, in their own dtype."""
+    made = interpret(found.before(), {n: inputs[n] for n in "QKV"})
+    moved = {n: made[f"{n}P"].to(inputs[n].dtype) for n in "QKV"}
+    return {**inputs, **moved}
+
+
+def restored(found: Reordered, output: Tensor) -> Tensor:
+    """The output of the inner cascade with its rows put back."""
+    return interpret(found.after(), {"AVP": output})["AV"].to(output.dtype)
 
 
 def unstaged(

@@ -121,7 +121,7 @@ def rewrite_graph(
     gm: fx.GraphModule, example_inputs: list[Any], policy: Policy, backend: str = "auto"
 ) -> tuple[fx.GraphModule, GraphRecord]:
     """Retrace, find, plan, lower and splice one graph."""
-    from attn_rewrite.apply import splice
+    from attn_rewrite.apply import settle, splice
     from attn_rewrite.driver import Stopwatch, decide, graph_text, replacements
     from attn_rewrite.passes.canonicalize import canonicalize
     from attn_rewrite.passes.find import find
@@ -145,6 +145,8 @@ def rewrite_graph(
     refusals = (*findings.refusals, *plan.refusals, *said)
     record = GraphRecord(findings.sites, done, refusals, plan.steps)
     rewritten = splice(traced, replacements(decisions))
+    if rewritten is not traced:
+        settle(rewritten)
     dump("spliced", lambda: graph_text(rewritten), suffix=".fx")
     return rewritten, _recorded(record)
 

@@ -46,8 +46,14 @@ def before_and_after(site: Site, item: Decision) -> tuple[WorkCost | None, WorkC
     if item.kernel is None or item.cascade is None:
         return before, before
     name = item.kernel.name
+    known = known | {
+        rank: extent
+        for decl in item.cascade.inputs
+        if decl.name in item.tables
+        for rank, extent in zip(decl.ranks, item.tables[decl.name].shape, strict=True)
+    }
     tiles = (
-        _tiles(item.cascade, known, item.block)
+        _tiles(item.cascade, known, item)
         if name in ("tiled", "mapped")
         else _all_tiles(known, item.block)
     )
@@ -59,10 +65,10 @@ def _all_tiles(known: dict[str, int], block: int) -> tuple[int, int]:
     return total, total
 
 
-def _tiles(cascade: Cascade, known: dict[str, int], block: int) -> tuple[int, int]:
+def _tiles(cascade: Cascade, known: dict[str, int], item: Decision) -> tuple[int, int]:
     if attention_form(cascade) is None:
-        return _all_tiles(known, block)
-    counts = tile_counts(cascade, known["q"], known["kv"], block, known["h"])
+        return _all_tiles(known, item.block)
+    counts = tile_counts(cascade, known["q"], known["kv"], item.block, known["h"], item.tables)
     return counts.executed * known["b"], counts.total * known["b"]
 
 

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
 from attn_rewrite import knobs
-from attn_rewrite.apply import Replacement, splice
+from attn_rewrite.apply import Replacement, settle, splice
 from attn_rewrite.backends.torch.lower import Kernel
 from attn_rewrite.calls import CallForm
 from attn_rewrite.capture import Captured, capture_model
@@ -25,9 +26,13 @@ from attn_rewrite.errors import PolicyError
 from attn_rewrite.lowering import check_backend, lower_site
 from attn_rewrite.passes.canonicalize import canonicalize
 from attn_rewrite.passes.find import find
-from attn_rewrite.plan import Plan, check_sites, make_plan, rewritten
+from attn_rewrite.passes.quantize.base import Quantisation
+from attn_rewrite.passes.reorder.settle import Gathers
+from attn_rewrite.plan import Plan, make_plan, rewritten
+from attn_rewrite.plan_checks import check_sites
 from attn_rewrite.policy import Policy
 from attn_rewrite.site import Findings, Refusal, Site
+from attn_rewrite.tables import Table
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -63,11 +68,12 @@ class Decision:
     block: int = 128
     refusal: Refusal | None = None
     backend: str = "auto"
+    tables: Mapping[str, Table] = field(default_factory=dict)
 
     @property
     def replacement(self) -> Replacement | None:
         """The splice to make, if any."""
-        return None if self.kernel is None else Replacement(self.site, self.kernel)
+        return None if self.kernel is None else Replacement(self.site, self.kernel, self.tables)
 
 
 def find_attention(
@@ -108,8 +114,9 @@ def optimize(
     ``budget`` bounds the approximation error (``"cosine>=0.999"``).  With ``verify`` every site is
     measured on the example inputs against a float64 oracle: over the implementation bound is
     `VerifyError`, over the budget sends the site back to exact.  ``calibration`` (a mapping of
-    arguments to tensors, or a list of calls) chooses a quantising scheme for each head.  Without
-    example inputs the first call of a module captures, just in time.
+    arguments to tensors, a list of calls, or a `Calibration`) chooses the orders and blocks of
+    `paro`, and a quantising scheme for each head.  Without example inputs the first call of a
+    module captures, just in time.
     """
     policy = Policy.parse(policy) if isinstance(policy, str) else policy
     _check_options(backend, calibration, policy, plan, bool(example_args or example_kwargs))
@@ -146,7 +153,7 @@ def _check_options(
 
     check_backend(backend)
     if calibration is None and plan is None and needs_calibration(policy):
-        raise PolicyError("calibrated chooses by measuring; give calibration inputs")
+        raise PolicyError("calibrated and paro choose by measuring; give calibration inputs")
     if calibration is not None and plan is not None:
         raise PolicyError("calibration and a plan were both given; a plan has chosen already")
     if calibration is not None and not ahead:
@@ -188,16 +195,25 @@ def _decide(site: Site, plan: Plan, backend: str) -> Decision:
     cascade = rewritten(site, *steps)
     if isinstance(cascade, Refusal):
         return Decision(site, refusal=cascade)
-    return lowered(site, cascade, backend)
+    tables = plan.tables_of(site, cascade)
+    if isinstance(tables, Refusal):
+        return Decision(site, refusal=tables)
+    return lowered(site, cascade, backend, tables)
 
 
-def lowered(site: Site, cascade: Cascade, backend: str = "auto") -> Decision:
-    """Lower a cascade for the place of ``site``."""
-    kernel, block = lower_site(site, cascade, backend)
+def lowered(
+    site: Site,
+    cascade: Cascade,
+    backend: str = "auto",
+    tables: Mapping[str, Table] | None = None,
+) -> Decision:
+    """Lower a cascade for the place of ``site``; ``tables`` are what it reads of the plan's."""
+    held = tables or {}
+    kernel, block = lower_site(site, cascade, backend, held)
     if isinstance(kernel, Refusal):
         refusal = replace(kernel, site=site.name, source=site.source)
         return Decision(site, cascade, refusal=refusal, backend=backend)
-    return Decision(site, cascade, kernel, block, backend=backend)
+    return Decision(site, cascade, kernel, block, backend=backend, tables=held)
 
 
 def replacements(decisions: list[Decision]) -> list[Replacement]:
@@ -257,14 +273,19 @@ def _calibrated(
     calibration: Any,
     source: nn.Module | None,
 ) -> Plan:
-    """The plan of ``policy`` with schemes chosen for each head."""
-    from attn_rewrite.calibration import calibrated_plan, calls_of, tentative
+    """The plan of ``policy`` with orders, blocks and schemes chosen for each head."""
+    from attn_rewrite.block_calibration import calibrated_blocks
+    from attn_rewrite.calibration import Calibration, calibrated_plan, calls_of, tentative
 
+    given = Calibration.of(calibration)
     with watch.stage("calibrate"):
         plan = make_plan(findings, tentative(policy))
-        calls = calls_of(calibration, captured, source)
+        quantised = any(isinstance(t, Quantisation) for s in plan.steps for t in s.transforms)
+        calls = calls_of(given.inputs, captured, source, least=2 if quantised else 1)
+        state = None if given.state is None else Path(given.state)
+        plan = calibrated_blocks(host, findings, plan, calls, state=state, progress=given.progress)
         bound = None if policy.budget is None else policy.budget.site
-        return calibrated_plan(host, findings, plan, calls, bound)
+        return calibrated_plan(host, findings, plan, calls, bound) if quantised else plan
 
 
 def graph_text(graph: fx.GraphModule) -> str:
@@ -274,9 +295,19 @@ def graph_text(graph: fx.GraphModule) -> str:
     return "\n\n".join(str(g.graph) for g in graphs(graph))
 
 
-def spliced(captured: Captured, decisions: list[Decision]) -> fx.GraphModule:
+@dataclass(frozen=True, eq=False)
+class Spliced:
+    """A rewritten graph, and the gathers of reordered tokens: at the Sites, and as they are now."""
+
+    graph: fx.GraphModule
+    before: Gathers
+    after: Gathers
+
+
+def spliced(captured: Captured, decisions: list[Decision]) -> Spliced:
     """The host graph with every lowered site in place."""
-    return splice(captured.graph, replacements(decisions))
+    graph = splice(captured.graph, replacements(decisions))
+    return Spliced(graph, *(settle(graph) if graph is not captured.graph else (Gathers(),) * 2))
 
 
 def _again(
@@ -303,8 +334,13 @@ def _again(
             else value.to(probe.device)
         )
 
-    args, kwargs, calls = pytree.tree_map(follow, (captured.args, captured.kwargs, calibration))
+    from attn_rewrite.calibration import Calibration
+
+    if calibration is not None:
+        given = Calibration.of(calibration)
+        calibration = replace(given, inputs=pytree.tree_map(follow, given.inputs))
+    args, kwargs = pytree.tree_map(follow, (captured.args, captured.kwargs))
     return optimize(
         source, policy, args, kwargs, dynamic_shapes=dynamic_shapes, plan=plan, backend=backend,
-        calibration=calls,
+        calibration=calibration,
     )  # fmt: skip

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from attn_rewrite.backends.torch.blocks import choose_block
-from attn_rewrite.backends.torch.lower import Kernel, lower
+from attn_rewrite.backends.torch.lower import Kernel, in_new_order, lower
 from attn_rewrite.cascade.ir import Cascade
+from attn_rewrite.cascade.reordered import as_reordered
 from attn_rewrite.errors import LowerError, PolicyError
 from attn_rewrite.site import Refusal, Site
+from attn_rewrite.tables import Table
 
 if TYPE_CHECKING:
     import torch
@@ -38,14 +41,19 @@ def check_backend(name: str) -> None:
         )
 
 
-def lower_site(site: Site, cascade: Cascade, backend: str = "auto") -> tuple[Kernel | Refusal, int]:
+def lower_site(
+    site: Site,
+    cascade: Cascade,
+    backend: str = "auto",
+    tables: Mapping[str, Table] | None = None,
+) -> tuple[Kernel | Refusal, int]:
     """The kernel for the place of ``site``, and the side of its tiles.
 
     ``auto``: torch, unless the operands are on a GPU, the kernel is not one of PyTorch's own fused
     ones, and the Triton backend can lower it.  ``triton`` refuses what it cannot lower.
     """
     extents = {n: v if isinstance(v, int) else None for n, v in site.extents().items()}
-    block = choose_block(cascade, extents)
+    block = choose_block(cascade, extents, tables)
     operand = site.inputs["Q"].node.meta["val"]
     if backend == "triton":
         return _triton(site, cascade, extents, operand), block
@@ -76,10 +84,14 @@ def _triton(
         return Refusal(
             "dtype", f"Triton kernels compute in float32, and the operands are {operand.dtype}"
         )
-    return lower_to_triton(
-        cascade, dropout=site.dropout, extents=extents, device=device_of(operand),
-        item_bytes=operand.element_size(),
+    found = as_reordered(cascade)
+    kernel = lower_to_triton(
+        cascade if found is None else found.inner, dropout=site.dropout, extents=extents,
+        device=device_of(operand), item_bytes=operand.element_size(),
     )  # fmt: skip
+    if found is None or isinstance(kernel, Refusal):
+        return kernel
+    return in_new_order(kernel, found, cascade)
 
 
 def _has_gpu() -> bool:

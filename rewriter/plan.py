@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attn_rewrite.errors import PolicyError
 from attn_rewrite.passes.keep import Exact, Keep
 from attn_rewrite.passes.quantize.base import Quantisation
+from attn_rewrite.passes.reorder.reorder import Reorder
+from attn_rewrite.passes.sparse.blocks import Blocks
+from attn_rewrite.passes.sparse.laid_out import LaidOut
 from attn_rewrite.passes.transform import Exactness, ScoreEdit, Transform, spans_text
-from attn_rewrite.policy import Policy, Rule, glob_matches, pipeline_text
+from attn_rewrite.plan_checks import check_policy
+from attn_rewrite.policy import Policy, Rule, pipeline_text
 from attn_rewrite.policy_text import Transforms
 from attn_rewrite.site import Refusal
+from attn_rewrite.tables import Table, describe
 
 if TYPE_CHECKING:
     from attn_rewrite.cascade.ir import Cascade
@@ -87,6 +91,27 @@ class Plan:
     refusals: tuple[Refusal, ...] = ()
     policy: str = ""
     versions: Mapping[str, str] = field(default_factory=dict, compare=False)
+    tables: Mapping[str, Table] = field(default_factory=dict, compare=False)
+
+    def tables_of(self, site: Site, cascade: Cascade) -> dict[str, Table] | Refusal:
+        """The tables that ``cascade``, rewritten for ``site``, reads besides its operands.
+
+        In the order of the cascade's inputs; a Refusal where one is missing or measures wrong.
+        """
+        read = [t.name for t in cascade.inputs if t.name not in site.inputs]
+        own = {t.name for t in site.cascade.inputs}
+        found: dict[str, Table] = {}
+        lists = [t for s in self.of(site.name) for t in s.transforms if isinstance(t, Blocks)]
+        for name in (n for n in read if n not in own):
+            table = self.tables.get(f"{site.name}/{name}")
+            shapes = {t.shape(site) for t in lists if t.table == name}
+            if table is None or {table.shape} != shapes:
+                what = "has none" if table is None else f"has one of {list(table.shape)}"
+                reason = f"{site.name} reads the table {name} of {shapes}, and the plan {what}"
+                anchor = str(site.anchor or "")
+                return Refusal("table-missing", reason, anchor, site.source, site.name)
+            found[name] = table
+        return found
 
     def of(self, site: str) -> tuple[Step, ...]:
         """The steps of a Site, one per group of heads."""
@@ -103,7 +128,8 @@ class Plan:
     @property
     def hash(self) -> str:
         """SHA-256 of what the plan does: equal plans rewrite equally, whatever their notes say."""
-        what = [[s.site, s.text, s.heads, s.named_kinds] for s in self.steps]
+        what: list[Any] = [[s.site, s.text, s.heads, s.named_kinds] for s in self.steps]
+        what += [describe(self.tables)] if self.tables else []
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
     def __str__(self) -> str:
@@ -116,6 +142,7 @@ class Plan:
             "policy": self.policy,
             "versions": dict(self.versions),
             "hash": self.hash,
+            "tables": describe(self.tables),
             "steps": [s.to_json() for s in self.steps],
             "refusals": [r.to_json() for r in self.refusals],
         }
@@ -125,14 +152,17 @@ class Plan:
         return json.dumps(self.to_json(), indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, data: object, transforms: Transforms | None = None) -> Plan:
+    def from_json(
+        cls, data: object, transforms: Transforms | None = None, tables: Path | None = None
+    ) -> Plan:
         """Read plain values or a JSON document; editing steps by hand is allowed.
 
-        Raises `PolicyError` that names the entry and what was expected there.
+        ``tables`` is the file that holds the tables of the plan, if it has any.  Raises
+        `PolicyError` that names the entry and what was expected there.
         """
         from attn_rewrite.plan_json import read_plan
 
-        return read_plan(data, transforms)
+        return read_plan(data, transforms, tables)
 
     def without(self, sites: Iterable[str], refusal: Refusal | None = None) -> Plan:
         """The plan with the steps of ``sites`` replaced by ``exact`` (they went over a budget)."""
@@ -156,8 +186,7 @@ def make_plan(
     is in ``plan.refusals``.  A layer glob that matches no Site, and a head that no Site of the rule
     has, are `PolicyError`.
     """
-    _check_globs(findings, policy)
-    _check_heads(findings, policy)
+    check_policy(findings, policy)
     steps: list[Step] = []
     refusals: list[Refusal] = []
     used: set[int] = set()
@@ -250,7 +279,12 @@ def _plan_site(
     return steps, ()
 
 
-def expected_tiles(site: Site, cascade: Cascade, block: int = 128) -> tuple[int, int] | None:
+def expected_tiles(
+    site: Site,
+    cascade: Cascade,
+    block: int = 128,
+    tables: Mapping[str, Table] | None = None,
+) -> tuple[int, int] | None:
     """(kept, all) tiles of ``block`` x ``block`` scores over the query heads of one batch entry.
 
     None where a length is dynamic or the cascade is no softmax attention.
@@ -263,7 +297,13 @@ def expected_tiles(site: Site, cascade: Cascade, block: int = 128) -> tuple[int,
     if form is None or not isinstance(q_len, int) or not isinstance(kv_len, int):
         return None
     schedule = make_schedule(
-        form.guard, q_len=q_len, kv_len=kv_len, block=block, heads=site.hq, group=form.group
+        form.guard,
+        q_len=q_len,
+        kv_len=kv_len,
+        block=block,
+        heads=site.hq,
+        group=form.group,
+        tables=tables,
     )
     counts = schedule.counts()
     return counts.executed, counts.total
@@ -286,23 +326,32 @@ def rewritten(site: Site, *steps: Step) -> Cascade | Refusal:
     for step in steps:
         if step.site != site.name:
             raise ValueError(f"a step for {step.site} was applied to {site.name}")
+        here = site
         for number, transform in enumerate(step.transforms):
-            refusal = transform.admits(site, step.named_kinds)
+            refusal = transform.admits(here, step.named_kinds)
             refusal = refusal or _too_late(site, step.transforms[:number], transform)
             if refusal is not None:
                 return refusal
             if step.heads is None or len(step.heads) == site.hq:
-                result = transform.apply(cascade, site)
+                result = transform.apply(cascade, here)
             else:
-                result = transform.apply_to_heads(cascade, site, step.heads)
+                result = transform.apply_to_heads(cascade, here, step.heads)
             if isinstance(result, Refusal):
                 return result
-            cascade = result
+            cascade, here = result, transform.after(here)
     return cascade
 
 
 def _too_late(site: Site, before: tuple[Transform, ...], transform: Transform) -> Refusal | None:
-    """An edit of the score after quantisation: what smoothing took off the score is missing."""
+    """An edit of the score after quantisation: what smoothing took off the score is missing.
+    A pattern over the model's grid after a reordering: positions mean something else by then."""
+    moved = any(isinstance(t, Reorder) for t in before)
+    if moved and isinstance(transform, LaidOut) and transform.reads_grid:
+        reason = (
+            f"{transform.name} reads the grid of the model, and reorder has moved its tokens; "
+            f"write {transform.name} before reorder, or give it the layout of the new order"
+        )
+        return transform.refuse(site, "reorder-early", reason)
     quantised = next((t for t in before if isinstance(t, Quantisation)), None)
     if quantised is None or not isinstance(transform, ScoreEdit):
         return None
@@ -313,53 +362,9 @@ def _too_late(site: Site, before: tuple[Transform, ...], transform: Transform) -
     return transform.refuse(site, "edit-after-quantisation", reason)
 
 
-def _check_globs(findings: Findings, policy: Policy) -> None:
-    """A layer glob that names nothing is a mistake, not a rule without effect."""
-    for index, rule in enumerate(policy.rules):
-        for glob in rule.where.layer:
-            if any(glob_matches(glob, site) for site in findings.sites):
-                continue
-            names = list(dict.fromkeys(n for s in findings.sites for n in (s.name, s.module)))
-            near = difflib.get_close_matches(glob, names, n=5, cutoff=0.3) or names[:5]
-            hint = f"nearest: {', '.join(near)}" if near else "the model has no attention Site"
-            raise PolicyError(f"rule {index + 1}: layer {glob!r} matches no Site; {hint}")
-
-
-def _check_heads(findings: Findings, policy: Policy) -> None:
-    for index, rule in enumerate(policy.rules):
-        sites = [s for s in findings.sites if rule.where.matches(s)]
-        if rule.where.heads is None or not sites:
-            continue
-        most = max(s.hq for s in sites)
-        wrong = tuple(h for h in rule.where.heads if h >= most)
-        if wrong:
-            raise PolicyError(
-                f"rule {index + 1}: there is no head {spans_text(wrong)}; "
-                f"the Sites it matches have heads 0-{most - 1}"
-            )
-
-
 def _unused(policy: Policy, used: set[int]) -> list[Refusal]:
     return [
         Refusal("rule-unused", f"rule {i + 1} ({rule.text}) matches no Site and head that is left")
         for i, rule in enumerate(policy.rules)
         if i not in used
     ]
-
-
-def check_sites(plan: Plan, findings: Findings) -> None:
-    """Raise `PolicyError` unless a plan that was read fits the Sites of this model."""
-    known = {s.name: s for s in findings.sites}
-    for index, step in enumerate(plan.steps):
-        site = known.get(step.site)
-        if site is None:
-            near = difflib.get_close_matches(step.site, known, n=3, cutoff=0.3) or list(known)[:3]
-            raise PolicyError(
-                f"plan, steps[{index}]: the model has no Site {step.site!r}; "
-                f"nearest: {', '.join(near) or 'none'}"
-            )
-        if step.heads is not None and max(step.heads) >= site.hq:
-            raise PolicyError(
-                f"plan, steps[{index}]: {step.site} has heads 0-{site.hq - 1}, "
-                f"not {spans_text(step.heads)}"
-            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from attn_rewrite.budget import suggest
@@ -13,13 +14,16 @@ from attn_rewrite.plan import SCHEMA, Plan, Step
 from attn_rewrite.policy import KINDS
 from attn_rewrite.policy_text import Transforms, parse_pipeline
 from attn_rewrite.site import Refusal
+from attn_rewrite.tables import read_tables
 
-_PLAN_KEYS = ("schema", "policy", "versions", "hash", "steps", "refusals")
+_PLAN_KEYS = ("schema", "policy", "versions", "hash", "tables", "steps", "refusals")
 _STEP_KEYS = ("site", "transforms", "heads", "named_kinds", "exactness", "note", "tiles")
 _REFUSAL_KEYS = ("code", "reason", "node", "source", "site")
 
 
-def read_plan(data: object, transforms: Transforms | None = None) -> Plan:
+def read_plan(
+    data: object, transforms: Transforms | None = None, tables: Path | None = None
+) -> Plan:
     """A `Plan` from plain values or a JSON document (`PolicyError` where it is wrong)."""
     if isinstance(data, str | bytes):
         try:
@@ -41,7 +45,9 @@ def read_plan(data: object, transforms: Transforms | None = None) -> Plan:
     versions = table.get("versions", {})
     if not isinstance(versions, dict):
         raise PolicyError(f"plan, versions: {versions!r} is no table")
-    return Plan(steps, tuple(refusals), _text(table.get("policy", ""), "plan, policy"), versions)
+    policy = _text(table.get("policy", ""), "plan, policy")
+    held = read_tables(table.get("tables"), tables)
+    return Plan(steps, tuple(refusals), policy, versions, held)
 
 
 def _table(value: object, place: str, known: tuple[str, ...]) -> Mapping[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from attn_rewrite.cascade.count import count_passes
 from attn_rewrite.cascade.ir import Cascade
+from attn_rewrite.cascade.reordered import in_order
 from attn_rewrite.cascade.staged import StagedAttention, as_staged, core_of, stages_of
 from attn_rewrite.passes.cascade.fusion import fuse_reductions
 from attn_rewrite.site import Refusal
@@ -29,11 +30,11 @@ def notes(decisions: Iterable[Decision], plan: Plan) -> Iterator[str]:
     for item in decisions:
         if item.cascade is None or item.kernel is None:
             continue
-        staged = as_staged(item.cascade)
+        staged = as_staged(in_order(item.cascade))
         if staged is None or (not staged.stages and staged.probability is None):
             continue
         label = "; ".join(step.label for step in plan.of(item.site.name))
-        key = (label, _passes(item.cascade))
+        key = (label, _passes(in_order(item.cascade)))
         counted[key] = counted.get(key, 0) + 1
         on_cpu |= item.site.inputs["Q"].node.meta["val"].device.type == "cpu"
     for (label, passes), sites in counted.items():

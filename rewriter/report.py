@@ -150,7 +150,9 @@ class Report:
     ``refusals`` belong to no Site (near misses, rules without effect); those of a Site are in it.
     ``end_to_end`` is the error of each floating output of the rewritten model against the original
     in the same dtype; ``timings`` seconds per stage; ``inputs`` ``"user's"`` or a sentence on what
-    was generated; ``budget`` the user's bounds as text.
+    was generated; ``budget`` the user's bounds as text.  ``gathers`` counts how often tokens are
+    brought into another order: ``at_sites`` with every Site by itself, ``left`` of activations and
+    ``of_tables`` (position tables) once they were moved together; empty where nothing is reordered.
     """
 
     sites: tuple[SiteReport, ...] = ()
@@ -161,6 +163,7 @@ class Report:
     inputs: str = "user's"
     notes: tuple[str, ...] = ()
     budget: str = ""
+    gathers: Mapping[str, int] = field(default_factory=dict)
 
     def site(self, name: str) -> SiteReport:
         """The report of one Site (`KeyError` if there is none of that name)."""
@@ -197,6 +200,7 @@ class Report:
             "inputs": self.inputs,
             "notes": list(self.notes),
             "budget": self.budget,
+            "gathers": dict(self.gathers),
         }
 
     @classmethod
@@ -211,6 +215,7 @@ class Report:
             inputs=data.get("inputs", ""),
             notes=tuple(data.get("notes", ())),
             budget=data.get("budget", ""),
+            gathers=dict(data.get("gathers", {})),
         )
 
 
@@ -296,6 +301,10 @@ def render(report: Report, console: Console) -> None:
         console.print(Text(f"end to end, {name}: {_approximation(error)}, {line}"))
     if data["budget"]:
         console.print(Text(f"budget: {data['budget']}"))
+    if data["gathers"]:
+        found = data["gathers"]
+        line = f"tokens are reordered {found['left']} times, and {found['of_tables']} tables of "
+        console.print(Text(f"{line}theirs; {found['at_sites']} times with every site by itself"))
     for note in data["notes"]:
         console.print(Text(note))
     if data["timings"]:

@@ -18,8 +18,9 @@ from attn_rewrite.cascade.attention import POINT
 from attn_rewrite.cascade.expr import B, Call, Expr, H, Q, Read, tensors_of, where
 from attn_rewrite.cascade.ir import Cascade, Einsum, RankDecl, TensorDecl
 from attn_rewrite.cascade.oracle import interpret
+from attn_rewrite.cascade.reordered import as_reordered
 from attn_rewrite.cascade.staged import StagedAttention, as_staged
-from attn_rewrite.chunked import LIMIT_BYTES, sliced, unstaged
+from attn_rewrite.chunked import LIMIT_BYTES, gathered, restored, sliced, unstaged
 
 _ROW = (B, H, Q)
 
@@ -34,6 +35,10 @@ def plain_attention(
     None for mapped probabilities too: what rounds them has to be as exact as the oracle.  Softmax
     statistics are float32 for half types, as eager models keep them.
     """
+    found = as_reordered(cascade)
+    if found is not None:
+        inner = plain_attention(found.inner, gathered(found, inputs), limit)
+        return None if inner is None else restored(found, inner)
     staged = as_staged(cascade)
     if staged is None or staged.probability is not None:
         return None

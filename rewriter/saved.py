@@ -1,9 +1,9 @@
 """Results out and in again: a rewritten model as a folder that other programs can read.
 
 The folder holds ``model.pt2`` (loads with a bare `torch.export.load` after
-``import attn_rewrite.ops``, without transformers), ``plan.json``, ``report.json``, the tokenizer
-and configuration files of the checkpoint, and ``attn_rewrite.json``: versions, the original's path
-and hashes, and the hash of every file.
+``import attn_rewrite.ops``, without transformers), ``plan.json`` with its tables in
+``plan.safetensors``, ``report.json``, the tokenizer and configuration files of the checkpoint, and
+``attn_rewrite.json``: versions, the original's path and hashes, and the hash of every file.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from attn_rewrite.checkpoints.files import read_json, sha256
 from attn_rewrite.errors import CheckpointError
 from attn_rewrite.folder import output_folder
+from attn_rewrite.tables import FILE as TABLES
+from attn_rewrite.tables import write_tables
 
 if TYPE_CHECKING:
     from attn_rewrite.checkpoint import LoadedModel
@@ -59,6 +61,8 @@ def write_result(
         _copy_companions(source, folder)
     save_program(optimized.program, folder / "model.pt2", optimized.form)
     _write_json(folder / "plan.json", optimized.plan.to_json())
+    if optimized.plan.tables:
+        write_tables(optimized.plan.tables, folder / TABLES)
     _write_json(folder / "report.json", optimized.report.to_json())
 
 
@@ -121,7 +125,7 @@ def load(directory: str | Path) -> OptimizedModule:
     from attn_rewrite.report import Report
 
     program = read_program(folder / "model.pt2")
-    plan = Plan.from_json(read_json(folder / "plan.json"))
+    plan = Plan.from_json(read_json(folder / "plan.json"), tables=folder / TABLES)
     report = Report.from_json(read_json(folder / "report.json"))
     form = read_form(folder / "model.pt2")
     module = OptimizedModule.from_program(

@@ -30,6 +30,7 @@ from attn_rewrite.region import boundary, in_float64
 from attn_rewrite.report import ErrorMeasure
 from attn_rewrite.rounding import plain_attention
 from attn_rewrite.site import Operand, Refusal, Site
+from attn_rewrite.tables import Table
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,13 +38,14 @@ class Candidate:
     """A Site, the cascade it was rewritten to, and the kernel that was made of that.
 
     ``exact`` is the kernel of the Site's own cascade; where given it is measured when the rewritten
-    one goes over the budget.
+    one goes over the budget.  ``tables`` are inputs of the rewritten cascade that the plan holds.
     """
 
     site: Site
     cascade: Cascade
     kernel: Emits
     exact: Emits | None = None
+    tables: Mapping[str, Table] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -245,6 +247,8 @@ def _check(
     check = SiteCheck(site.name, "accepted", raising)
     kernel, target = candidate.kernel, reference
     if candidate.cascade != site.cascade:
+        tables = {n: torch.from_numpy(t) for n, t in candidate.tables.items()}
+        own, inputs = inputs, {**inputs, **tables}
         wanted = oracle(candidate.cascade, inputs, limit)
         wanted = wanted.masked_fill(reference.isnan(), torch.nan)
         check = replace(check, approximation=measure(wanted, reference))
@@ -254,6 +258,7 @@ def _check(
             return replace(check, verdict="reverted")
         else:
             kernel, check = candidate.exact, replace(check, verdict="reverted")
+            inputs = own
     if site.dropout > 0:
         note = (
             f"dropout {site.dropout} is active: no two runs are equal, the kernel is not measured"

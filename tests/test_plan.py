@@ -21,7 +21,8 @@ from attn_rewrite.passes import TRANSFORMS
 from attn_rewrite.passes.keep import Exact, Keep
 from attn_rewrite.passes.sparse.window import Window
 from attn_rewrite.passes.transform import Exactness, ScoreEdit, SparsePattern, Transform
-from attn_rewrite.plan import Plan, Step, check_sites, length_bounds, make_plan, rewritten
+from attn_rewrite.plan import Plan, Step, length_bounds, make_plan, rewritten
+from attn_rewrite.plan_checks import check_sites
 from attn_rewrite.policy import Policy, Rule, Where
 from attn_rewrite.site import Refusal
 from tests.sites import findings, make_site

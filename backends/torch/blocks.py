@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
+
+import numpy.typing as npt
 
 from attn_rewrite.backends.torch.ops import tile_counts
 from attn_rewrite.cascade.expr import TRUE
@@ -16,8 +19,15 @@ _TYPICAL_LENGTH = 1024
 _WORTH = 0.25
 
 
-def choose_block(cascade: Cascade, extents: Mapping[str, int | None]) -> int:
-    """The tile side for the guard of ``cascade``; ``extents`` may be None where dynamic."""
+def choose_block(
+    cascade: Cascade,
+    extents: Mapping[str, int | None],
+    tables: Mapping[str, npt.NDArray[Any]] | None = None,
+) -> int:
+    """The tile side for the guard of ``cascade``; ``extents`` may be None where dynamic.
+
+    ``tables`` are values of block lists that the guard reads.
+    """
     form = attention_form(cascade)
     if form is None or form.guard == TRUE:
         return SIDES[0]
@@ -26,7 +36,7 @@ def choose_block(cascade: Cascade, extents: Mapping[str, int | None]) -> int:
     heads = extents.get("h") or form.group
     best, work = SIDES[0], float("inf")
     for side in SIDES:
-        area = tile_counts(cascade, q_len, kv_len, side, heads).executed * side * side
+        area = tile_counts(cascade, q_len, kv_len, side, heads, tables).executed * side * side
         if area < (1 - _WORTH) * work:
             best, work = side, area
     return best

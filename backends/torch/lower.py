@@ -30,11 +30,13 @@ from attn_rewrite.backends.torch.form import (
 )
 from attn_rewrite.backends.torch.mapped import mapped_attention
 from attn_rewrite.backends.torch.ops import tiled_attention
+from attn_rewrite.backends.torch.reordered import emit_in_order
 from attn_rewrite.backends.torch.schedule import block_tables, make_schedule
 from attn_rewrite.backends.torch.staged import emit_mapped, emit_prepared, prepared, rounds
 from attn_rewrite.cascade.attention import SoftmaxAttention, as_softmax, softmax_cascade
 from attn_rewrite.cascade.expr import TRUE, Expr, ranks_of, tensors_of, walk
 from attn_rewrite.cascade.ir import Cascade
+from attn_rewrite.cascade.reordered import Reordered, as_reordered
 from attn_rewrite.cascade.staged import StagedAttention, as_staged
 from attn_rewrite.graph import Builder, GraphBuilder, aten
 from attn_rewrite.passes.transform import Exactness
@@ -92,6 +94,10 @@ def lower(
     ``extents`` gives fixed extents of ranks (None: dynamic); ``block`` the tile side of the tiled
     kernel; ``dropout`` the probability applied to the attention probabilities while training.
     """
+    found = as_reordered(cascade)
+    if found is not None:
+        inner = lower(found.inner, dropout=dropout, block=block, extents=extents)
+        return inner if isinstance(inner, Refusal) else in_new_order(inner, found, cascade)
     form, known = as_softmax(cascade), extents or {}
     if form is None:
         staged = as_staged(cascade)
@@ -115,6 +121,13 @@ def lower(
         "dropout": str(dropout),
     }
     return Kernel(plan.name, cascade, Exactness.REASSOCIATED, plan.why, contract, emit)
+
+
+def in_new_order(kernel: Kernel, found: Reordered, cascade: Cascade) -> Kernel:
+    """The kernel of an inner attention between the gathers that reorder its tokens."""
+    why = f"{kernel.why}; over tokens in another order"
+    emit = partial(emit_in_order, kernel.emit, found)
+    return replace(kernel, cascade=cascade, why=why, _emit=emit)
 
 
 @dataclass(frozen=True)
@@ -243,21 +256,25 @@ def _tiled(
     block: int,
     dropout: float,
 ) -> _Plan | None:
-    if form.guard == TRUE or dropout:
+    if dropout:
         return None
+    if form.guard == TRUE:
+        listed = form.weight is not None and bool(block_tables(form.weight))
+        why = "its factor is a list of blocks, which no whole map is needed for"
+        return _Plan("tiled", why, partial(_emit_tiled, str(cascade), block)) if listed else None
     if is_causal_with_offset(form.guard) and _plain(form) is not None:
         return None  # queries at the end of a cache: mostly one, and SDPA is made for it
     share = _skipped(form, extents, block)
     if share < WORTHWHILE:
         return None
-    text = str(cascade)
+    why = f"the guard leaves out {share:.0%} of the blocks of {block}"
+    return _Plan("tiled", why, partial(_emit_tiled, str(cascade), block))
 
-    def emit(build: Builder, inputs: Sequence[Any]) -> Any:
-        q, k, v, *reads = inputs
-        op = torch.ops.attn_rewrite.tiled_attention.default
-        return build.call(op, q, k, v, reads, text, block)
 
-    return _Plan("tiled", f"the guard leaves out {share:.0%} of the blocks of {block}", emit)
+def _emit_tiled(text: str, block: int, build: Builder, inputs: Sequence[Any]) -> Any:
+    q, k, v, *reads = inputs
+    op = torch.ops.attn_rewrite.tiled_attention.default
+    return build.call(op, q, k, v, reads, text, block)
 
 
 def _skipped(form: SoftmaxAttention, extents: Mapping[str, int | None], block: int) -> float:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
+from attn_rewrite.cascade.reordered import as_reordered, reordered_cascade
 from attn_rewrite.cascade.staged import StagedAttention, as_staged, staged_cascade
 from attn_rewrite.passes.quantize.invariance import mentions_product, rows_sum_to_one
 from attn_rewrite.passes.quantize.placement import check_placement
 from attn_rewrite.passes.quantize.scheme import Scheme, quantised
 from attn_rewrite.passes.transform import Exactness, Transform, spans_text
+from attn_rewrite.site import Refusal
 
 if TYPE_CHECKING:
     from attn_rewrite.cascade.ir import Cascade
-    from attn_rewrite.site import Refusal, Site
+    from attn_rewrite.site import Site
 
 # Fewer queries than this beside a longer row of keys are a step of decoding: quantising all keys
 # for them costs more than their products.
@@ -61,6 +63,12 @@ class Quantisation(Transform):
     def _applied(
         self, cascade: Cascade, site: Site, heads: tuple[int, ...] | None
     ) -> Cascade | Refusal:
+        found = as_reordered(cascade)
+        if found is not None:
+            inner = self._applied(found.inner, site, heads)
+            if isinstance(inner, Refusal):
+                return inner
+            return reordered_cascade(replace(found, inner=inner))
         staged = as_staged(cascade)
         if staged is None:
             reason = f"{self.name} quantises a softmax attention, but {cascade.name} is another one"

@@ -17,6 +17,8 @@ PATTERNS: tuple[str, ...] = (
     "longlora:LongLora",
     "longformer:Longformer",
     "bigbird:BigBird",
+    "blocks:Blocks",
+    "paro:Paro",
     "union:Union",
     "union:Intersection",
 )

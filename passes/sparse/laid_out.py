@@ -57,6 +57,11 @@ class LaidOut(SparsePattern):
             except PolicyError as error:
                 raise ValueError(f"{self.name}: {error}") from None
 
+    @property
+    def reads_grid(self) -> bool:
+        """True if positions are taken for those of the grid that the model shows."""
+        return self.layout is None and self.axes() != 1
+
     def axes(self) -> int | None:
         """How many axes the grid must have; None: any."""
         return None

@@ -201,8 +201,10 @@ def _peak(cascade: Cascade) -> Einsum | None:
 
 
 def attention_form(cascade: Cascade) -> SoftmaxAttention | None:
-    """Score, guard and heads of a softmax attention, staged or not; None for another cascade."""
-    staged = as_staged(cascade)
+    """Score, guard and heads of a softmax attention, staged, reordered or not; None for another."""
+    from attn_rewrite.cascade.reordered import in_order
+
+    staged = as_staged(in_order(cascade))
     return None if staged is None else staged.form
 
 

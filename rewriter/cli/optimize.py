@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from attn_rewrite.backends.onnx.artifact import OnnxArtifact
+    from attn_rewrite.calibration import Calibration
     from attn_rewrite.checkpoint import LoadedModel
     from attn_rewrite.optimized import OptimizedModule
     from attn_rewrite.plan import Plan
@@ -39,7 +40,13 @@ class Rewriting:
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Inputs as .safetensors, one row a call: choose a scheme for each head.",
+            help="Inputs as .safetensors, one row a call: choose what paro and schemes need.",
+        ),
+    ] = None
+    calibration_state: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Keep what is measured there, and go on from it when run again."
         ),
     ] = None
     export: Annotated[
@@ -75,7 +82,7 @@ def optimize(model: Model, rewriting: Rewriting, options: ModelOptions, terminal
         loaded = options.load(model, terminal)
         optimized = rewrite(
             loaded, request.policy, terminal, plan=request.plan, budget=request.budget,
-            calibration=_calibration(rewriting.calibration, loaded),
+            calibration=_calibration(rewriting, loaded),
         )  # fmt: skip
         with terminal.stage("writing model.pt2"):
             write_result(optimized, part, source=loaded)
@@ -99,11 +106,14 @@ def rewrite(
     *,
     plan: Plan | None = None,
     budget: Budget | None = None,
-    calibration: Any = None,
+    calibration: Calibration | None = None,
 ) -> OptimizedModule:
     """`attn_rewrite.optimize` on a loaded model, said on standard error."""
-    with terminal.stage("capturing, rewriting and verifying"):
+    with terminal.steps("capturing, rewriting and verifying", "calibrating") as progress:
         from attn_rewrite import driver
+
+        if calibration is not None:
+            calibration = replace(calibration, progress=progress)
 
         optimized = driver.optimize(
             loaded.subject,
@@ -122,13 +132,19 @@ def rewrite(
     return optimized
 
 
-def _calibration(path: Path | None, loaded: LoadedModel) -> dict[str, Any] | None:
+def _calibration(rewriting: Rewriting, loaded: LoadedModel) -> Calibration | None:
     """Calibration inputs of a file, checked against the model's arguments."""
-    if path is None:
+    from attn_rewrite.errors import PolicyError
+
+    if rewriting.calibration is None:
+        if rewriting.calibration_state is not None:
+            raise PolicyError("--calibration-state keeps what --calibration measures; give both")
         return None
+    from attn_rewrite.calibration import Calibration
     from attn_rewrite.checkpoints.inputs import read_inputs
 
-    return read_inputs(path, loaded.model).kwargs
+    inputs = read_inputs(rewriting.calibration, loaded.model).kwargs
+    return Calibration(inputs, rewriting.calibration_state)
 
 
 def exit_code(optimized: OptimizedModule, terminal: Terminal) -> int:

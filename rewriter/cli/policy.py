@@ -47,8 +47,9 @@ def read_plan(path: Path | None) -> Plan | None:
         return None
     from attn_rewrite.errors import PolicyError
     from attn_rewrite.plan import Plan
+    from attn_rewrite.tables import FILE
 
     try:
-        return Plan.from_json(path.read_text(encoding="utf-8"))
+        return Plan.from_json(path.read_text(encoding="utf-8"), tables=path.with_name(FILE))
     except (OSError, UnicodeDecodeError) as error:
         raise PolicyError(f"the plan {path} cannot be read: {error}") from error

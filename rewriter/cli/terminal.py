@@ -79,6 +79,40 @@ class Terminal:
         yield
         sys.stderr.write(f"attn-rewrite: {what}: {time.perf_counter() - start:.1f} s\n")
 
+    @contextmanager
+    def steps(self, what: str, counted: str) -> Iterator[Callable[[int, int, str], None]]:
+        """A `stage` whose ``counted`` part is told (done, all, name): a bar on a screen, else one
+        line for every tenth."""
+        if not sys.stderr.isatty():
+            with self.stage(what):
+                yield _every_tenth(counted)
+            return
+        from rich.progress import Progress
+
+        with Progress(console=console(sys.stderr), transient=True) as bar:
+            stage = bar.add_task(what, total=None)
+            task = bar.add_task(counted, total=None, visible=False)
+
+            def told(done: int, total: int, name: str) -> None:
+                label = f"{counted}: {name}"
+                bar.update(task, completed=done, total=total, description=label, visible=True)
+
+            yield told
+            bar.update(stage, total=1, completed=1)
+
+
+def _every_tenth(what: str) -> Callable[[int, int, str], None]:
+    said = [-1]
+
+    def told(done: int, total: int, name: str) -> None:
+        tenth = 10 * done // max(total, 1)
+        if tenth > said[0]:
+            said[0] = tenth
+            sys.stderr.write(f"attn-rewrite: {what}: {done} of {total} ({name})\n")
+            sys.stderr.flush()
+
+    return told
+
 
 def console(stream: IO[str]) -> Console:
     """A rich console on ``stream``; files and pipes get a width that tables fit in."""
