@@ -233,7 +233,7 @@ def test_a_write_is_never_lost(body: Attention, dynamic: dict[str, object] | Non
     torch.testing.assert_close(canonical(*_inputs()), expected)
     _, decisions = decide(find(canonical), Policy.parse("exact"), None, Stopwatch())
     inputs = _inputs()
-    torch.testing.assert_close(spliced(captured, decisions)(*inputs), expected)
+    torch.testing.assert_close(spliced(captured, decisions).graph(*inputs), expected)
     assert all(map(torch.equal, inputs, left))
 
 
@@ -271,7 +271,7 @@ def test_what_is_replaced_leaves_no_work_behind() -> None:
     _, decisions = decide(
         find(canonicalize(captured.graph)), Policy.parse("exact"), None, Stopwatch()
     )
-    graph = spliced(captured, decisions)
+    graph = spliced(captured, decisions).graph
     names = {n.target for m in graph.modules() if isinstance(m, torch.fx.GraphModule)
              for n in m.graph.nodes}  # fmt: skip
     assert torch.ops.aten.scaled_dot_product_attention.default in names

@@ -79,7 +79,7 @@ def _in_dtype(result: Result, row: Row, dtype: torch.dtype) -> None:
         result.kept = [(r.code, r.reason) for s in findings.sites for r in s.refusals]
         result.kept += [(d.refusal.code, d.refusal.reason) for d in decisions if d.refusal]
     if any(d.kernel is not None for d in decisions):
-        error = compare(row, model, spliced(captured, decisions), dtype)
+        error = compare(row, model, spliced(captured, decisions).graph, dtype)
         if isinstance(error, str):
             result.kept.append(("not-compared", error))
         else:
