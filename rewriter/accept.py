@@ -105,6 +105,8 @@ def _check(
     candidates = []
     for item in decisions:
         if item.kernel is None or item.cascade is None:
+            if item.site.refusals:  # it is left as it is; what it was raised to is claimed all the same
+                candidates.append(Candidate(item.site, item.site.cascade, None))
             continue
         exact = None
         if item.cascade is not item.site.cascade:
@@ -132,7 +134,7 @@ def _inputs(captured: Captured) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def _after(item: Decision, check: SiteCheck | None) -> Decision:
     """What a check makes of a decision."""
-    if check is None or check.verdict == "accepted":
+    if check is None or check.verdict in ("accepted", "raised"):
         return item
     if check.verdict == "kept":
         return Decision(item.site, refusal=check.refusals[0])
@@ -225,7 +227,7 @@ def _site_report(
         any(s.exactness is Exactness.APPROXIMATE for s in steps) and item.kernel is not None
     )
     measured: Mapping[str, Any] = {}
-    if check is not None and check.verdict != "kept":
+    if check is not None and check.verdict not in ("kept", "raised"):
         measured = {
             "implementation": check.implementation,
             "implementation_bound": check.implementation_bound,

@@ -117,24 +117,34 @@ class Site:
         return not self.refusals
 
     def groups(self, tensor: str) -> tuple[tuple[Factor, ...], ...]:
-        """The canonical dimensions of Q, K, V, AV or a read: the factors merged into each."""
-        ranks = {
-            "Q": ("b", "h", "q", "d"),
-            "K": ("b", "hkv", "kv", "d"),
-            "V": ("b", "hkv", "kv", "f"),
-            "AV": ("b", "h", "q", "f"),
-        }.get(tensor) or next(t.ranks for t in self.cascade.inputs if t.name == tensor)
+        """The canonical dimensions of an input or of AV: the factors merged into each."""
         roles = {"h": ("h", "g"), "hkv": ("h",)}
         return tuple(
-            tuple(f for f in self.factors if f.role in roles.get(rank, (rank,))) for rank in ranks
+            tuple(f for f in self.factors if f.role in roles.get(rank, (rank,)))
+            for rank in self._ranks(tensor)
         )
 
+    def _ranks(self, tensor: str) -> tuple[str, ...]:
+        for decl in self.cascade.inputs:
+            if decl.name == tensor:
+                return decl.ranks
+        made = self.cascade.producer(tensor)
+        assert made is not None, f"{self.name} has no tensor {tensor}"
+        return tuple(str(index) for index in made.out.index)
+
     def extents(self) -> dict[str, int | SymInt]:
-        """Extents of the ranks that operands share."""
-        return {
+        """Extents of the ranks of the cascade, the batch left out."""
+        known: dict[str, int | SymInt] = {
             "h": self.hq, "hkv": self.hkv, "q": self.q_len, "kv": self.kv_len,
             "d": self.d_qk, "f": self.d_v,
         }  # fmt: skip
+        for factor in self.factors:  # heads of probabilities and values, widths of further scores
+            if factor.role not in ("b", "g", *known):
+                known[factor.role] = 1
+        own = [f for f in self.factors if f.role not in ("b", "h", "g", "q", "kv", "d", "f")]
+        for factor in own:
+            known[factor.role] *= factor.extent
+        return known
 
     def facts(self) -> dict[str, str | int | float | bool]:
         """Facts as plain values, for reports; dynamic sizes as their symbol."""

@@ -37,13 +37,13 @@ from attn_rewrite.tables import Table
 class Candidate:
     """A Site, the cascade it was rewritten to, and the kernel that was made of that.
 
-    ``exact`` is the kernel of the Site's own cascade; where given it is measured when the rewritten
+    Without a kernel only raising is checked.  ``exact`` is the kernel of the Site's own cascade; where given it is measured when the rewritten
     one goes over the budget.  ``tables`` are inputs of the rewritten cascade that the plan holds.
     """
 
     site: Site
     cascade: Cascade
-    kernel: Emits
+    kernel: Emits | None
     exact: Emits | None = None
     tables: Mapping[str, Table] = field(default_factory=dict)
 
@@ -53,7 +53,8 @@ class SiteCheck:
     """What was measured on one Site, and what follows.
 
     ``verdict``: ``"accepted"``, ``"reverted"`` (over the budget: use the exact kernel, or the
-    original nodes) or ``"kept"`` (raising is not sound, see ``refusals``).  ``implementation`` is
+    original nodes), ``"kept"`` (raising is not sound, see ``refusals``) or ``"raised"`` (it is, and
+    there is no kernel).  ``implementation`` is
     that of the kernel to use; it is None where none can be measured (``note`` says why).
     """
 
@@ -242,6 +243,8 @@ def _check(
     raising, refusal = check_raising(site, values, reference)
     if refusal is not None:
         return SiteCheck(site.name, "kept", raising, refusals=(refusal,))
+    if candidate.kernel is None:
+        return SiteCheck(site.name, "raised", raising)
     # Rows where the original gives NaN say nothing about a rewrite.
     reference = reference.masked_fill(original.isnan().any(dim=-1, keepdim=True), torch.nan)
     check = SiteCheck(site.name, "accepted", raising)

@@ -59,9 +59,18 @@ class DenseSpace:
         """A rearranged view where the indices are different ranks, else an indexed read."""
         tensor = self.tensors[read.tensor]
         names = [i.name if isinstance(i, Rank) else "" for i in read.index]
-        if all(n in self.frame for n in names) and len(set(names)) == len(names):
+        plain = all(n in self.frame for n in names) and len(set(names)) == len(names)
+        if plain and not self._is_part(tensor, names):
             return self.placed(tensor, names)
         return self._indexed(tensor, read.index, emitter)
+
+    def _is_part(self, tensor: Any, names: Sequence[str]) -> bool:
+        """True where a rank is known to be shorter than the dimension it reads."""
+        sizes = [(value_of(tensor).shape[d], self.extents[r]) for d, r in enumerate(names)]
+        return any(
+            isinstance(have, int) and isinstance(want, int) and 1 != have != want
+            for have, want in sizes
+        )
 
     def placed(self, tensor: Any, names: Sequence[str]) -> Any:
         """``tensor``, whose dimensions are the ranks ``names``, over the frame."""

@@ -339,6 +339,8 @@ class _Machine:
         values, terms, seen = [], [], set()
         for position, factor in enumerate(factors):
             value = emitter.tensor(factor, self.dtype)
+            if not value_of(value).shape:  # a number
+                value = self.build.call(aten.reshape.default, value, [1] * len(frame))
             if position == 0:
                 # Ranks that no factor varies over are carried by the first one.
                 missing = set(frame) - set().union(*map(ranks_of, factors))
@@ -357,11 +359,6 @@ class _Machine:
 
     def _over(self, value: Any, frame: tuple[str, ...], ranks: frozenset[str] | set[str]) -> Any:
         shape = [self.extents[r] if r in ranks else -1 for r in frame]
-        value = (
-            self.build.call(aten.reshape.default, value, [1] * len(frame))
-            if not value_of(value).shape
-            else value
-        )
         return self.build.call(aten.expand.default, value, shape)
 
     def _guard(self, e: Einsum, frame: tuple[str, ...]) -> Expr:

@@ -33,7 +33,10 @@ def find(module: fx.GraphModule) -> Findings:
     refusals: list[Refusal] = []
     counts: Counter[str] = Counter()
     for graph in graphs(module):
+        inside: set[fx.Node] = set()  # softmaxes that belong to a Site of several
         for node in graph.graph.nodes:
+            if node in inside:
+                continue
             if not is_anchor(node):
                 missed = near_miss(node)
                 refusals += [missed] if missed is not None else []
@@ -41,8 +44,10 @@ def find(module: fx.GraphModule) -> Findings:
             path = module_path(node) or "attention"
             name = f"{path}#{counts[path]}"
             found = match(node, graph, name)
-            if isinstance(found, Refusal):
-                found = recognise(node, found, graph, name) or found
+            other = recognise(node, found, graph, name)
+            if other is not None:
+                found = other
+                inside.update(n for n in other.nodes if is_anchor(n))
             if isinstance(found, Site):
                 found = overwritten(found) or found
             if isinstance(found, Site):

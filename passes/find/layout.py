@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from attn_rewrite.cascade.expr import Const, Expr, Rank
+from attn_rewrite.cascade.expr import Const, Expr, Rank, substitute
 from attn_rewrite.graph import TRANSPARENT, arguments, is_call, op_name, shape_of
 from attn_rewrite.passes.find.axes import Atoms, Axes
 from attn_rewrite.sizes import as_size, same_size
@@ -73,7 +73,35 @@ def _pull_view(
     node: fx.Node, dims: Dims, axes: Axes, shape: tuple[Any, ...]
 ) -> Sequence[Coord] | None:
     atoms = pure(dims)
-    return None if atoms is None else axes.regroup(atoms, shape)
+    if atoms is not None:
+        return axes.regroup(atoms, shape)
+    return _regrouped(node, dims, axes, shape)
+
+
+def _regrouped(
+    node: fx.Node, dims: Dims, axes: Axes, shape: tuple[Any, ...]
+) -> Sequence[Coord] | None:
+    """A view read at computed coordinates, which it may merge with others but not split."""
+    named: dict[int, Expr] = {}
+    held: list[Atoms] = []
+    for size, coord in zip(shape_of(node), dims, strict=True):
+        if isinstance(coord, Expr):
+            (atom,) = own = axes.line(size)
+            named[atom], coord = coord, own
+        held.append(coord)
+    moved = axes.regroup(held, shape)
+    if moved is None or any(axes.resolve((a,)) != (a,) for a in named):
+        return None
+    out: list[Coord] = []
+    for dim in moved:
+        if not named.keys() & set(dim):
+            out.append(dim)
+            continue
+        place = coordinate(dim, axes)
+        if place is None:
+            return None
+        out.append(substitute(place, {atom_rank(a): e for a, e in named.items()}))
+    return out
 
 
 def _pull_permute(node: fx.Node, dims: Dims, axes: Axes, shape: tuple[Any, ...]) -> Sequence[Coord]:
@@ -264,6 +292,11 @@ _PULL: dict[str, Callable[[fx.Node, Dims, Axes, tuple[Any, ...]], Sequence[Coord
     "slice": _pull_slice,
     "select": _pull_select,
 }
+
+
+def only_moves(node: fx.Node) -> bool:
+    """True for operators that give their input's elements in other places."""
+    return op_name(node) in TRANSPARENT or op_name(node) in _PULL or is_call(node, "getitem")
 
 
 def push(node: fx.Node, dims: tuple[Atoms, ...], axes: Axes) -> tuple[Atoms, ...] | None:

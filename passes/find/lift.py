@@ -117,15 +117,18 @@ class Lifter:
         size = sum(1 for _ in walk(expr))
         if size <= MAX_NODES:
             return False
-        reads_product = any(isinstance(n, Read) and n.tensor in self.dots for n in walk(expr))
-        return not reads_product or size > MAX_SCORE_NODES
+        return not self._holds_product(expr) or size > MAX_SCORE_NODES
+
+    def _holds_product(self, expr: Expr) -> bool:
+        """True if a product is read in it."""
+        return any(isinstance(n, Read) and n.tensor in self.dots for n in walk(expr))
 
     def _is_plain_data(self, expr: Expr) -> bool:
         """No position and no product in it, and no smaller than what it reads: better read as it
         is."""
         inside = list(walk(expr))
         reads = [n for n in inside if isinstance(n, Read)]
-        if not isinstance(expr, Call) or any(r.tensor in self.dots for r in reads):
+        if not isinstance(expr, Call) or self._holds_product(expr):
             return False
         if any(
             isinstance(a, (Rank, Extent)) for n in inside if isinstance(n, Call) for a in n.args

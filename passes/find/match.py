@@ -28,9 +28,7 @@ from attn_rewrite.cascade.simplify import is_causal_term, mask_value, rows_kept,
 from attn_rewrite.graph import (
     PARAMETER,
     ROLE_ORDER,
-    arguments,
     canonical_groups,
-    is_call,
     module_path,
     source_line,
     value_of,
@@ -45,8 +43,8 @@ from attn_rewrite.passes.find.facts import (
     written_at,
 )
 from attn_rewrite.passes.find.forward import Forward, follow
-from attn_rewrite.passes.find.layout import pull, pure
 from attn_rewrite.passes.find.lift import Dot, attribute
+from attn_rewrite.passes.find.operands import trim
 from attn_rewrite.passes.find.region import region
 from attn_rewrite.passes.find.roles import Roles, assign, from_features, groups, in_ranks, operand
 from attn_rewrite.site import UNKNOWN_OFFSET, Operand, Refusal, Site
@@ -109,9 +107,9 @@ def _site(
     axes = anchor.axes
     keys = set(axes.resolve(anchor.keys))
     left_has_keys = bool(keys & {a for d in dot.operand(True)[1] for a in axes.resolve(d)})
-    factor, query = _trim(*dot.operand(not left_has_keys), axes)
-    factor_k, key = _trim(*dot.operand(left_has_keys), axes)
-    _, value = _trim(forward.value.value, forward.value.value_dims, axes, scale=False)
+    factor, query = trim(*dot.operand(not left_has_keys), axes)
+    factor_k, key = trim(*dot.operand(left_has_keys), axes)
+    _, value = trim(forward.value.value, forward.value.value_dims, axes, scale=False)
     if _is_weight(key[0], module) and _is_weight(value[0], module):
         reason = "keys and values are weights: two projections with a softmax between, a lookup"
         return refuse("learned-keys", reason, anchor.node)
@@ -134,38 +132,6 @@ def _is_weight(node: fx.Node, module: fx.GraphModule) -> bool:
     if node.op == "get_attr":
         return isinstance(attribute(module, str(node.target)), torch.nn.Parameter)
     return bool(node.meta.get(PARAMETER))
-
-
-def _trim(
-    node: fx.Node, dims: tuple[Atoms, ...], axes: Any, *, scale: bool = True
-) -> tuple[float, Tensor]:
-    """Walk an operand back through layout operators (and constant factors) to where it is made."""
-    factor = 1.0
-    while True:
-        if scale and _scales(node):
-            times = float(node.args[1])  # type: ignore[arg-type]
-            factor *= times if is_call(node, "mul", "mul_") else 1.0 / times
-            node = node.args[0]  # type: ignore[assignment]
-            continue
-        moved = pull(node, dims, axes)
-        atoms = None if moved is None else pure(moved[1])
-        if moved is None or atoms is None or value_of(moved[0]).dtype != value_of(node).dtype:
-            return factor, (node, dims)
-        if len({a for d in atoms for a in axes.resolve(d)}) != sum(
-            len(axes.resolve(d)) for d in atoms
-        ):
-            return factor, (node, dims)
-        node, dims = moved[0], atoms
-
-
-def _scales(node: fx.Node) -> bool:
-    """True for a tensor times, or divided by, a number."""
-    return (
-        is_call(node, "mul", "mul_", "div", "div_")
-        and isinstance(node.args[1], (int, float))
-        and isinstance(node.args[0], fx.Node)
-        and arguments(node).get("rounding_mode") is None
-    )
 
 
 def _check(

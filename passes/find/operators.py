@@ -205,6 +205,13 @@ def _logical(op: str) -> Rule:
     return rule
 
 
+def _interpolated(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+    """``lerp``: from the first to the second by a weight."""
+    named = arguments(node)
+    a, b, w = (lifter.operand(named[n], node, dims, depth) for n in ("self", "end", "weight"))
+    return None if a is None or b is None or w is None else a + w * (b - a)
+
+
 def _clamp(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
     named = arguments(node)
     inner = lifter.operand(named["self"], node, dims, depth)
@@ -226,6 +233,7 @@ RULES: Mapping[str, Rule] = {
     "arange": _arange,
     "index": _index,
     "clamp": _clamp,
+    "lerp": _interpolated,
     "cumsum": _cumulated,
     "fill": _filled_in,
     **dict.fromkeys(("__xor__", "logical_xor", "bitwise_xor"), _exclusive),

@@ -62,6 +62,66 @@ def product_of(node: fx.Node) -> Product | None:
     return None
 
 
+@dataclass(frozen=True, eq=False)
+class Contraction:
+    """A product, or a linear map with weights of the model; ``bias`` is added along label ``n``."""
+
+    product: Product
+    bias: fx.Node | None = None
+
+
+def contraction(node: fx.Node) -> Contraction | None:
+    """The product a node computes, linear maps and 1x1 convolutions included; None for others."""
+    product = product_of(node)
+    if product is not None:
+        return Contraction(product)
+    if is_call(node, "linear"):
+        return _weighted(node, arguments(node)["input"], -1)
+    if is_call(node, "conv2d") and _is_pointwise(node):
+        return _weighted(node, arguments(node)["input"], 1)
+    return None
+
+
+def _weighted(node: fx.Node, source: fx.Node, place: int) -> Contraction | None:
+    """``node`` as a product with its weight [n, k, ...] over the dimension ``place``."""
+    named = arguments(node)
+    weight, rank = named["weight"], len(shape_of(source))
+    if not is_tensor(weight) or rank != len(shape_of(node)):
+        return None
+    rows = [f"x{i}" for i in range(rank)]
+    labels = tuple(rows[:place] + ["k"] + (rows[place + 1 :] if place >= 0 else []))
+    out = tuple("n" if x == "k" else x for x in labels)
+    side = ("n", "k", *("",) * (len(shape_of(weight)) - 2))
+    return Contraction(Product(node, source, weight, labels, side, out), named["bias"])
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    """A convolution that only maps channels: a 1x1 kernel, no stride, no groups, no padding."""
+    named = arguments(node)
+    ones = all(same_size(as_size(s), 1) for s in shape_of(named["weight"])[2:])
+    steps = [named[n] for n in ("stride", "dilation")]
+    unmoved = all(x == 1 for s in steps for x in (s if isinstance(s, (list, tuple)) else [s]))
+    padding = named["padding"]
+    inside = padding in ("valid", "same") or all(p == 0 for p in padding)
+    return ones and unmoved and inside and named["groups"] == 1 and len(shape_of(node)) == 4
+
+
+def of_weights(node: Any) -> bool:
+    """True if a tensor is made of parameters and buffers of the model alone."""
+    queue, seen = [node], 0
+    while queue:
+        here = queue.pop()
+        if not isinstance(here, fx.Node) or not is_tensor(here):
+            return False
+        if is_parameter(here):
+            continue
+        seen += 1
+        if here.op != "call_function" or not here.all_input_nodes or seen > 16:
+            return False
+        queue += here.all_input_nodes
+    return True
+
+
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     left, right = node.args[0], node.args[1]
     return (left, right) if is_tensor(left) and is_tensor(right) else None  # type: ignore[return-value]

@@ -8,6 +8,7 @@ splits into; where no such split is visible, the batch-like axis next to the pos
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import fx
 
@@ -46,6 +47,11 @@ class Roles:
             if atom in getattr(self, role):
                 return role
         raise KeyError(f"atom {atom} has no role")
+
+    def line(self, atom: int) -> tuple[str, Atoms]:
+        """The rank an atom is a digit of, and all digits of that rank."""
+        role = self.of(atom)
+        return ("h", self.h + self.g) if role in "hg" else (role, getattr(self, role))
 
     def knows(self, atoms: Atoms) -> bool:
         """True if every atom has a role."""
@@ -239,7 +245,14 @@ def groups(
     )
 
 
-def in_ranks(expr: Expr, roles: Roles, axes: Axes) -> Expr | None:
+class Lines(Protocol):
+    """What says which rank an atom belongs to."""
+
+    def line(self, atom: int) -> tuple[str, Atoms]:
+        """The rank and the atoms that are its digits, outermost first; `KeyError` if unknown."""
+
+
+def in_ranks(expr: Expr, lines: Lines, axes: Axes) -> Expr | None:
     """Rewrite coordinates of atoms as coordinates of ranks; None if that needs a symbolic radix."""
     failed: list[int] = []
 
@@ -249,9 +262,8 @@ def in_ranks(expr: Expr, roles: Roles, axes: Axes) -> Expr | None:
             if not name.startswith("@"):
                 return None
             atom = int(name[1:])
-            new = (
-                _place(atom, roles, axes) if isinstance(node, Rank) else _length(atom, roles, axes)
-            )
+            of = _place if isinstance(node, Rank) else _length
+            new = of(atom, lines, axes)
             if new is None:
                 failed.append(atom)
             return new
@@ -261,24 +273,19 @@ def in_ranks(expr: Expr, roles: Roles, axes: Axes) -> Expr | None:
     return None if failed else result
 
 
-def _line(atom: int, roles: Roles) -> tuple[str, Atoms]:
-    role = roles.of(atom)
-    return ("h", roles.h + roles.g) if role in "hg" else (role, getattr(roles, role))
-
-
-def _place(atom: int, roles: Roles, axes: Axes) -> Expr | None:
+def _place(atom: int, lines: Lines, axes: Axes) -> Expr | None:
     parts = axes.resolve((atom,))
     total: Expr | None = None
     for part in parts:
-        place = _digit(part, roles, axes)
+        place = _digit(part, lines, axes)
         if place is None or (total is not None and not isinstance(axes.size(part), int)):
             return None
         total = place if total is None else total * axes.size(part) + place
     return total
 
 
-def _digit(atom: int, roles: Roles, axes: Axes) -> Expr | None:
-    rank, line = _line(atom, roles)
+def _digit(atom: int, lines: Lines, axes: Axes) -> Expr | None:
+    rank, line = lines.line(atom)
     place = line.index(atom)
     inner = axes.extent(line[place + 1 :])
     if not isinstance(inner, int):
@@ -290,10 +297,10 @@ def _digit(atom: int, roles: Roles, axes: Axes) -> Expr | None:
     return value % size if isinstance(size, int) else None
 
 
-def _length(atom: int, roles: Roles, axes: Axes) -> Expr | None:
+def _length(atom: int, lines: Lines, axes: Axes) -> Expr | None:
     size = axes.extent((atom,))
     if isinstance(size, int):
         return Const(size)
     parts = axes.resolve((atom,))
-    rank, line = _line(parts[0], roles)
+    rank, line = lines.line(parts[0])
     return Extent(rank) if line == parts else None
