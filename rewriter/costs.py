@@ -77,10 +77,8 @@ def _cost(
 ) -> WorkCost:
     value = value_of(site.inputs["Q"].node)
     fraction = tiles[0] / tiles[1] if tiles[1] else 1.0
-    # Families that are named, not raised, have the paper's letters for their ranks.
-    paper = {"p": known["q"], "m": known["kv"], "e": known["d"], "g": known["h"]}
     declared = {r.name for r in cascade.ranks}
-    extents = {n: v for n, v in (paper | known).items() if n in declared}
+    extents = {n: v for n, v in known.items() if n in declared}
     cost = site_cost(
         cascade, extents, for_device(value.device.type), dtype=value.dtype, tile_fraction=fraction
     )

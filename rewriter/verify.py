@@ -37,8 +37,9 @@ from attn_rewrite.tables import Table
 class Candidate:
     """A Site, the cascade it was rewritten to, and the kernel that was made of that.
 
-    Without a kernel only raising is checked.  ``exact`` is the kernel of the Site's own cascade; where given it is measured when the rewritten
-    one goes over the budget.  ``tables`` are inputs of the rewritten cascade that the plan holds.
+    Without a kernel only raising is checked.  ``exact`` is the kernel of the Site's own cascade;
+    where given it is measured when the rewritten one goes over the budget.  ``tables`` are inputs
+    of the rewritten cascade that the plan holds.
     """
 
     site: Site

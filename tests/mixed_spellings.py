@@ -121,7 +121,9 @@ class SoftmaxedWeights(Heads):
     """The weights are made of parameters by more than a transpose."""
 
     def attend(self, q, k, v, x):
-        return torch.einsum("bhij,hk->bkij", self.scores(q, k).softmax(-1), self.square.softmax(0)) @ v
+        return (
+            torch.einsum("bhij,hk->bkij", self.scores(q, k).softmax(-1), self.square.softmax(0)) @ v
+        )
 
 
 class DynamicAfter(Heads):

@@ -8,12 +8,9 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from attn_rewrite.cascade import count_passes, fuse_reductions, interpret
-from attn_rewrite.cascade.cost import site_cost
+from attn_rewrite.cascade import interpret
 from attn_rewrite.passes.canonicalize import canonicalize
-from attn_rewrite.passes.cascade import Fusion
 from attn_rewrite.passes.find import find
-from attn_rewrite.target import TARGETS
 from attn_rewrite.verify import canonical_inputs, canonical_output
 from tests.test_find_spellings import Module, capture, findings
 
@@ -218,35 +215,6 @@ def test_rows_and_columns_of_an_image_are_positions() -> None:
     assert (site.hq, site.hkv, site.q_len, site.kv_len, site.d_qk) == (1, 1, 35, 35, WIDTH)
     axes = [f.axis for f in site.factors]
     assert len(axes) == len(set(axes))
-
-
-class TalkingBoth(Heads):
-    def attend(self, q, k, v):
-        s = self.mix((q @ k.mT).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return self.mix(s.softmax(-1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2) @ v
-
-
-@pytest.mark.parametrize(
-    ("kind", "weights"),
-    [
-        (TalkingBefore, {"WL"}),
-        (TalkingAfter, {"WA"}),
-        (TalkingBoth, {"WL", "WA"}),
-        (GatedSum, {"MAP", "W"}),
-    ],
-)
-def test_a_mixed_site_has_the_form_of_its_family(kind: type[nn.Module], weights: set[str]) -> None:
-    (site,) = findings(kind(), (torch.randn(2, LENGTH, WIDTH),)).sites
-    assert {t.name for t in site.cascade.inputs} == {"Q", "K", "V"} | weights
-    assert count_passes(site.cascade, "kv") == 3
-    result = fuse_reductions(site.cascade, "kv")
-    assert isinstance(result, Fusion)
-    assert result.passes == 1
-    sizes = {"b": 2, **site.extents()}
-    own = {r.name for r in site.cascade.ranks}
-    cost = site_cost(site.cascade, sizes, TARGETS["a100"], dtype="float16")
-    assert cost.passes == 3
-    assert own <= {*sizes, "i", "g"}
 
 
 class Values(fx.Interpreter):

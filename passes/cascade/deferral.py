@@ -123,7 +123,7 @@ def hoisted(flow: Flow, e: Einsum) -> Deferred | None:
         return None
     if kept and any(o != "add" for _, o in e.reduce):
         return None
-    rest = _joined(moving, op)
+    rest = joined(moving, op)
     return _two_steps(flow, e, rest, still, kept)
 
 
@@ -137,7 +137,7 @@ def _exposed(flow: Flow, e: Einsum) -> tuple[Einsum, list[Part]]:
     """``e`` with those producers inlined that hide a constant part, and its parts."""
     op = flow.operation(e)
     while True:
-        parts = _parts(e.expr, op)
+        parts = parts_of(e.expr, op)
         for part in parts:
             if not isinstance(part.expr, Read) or part.expr.tensor not in flow.dependent:
                 continue
@@ -155,7 +155,7 @@ def _hides(flow: Flow, read: Read, op: str) -> bool:
     local = iteration_ranks(made) - {i.name for i in made.out.index if isinstance(i, Rank)}
     if local and flow.states(made.expr):
         return True
-    for part in _parts(made.expr, op):
+    for part in parts_of(made.expr, op):
         if _is_constant(flow, part.expr):
             return True
         inner = part.expr
@@ -166,19 +166,20 @@ def _hides(flow: Flow, read: Read, op: str) -> bool:
     )
 
 
-def _parts(expr: Expr, op: str, inverse: bool = False) -> list[Part]:
+def parts_of(expr: Expr, op: str, inverse: bool = False) -> list[Part]:
+    """The factors of what ``op`` folds (the terms, for an extremum)."""
     join, unjoin = _FAMILY.get(op, ("", ""))
     match expr:
         case Call(name, (a, b)) if name == join:
-            return [*_parts(a, op, inverse), *_parts(b, op, inverse)]
+            return [*parts_of(a, op, inverse), *parts_of(b, op, inverse)]
         case Call(name, (a, b)) if name == unjoin:
-            return [*_parts(a, op, inverse), *_parts(b, op, not inverse)]
+            return [*parts_of(a, op, inverse), *parts_of(b, op, not inverse)]
         case Call("neg", (a,)) if op == "add":
-            return [Part(Const(-1.0)), *_parts(a, op, inverse)]
+            return [Part(Const(-1.0)), *parts_of(a, op, inverse)]
         case Call("neg", (a,)) if join == "add":
-            return _parts(a, op, not inverse)
+            return parts_of(a, op, not inverse)
         case Call("reciprocal", (a,)) if op == "add":
-            return _parts(a, op, not inverse)
+            return parts_of(a, op, not inverse)
     return [Part(expr, inverse)]
 
 
@@ -213,7 +214,8 @@ def _state_ranks(flow: Flow, expr: Expr) -> frozenset[str]:
     return found
 
 
-def _joined(parts: Sequence[Part], op: str) -> Expr:
+def joined(parts: Sequence[Part], op: str) -> Expr:
+    """The inverse of `parts_of`."""
     join, unjoin = _FAMILY[op]
     ahead = [p for p in parts if not p.inverse]
     result = ahead[0].expr if ahead else Const(1.0 if op == "add" else 0.0)
@@ -230,11 +232,11 @@ def _two_steps(
 ) -> Deferred:
     op = flow.operation(e)
     partial = accumulator(flow, e, rest, kept)
-    applied = _joined([Part(partial.out), *still], op)
+    applied = joined([Part(partial.out), *still], op)
     last = Einsum(
         e.out, applied, tuple((r, "add") for r in sorted(kept)), _row_guard(flow, e, kept)
     )
-    factor = _joined(still, op) if still else Const(1.0)
+    factor = joined(still, op) if still else Const(1.0)
     states = tuple(dict.fromkeys(s.tensor for p in still for s in flow.states(p.expr)))
     rule = "D (deferral)" if still else "D (sums exchanged)"
     action = _FAMILY[op][0]

@@ -30,6 +30,7 @@ from attn_rewrite.passes.cascade.separability import (
     separate,
 )
 from attn_rewrite.passes.cascade.signs import sign
+from attn_rewrite.passes.cascade.splitting import split_sum
 from attn_rewrite.passes.cascade.stability import direction, range_condition, unstable
 from attn_rewrite.passes.cascade.steps import Step
 
@@ -61,7 +62,7 @@ def place(
     """
     whole = inlined_states(flow, e)
     if isinstance(whole, FusionRefusal):
-        return whole
+        return split_sum(flow, e) or whole
     whole = opened_states(flow, whole)
     if flow.states(whole.guard):
         return _guarded_by_state(flow, e, whole)

@@ -1,13 +1,13 @@
 """From stages to a cascade: ranks for every stage, tensors by name, Einsums.
 
-Heads are where mixed attention differs from the plain one: scores, probabilities and values may each
-have their own.  Every list of head axes that a stage has is a rank: ``h`` is that of the scores,
-``i``, ``j``, ... are the next ones on the way to the values.
+Heads are where mixed attention differs from the plain one: scores, probabilities and values may
+each have their own.  Every list of head axes that a stage has is a rank: ``h`` is that of the
+scores, ``i``, ``j``, ... are the next ones on the way to the values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from attn_rewrite.cascade.attention import MINUS_INF
@@ -28,39 +28,10 @@ from attn_rewrite.cascade.simplify import simplify
 from attn_rewrite.passes.find.axes import Atoms, Axes
 from attn_rewrite.passes.find.lift import Leaf
 from attn_rewrite.passes.find.match import split_guard
+from attn_rewrite.passes.find.ranks import HEAD_RANKS, Lines, Places, UnplacedError, place_of
 from attn_rewrite.passes.find.roles import in_ranks
 from attn_rewrite.passes.find.stages import Stage, StageLifter
 from attn_rewrite.site import Factor, Operand
-
-_HEADS = ("h", "i", "j", "k", "l", "n", "o")
-
-
-@dataclass(frozen=True)
-class Places:
-    """Which atoms are what; ``heads`` of any tensor, ``group`` those of Q's heads that share a
-    key head, ``widths`` the contracted atoms of each score product."""
-
-    b: Atoms
-    heads: Atoms
-    q: Atoms
-    kv: Atoms
-    f: Atoms
-    group: Atoms = ()
-    widths: tuple[Atoms, ...] = ()
-
-
-@dataclass(frozen=True)
-class Lines:
-    """The ranks of one Einsum, each with the atoms that are its digits."""
-
-    ranks: tuple[tuple[str, Atoms], ...]
-
-    def line(self, atom: int) -> tuple[str, Atoms]:
-        """The rank of an atom and all its digits; `KeyError` for an axis from elsewhere."""
-        for rank, line in self.ranks:
-            if atom in line:
-                return rank, line
-        raise KeyError(f"atom {atom} is not iterated here")
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,10 +42,6 @@ class Assembled:
     inputs: dict[str, Operand]
     factors: tuple[Factor, ...]
     output: tuple[tuple[Factor, ...], ...]  # axes of the dimensions of the last product
-
-
-class Unplaced(Exception):
-    """An axis that no rank of the Einsum has: not an attention of the kind looked for."""
 
 
 @dataclass
@@ -117,9 +84,9 @@ class Assembler:
         own = tuple(a for a in self._atoms(stage) if a in self.places.heads)
         if not own or frozenset(own) in self.spaces:
             return
-        if len(self.spaces) == len(_HEADS):
-            raise Unplaced
-        name = _HEADS[len(self.spaces)]
+        if len(self.spaces) == len(HEAD_RANKS):
+            raise UnplacedError
+        name = HEAD_RANKS[len(self.spaces)]
         self.spaces[frozenset(own)] = name
         group = self.places.group
         if name == "h" and group and set(group) < set(own):
@@ -138,9 +105,10 @@ class Assembler:
         kept = [
             rank
             for rank, line in self.lines.items()
-            if rank not in _HEADS and (rank == "b" or own & set(line) or self._implied(stage, rank))
+            if rank not in HEAD_RANKS
+            and (rank == "b" or own & set(line) or self._implied(stage, rank))
         ]
-        return tuple(sorted([*kept, head], key=_place_of))
+        return tuple(sorted([*kept, head], key=place_of))
 
     def _implied(self, stage: Stage, rank: str) -> bool:
         """Ranks of length 1 have no atoms, and are there all the same."""
@@ -172,7 +140,7 @@ class Assembler:
         for rank, line in self.lines.items():
             if set(line) == set(atoms):
                 return rank, line
-        name = next(n for n in _HEADS if n not in self.lines)
+        name = next(n for n in HEAD_RANKS if n not in self.lines)
         self.lines[name] = atoms
         self.spaces.setdefault(frozenset(atoms), name)
         return name, atoms
@@ -189,9 +157,9 @@ class Assembler:
             try:
                 found = in_ranks(expr, lines, self.axes)
             except (KeyError, ValueError) as error:
-                raise Unplaced from error
+                raise UnplacedError from error
             if found is None:
-                raise Unplaced
+                raise UnplacedError
             return found
         return rebuild(expr, tuple(self.convert(c, lines) for c in expr.children))
 
@@ -212,13 +180,13 @@ class Assembler:
         if not line:
             return Const(0)
         if self.axes.resolve(own) != line or len(own) != len({*own}):
-            raise Unplaced
+            raise UnplacedError
         total: Expr | None = None
         for atom in own:
             size = self.axes.extent((atom,))
             place = self.convert(entries[atom], lines)
             if total is not None and not isinstance(size, int):
-                raise Unplaced
+                raise UnplacedError
             total = place if total is None else total * size + place
         assert total is not None
         return simplify(total)
@@ -227,7 +195,7 @@ class Assembler:
         atoms = set(self.axes.resolve([a for d in leaf.dims for a in d]))
         known = {a for _, line in lines.ranks for a in line}
         if not atoms <= known:
-            raise Unplaced
+            raise UnplacedError
         name = self.operands.get(leaf.name)
         wanted = [r for r, line in lines.ranks if atoms & set(line)]
         if name is not None:
@@ -252,7 +220,7 @@ class Assembler:
         """Q, K and V have a batch and heads, whether they vary over them or not."""
         here = [r for r, _ in lines.ranks]
         width = next((r for r in here if r.startswith("d")), "d")
-        head = next(r for r in here if r in _HEADS)
+        head = next(r for r in here if r in HEAD_RANKS)
         if name[0] == "Q":
             return ["b", head, "q", width]
         grouped = head == "h" and self.places.group and not atoms & set(self.places.group)
@@ -262,11 +230,9 @@ class Assembler:
         if rank != "hkv":
             return Rank(rank)
         size = self.axes.extent(self.places.group)
-        return call("floordiv", Rank("h"), size)  # type: ignore[arg-type]
+        return call("floordiv", Rank("h"), size)
 
-    def _factors(
-        self, dims: tuple[Atoms, ...], lines: Lines
-    ) -> tuple[tuple[Factor, ...], ...]:
+    def _factors(self, dims: tuple[Atoms, ...], lines: Lines) -> tuple[tuple[Factor, ...], ...]:
         return tuple(
             tuple(Factor(self._role(a, lines), a, self.axes.size(a)) for a in self.axes.resolve(d))
             for d in dims
@@ -279,18 +245,18 @@ class Assembler:
     # Einsums
 
     def assemble(self, name: str) -> Assembled:
-        """The cascade of all stages.  Raises `Unplaced`."""
+        """The cascade of all stages.  Raises `UnplacedError`."""
         for stage in self.lifter.stages.values():
             self._write(stage)
         self._input_order()
         decls = tuple(TensorDecl(n, r) for n, r, _ in self.inputs.values())
         used = dict.fromkeys(("b", "h", *(r for d in decls for r in d.ranks)))
         used |= dict.fromkeys(r for e in self.body for r in (*ranks_of(e.out), *ranks_of(e.expr)))
-        ranks = tuple(RankDecl(r) for r in sorted(used, key=_place_of) if self._is_used(r))
+        ranks = tuple(RankDecl(r) for r in sorted(used, key=place_of) if self._is_used(r))
         cascade = Cascade(name, ranks, decls, tuple(self.body), ("AV",), tuple(self.tensors))
         factors = tuple(
             Factor(self._role(a, Lines(((rank, line),))), a, self.axes.size(a))
-            for rank, line in sorted(self.lines.items(), key=lambda item: _place_of(item[0]))
+            for rank, line in sorted(self.lines.items(), key=lambda item: place_of(item[0]))
             for a in line
         )
         operands = {n: o for n, _, o in self.inputs.values()}
@@ -311,9 +277,9 @@ class Assembler:
                 self._map(stage)
 
     def _is_used(self, rank: str) -> bool:
-        return any(
-            rank in ranks for _, ranks, _ in self.inputs.values()
-        ) or any(rank in ranks_of(e.out) for e in self.body)
+        return any(rank in ranks for _, ranks, _ in self.inputs.values()) or any(
+            rank in ranks_of(e.out) for e in self.body
+        )
 
     def _input_order(self) -> None:
         """Q, K of every score product, V, then the rest in the order of use."""
@@ -348,7 +314,9 @@ class Assembler:
         lines = self.frame(stage)
         sums = "AS" if self._follows_softmax(stage) else "SB"
         left, right = (self._operand(c, lines, sums) for c in stage.body.children)
-        out = self._point(stage, "AV" if stage is self.root else self._free(self._product_name(stage)))
+        out = self._point(
+            stage, "AV" if stage is self.root else self._free(self._product_name(stage))
+        )
         self.body.append(Einsum(out, left * right, self._reduced(stage, lines)))
 
     def _product_name(self, stage: Stage) -> str:
@@ -366,7 +334,7 @@ class Assembler:
         if _is_product(converted):
             return converted
         used = ranks_of(converted)
-        order = sorted(used, key=_place_of)
+        order = sorted(used, key=place_of)
         out = Read(self._free(name), tuple(Rank(r) for r in order))
         self.body.append(Einsum(out, converted))
         return out
@@ -412,12 +380,6 @@ def _numbered(name: str) -> Iterator[str]:
     while True:
         yield f"{name}{number}"
         number += 1
-
-
-def _place_of(rank: str) -> tuple[int, str]:
-    """b, heads, q, kv, then widths."""
-    order: Sequence[str] = ("b", "h", "hkv", *_HEADS[1:], "q", "kv")
-    return (order.index(rank), "") if rank in order else (len(order), rank)
 
 
 def _is_product(expr: Expr) -> bool:

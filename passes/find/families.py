@@ -34,7 +34,9 @@ _MIXED = frozenset(
 _STEPS = 24
 
 
-def recognise(node: fx.Node, found: Site | Refusal, module: fx.GraphModule, name: str) -> Site | None:
+def recognise(
+    node: fx.Node, found: Site | Refusal, module: fx.GraphModule, name: str
+) -> Site | None:
     """The Site around a softmax that `match` refused, or took for something else."""
     if op_name(node) == SDPA or not is_tensor(node) or not shape_of(node):
         return None

@@ -1,4 +1,4 @@
-"""Softmax of the keys over their positions, then K^T V, then Q: attention without a score matrix."""
+"""Softmax of the keys over their positions, then K^T V, then Q: attention without scores."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from torch import fx
 
 from attn_rewrite.cascade.expr import Read, walk
 from attn_rewrite.passes.find.anchor import refuse
-from attn_rewrite.passes.find.assemble import Assembler, Places, Unplaced
+from attn_rewrite.passes.find.assemble import Assembler
 from attn_rewrite.passes.find.lift import Leaf
 from attn_rewrite.passes.find.mixed import is_linear, site_of
 from attn_rewrite.passes.find.product import of_weights
+from attn_rewrite.passes.find.ranks import Places, UnplacedError
 from attn_rewrite.passes.find.reach import reach
 from attn_rewrite.passes.find.roles import siblings
 from attn_rewrite.passes.find.stages import Stage, StageLifter, stages_of
@@ -42,9 +43,7 @@ def _site(
     module: fx.GraphModule,
     name: str,
 ) -> Site | None:
-    queries, values = (
-        [lifter.leaves[n] for n in lifter.operands[s.name]] for s in (root, context)
-    )
+    queries, values = ([lifter.leaves[n] for n in lifter.operands[s.name]] for s in (root, context))
     keys = list(dict.fromkeys(r.tensor for r in walk(softmax.body) if isinstance(r, Read)))
     others = (s for s in lifter.stages.values() if s not in (root, context, softmax))
     if len(queries) != 1 or len(values) != 1 or not keys or any(s.kind != "map" for s in others):
@@ -58,7 +57,7 @@ def _site(
     names = {query.name: "Q", key.name: "K", value.name: "V"}
     try:
         made = Assembler(lifter, places, root, names).assemble("site")
-    except Unplaced:
+    except UnplacedError:
         return None
     reason = (
         "the softmax is taken of the keys before K^T V; this family is recognised, not rewritten"
@@ -70,7 +69,7 @@ def _site(
 def _places(lifter: StageLifter, root: Stage, leaves: tuple[Leaf, Leaf, Leaf]) -> Places | None:
     """Roles: the width joins K^T V and Q, rows are Q's alone, features V's alone."""
     axes = lifter.axes
-    query, key, value = leaves
+    query, key, _ = leaves
     width = axes.resolve(root.folded)
     related = siblings(query.node, query.dims, width, axes)
     related |= siblings(key.node, key.dims, width, axes)

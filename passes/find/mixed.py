@@ -15,11 +15,12 @@ from attn_rewrite.cascade.ir import Cascade
 from attn_rewrite.cascade.simplify import is_causal_term
 from attn_rewrite.graph import module_path, source_line
 from attn_rewrite.passes.find.anchor import refuse
-from attn_rewrite.passes.find.assemble import Assembled, Assembler, Unplaced
+from attn_rewrite.passes.find.assemble import Assembled, Assembler
 from attn_rewrite.passes.find.axes import Atoms
 from attn_rewrite.passes.find.facts import kind_of, layout_text, length_of
 from attn_rewrite.passes.find.places import Sources, places_of
 from attn_rewrite.passes.find.product import contraction, of_weights
+from attn_rewrite.passes.find.ranks import UnplacedError
 from attn_rewrite.passes.find.reach import reach
 from attn_rewrite.passes.find.region import region
 from attn_rewrite.passes.find.roles import Roles
@@ -45,7 +46,6 @@ def mixed(node: fx.Node, module: fx.GraphModule, name: str) -> Site | None:
 
 
 def _site(lifter: StageLifter, root: Stage, module: fx.GraphModule, name: str) -> Site | None:
-    anchor = lifter.region.anchor
     refusal = _family(lifter, root)
     sources = _sources(lifter, root)
     if refusal is None or sources is None or len(set(lifter.dropouts)) > 1:
@@ -65,7 +65,7 @@ def _site(lifter: StageLifter, root: Stage, module: fx.GraphModule, name: str) -
         places = places_of(lifter, root, sources)
         assembler = Assembler(lifter, places, root, names, weights)
         made = assembler.assemble("site")
-    except Unplaced:
+    except UnplacedError:
         return None
     return site_of(lifter, root, made, module, name, "softmax", refusal)
 
@@ -121,7 +121,9 @@ def _family(lifter: StageLifter, root: Stage) -> Refusal | None:
         return None
     reads = "its cascade is exactly what is computed, and no kernel here computes it with less work"
     if any(s.kind == "product" and s is not root for s in lifter.stages.values()):
-        reason = "a linear map mixes the heads of the scores or of the probabilities (talking heads)"
+        reason = (
+            "a linear map mixes the heads of the scores or of the probabilities (talking heads)"
+        )
         return refuse("talking-heads", f"{reason}; {reads}", anchor)
     if any(_adds_maps(lifter, s.body) for s in behind):
         reason = "the probabilities are added to another map before the value product"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from attn_rewrite.cascade.expr import ranks_of
-from attn_rewrite.passes.find.assemble import Places, Unplaced
 from attn_rewrite.passes.find.axes import Atoms, Axes
 from attn_rewrite.passes.find.lift import Leaf
 from attn_rewrite.passes.find.product import contraction
+from attn_rewrite.passes.find.ranks import Places, UnplacedError
 from attn_rewrite.passes.find.roles import siblings
 from attn_rewrite.passes.find.stages import Stage, StageLifter
 
@@ -24,7 +24,7 @@ class Sources:
 
 
 def places_of(lifter: StageLifter, root: Stage, sources: Sources) -> Places:
-    """Roles by what depends on what.  Raises `Unplaced` where an axis fits nowhere."""
+    """Roles by what depends on what.  Raises `UnplacedError` where an axis fits nowhere."""
     axes, keys = lifter.axes, lifter.region.keys
     related = siblings(sources.value.node, sources.value.dims, sources.features, axes)
     for (query, key), width in zip(sources.pairs, sources.widths, strict=True):
@@ -56,7 +56,7 @@ def places_of(lifter: StageLifter, root: Stage, sources: Sources) -> Places:
     alone = {a for a in of_queries if a not in of_keys and a not in related}
     positions = alone - set(axes.resolve(made))
     if positions & mixed:
-        raise Unplaced  # positions are mixed, not heads
+        raise UnplacedError  # positions are mixed, not heads
     queries = tuple(a for a in everything if a in positions)
     heads = tuple(a for a in everything if a in related | mixed and a not in positions)
     batch = tuple(a for a in everything if a not in {*heads, *queries})
@@ -73,7 +73,10 @@ def _readers(lifter: StageLifter) -> Atoms:
     """Axes from which a stage's own ones are computed: heads of which every second is read."""
     stages = lifter.stages
     reads = [r for s in stages.values() for r in lifter.stage_reads(s.body)]
-    own = {n: {a for p, d in zip(s.private, s.dims, strict=True) if p for a in d} for n, s in stages.items()}
+    own = {
+        n: {a for p, d in zip(s.private, s.dims, strict=True) if p for a in d}
+        for n, s in stages.items()
+    }
     places = [
         place
         for r in reads

@@ -12,7 +12,8 @@ from attn_rewrite.passes.find.product import Product, contraction, of_weights, p
 
 _STEPS = 64
 _ELEMENTWISE = frozenset(
-    "add sub rsub mul div to dropout neg where masked_fill clamp nan_to_num sum lerp reciprocal".split()
+    "add sub rsub mul div to dropout neg where masked_fill clamp nan_to_num sum lerp "
+    "reciprocal".split()
 )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from attn_rewrite.cascade.expr import Expr, Rank, Read, walk
+from attn_rewrite.cascade.expr import Expr, Rank, Read, ranks_of, walk
 from attn_rewrite.graph import arguments, live_users, op_name, shape_of, truncates
 from attn_rewrite.passes.find.anchor import SOFTMAX
 from attn_rewrite.passes.find.axes import Atoms, Axes
@@ -94,7 +94,9 @@ class StageLifter(Lifter):
         if name in _SAME_VALUES and truncates(node):
             return None
         found = contraction(node)
-        return super()._open(node, dims, depth) if found is None else self._product(found, dims, depth)
+        return (
+            super()._open(node, dims, depth) if found is None else self._product(found, dims, depth)
+        )
 
     def _is_shared(self, node: fx.Node) -> bool:
         """A map that is used more than once: it is computed once."""
@@ -186,6 +188,8 @@ class StageLifter(Lifter):
         if bodies is None:
             return None
         (left, right), kind, factor = bodies
+        if self._comes_second(left, right):
+            left, right = right, left
         folded = tuple(a for x in product.contracted for a in atoms[x])
         read = self._made(
             kind, product.node, own, private, dims, left * right, folded, factor=factor
@@ -225,9 +229,14 @@ class StageLifter(Lifter):
             parts.append(lifted)
         return parts, "product", 1.0
 
-    def _is_score(
-        self, product: Product, sides: list[tuple[fx.Node, tuple[Atoms, ...]]]
-    ) -> bool:
+    def _comes_second(self, left: Expr, right: Expr) -> bool:
+        """One order whatever the author wrote: maps before weights and V, Q before K."""
+        if self._holds_product(left) != self._holds_product(right):
+            return self._holds_product(right)
+        keys = {f"@{a}" for a in self.axes.resolve(self.region.keys)}
+        return bool(keys & ranks_of(left)) and not keys & ranks_of(right)
+
+    def _is_score(self, product: Product, sides: list[tuple[fx.Node, tuple[Atoms, ...]]]) -> bool:
         """A product whose output has the keys, from one side."""
         if not product.contracted and op_name(product.node) != "einsum":
             return False
