@@ -200,7 +200,8 @@ def test_every_softmax_of_a_site_is_listed_once() -> None:
     here = case(DifferenceOfHalves)
     assert here.found.refusals == ()
     assert sum(is_anchor(n) for n in here.site.nodes) == 2
-    assert {t.name for t in here.site.cascade.inputs} == {"Q", "K", "Q2", "K2", "V"}
+    names = {t.name for t in here.site.cascade.inputs}
+    assert names == {"Q", "K", "Q2", "K2", "V", "M0"}  # M0 is lambda
 
 
 def test_equivalent_spellings_have_one_cascade() -> None:

@@ -9,12 +9,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from attn_rewrite.backends.torch.einsums import lower_cascade_to_callable
+    from attn_rewrite.cascade.canonical import diff, equivalent, normal_form
     from attn_rewrite.cascade.count import count_passes, live_footprint, pass_analysis
     from attn_rewrite.cascade.ir import Cascade, Einsum, Loop, RankDecl, TensorDecl
     from attn_rewrite.cascade.named import NAMED
+    from attn_rewrite.cascade.operations import operation_counts
     from attn_rewrite.cascade.oracle import interpret
+    from attn_rewrite.cascade.picture import to_svg
     from attn_rewrite.cascade.text import parse, parse_expr
-    from attn_rewrite.passes.cascade import fuse_reductions
+    from attn_rewrite.passes.cascade import (
+        defer_scalar,
+        fuse_reductions,
+        merge_statistics_pass,
+        partition_rank,
+    )
 
 _HOME = {
     "Cascade": "attn_rewrite.cascade.ir",
@@ -30,6 +39,15 @@ _HOME = {
     "live_footprint": "attn_rewrite.cascade.count",
     "pass_analysis": "attn_rewrite.cascade.count",
     "fuse_reductions": "attn_rewrite.passes.cascade",
+    "merge_statistics_pass": "attn_rewrite.passes.cascade",
+    "defer_scalar": "attn_rewrite.passes.cascade",
+    "partition_rank": "attn_rewrite.passes.cascade",
+    "normal_form": "attn_rewrite.cascade.canonical",
+    "equivalent": "attn_rewrite.cascade.canonical",
+    "diff": "attn_rewrite.cascade.canonical",
+    "operation_counts": "attn_rewrite.cascade.operations",
+    "to_svg": "attn_rewrite.cascade.picture",
+    "lower_cascade_to_callable": "attn_rewrite.backends.torch.einsums",
 }
 
 __all__ = [
@@ -40,12 +58,21 @@ __all__ = [
     "RankDecl",
     "TensorDecl",
     "count_passes",
+    "defer_scalar",
+    "diff",
+    "equivalent",
     "fuse_reductions",
     "interpret",
     "live_footprint",
+    "lower_cascade_to_callable",
+    "merge_statistics_pass",
+    "normal_form",
+    "operation_counts",
     "parse",
     "parse_expr",
+    "partition_rank",
     "pass_analysis",
+    "to_svg",
 ]
 
 

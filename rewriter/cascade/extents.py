@@ -56,6 +56,11 @@ class _Solver:
 
     def learn(self, rank: str, extent: int, origin: str) -> bool:
         """Note an extent; True if it is news."""
+        if not 0 <= extent < 2**63:
+            raise CascadeError(
+                f"cascade {self.cascade.name}: rank {rank} has extent {extent} by {origin}; an "
+                "extent is at least 0 and fits a 64-bit integer"
+            )
         old = self.known.setdefault(rank, extent)
         if old != extent:
             raise CascadeError(

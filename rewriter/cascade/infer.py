@@ -36,6 +36,7 @@ def complete(draft: Draft) -> Cascade:
     body = tuple(names.statement(s) for s in draft.body)
     einsums = tuple(_einsums(body))
     _check_declarations(draft)
+    _check_accesses(draft, einsums)
     ranks = _ranks(draft, body)
     written = {e.out.tensor for e in einsums}
     inputs = [*draft.inputs, *_inputs(draft, einsums, written, ranks)]
@@ -57,6 +58,41 @@ def complete(draft: Draft) -> Cascade:
         tuple(outputs),
         tuple(draft.tensors if draft.tensors is not None else inferred),
     )
+
+
+# Every function over expressions calls itself once or more for each level.
+_DEEPEST = 250
+
+
+def too_deep() -> CascadeError:
+    """An expression that no function over expressions could walk."""
+    return CascadeError(
+        f"an expression nests more than {_DEEPEST} operators; give a part of it a name of its own"
+    )
+
+
+def _check_accesses(draft: Draft, einsums: Iterable[Einsum]) -> None:
+    """A tensor has as many indices everywhere as it has ranks; expressions are not too deep."""
+    ranks = {t.name: len(t.ranks) for t in (*draft.inputs, *(draft.tensors or ()))}
+    for e in einsums:
+        if any(_depth(part) > _DEEPEST for part in (e.expr, e.guard)):
+            raise too_deep()
+        for access in (e.out, *reads(e)):
+            count = ranks.setdefault(access.tensor, len(access.index))
+            if count != len(access.index):
+                raise CascadeError(
+                    f"{access} has {len(access.index)} indices, but {access.tensor} has {count} "
+                    f"ranks elsewhere; write one index for each rank"
+                )
+
+
+def _depth(expr: Expr) -> int:
+    deepest, queue = 0, [(expr, 1)]
+    while queue:
+        node, depth = queue.pop()
+        deepest = max(deepest, depth)
+        queue += [(child, depth + 1) for child in node.children]
+    return deepest
 
 
 def inferred_tensors(body: Iterable[Statement]) -> tuple[TensorDecl, ...]:

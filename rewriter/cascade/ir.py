@@ -123,6 +123,8 @@ class Cascade:
         The paper writes ranks in capitals and their coordinates in small letters: ``M`` is ``m``.
         Raises `ValueError` for a name that is none of these.
         """
+        if not isinstance(name, str):
+            raise TypeError(f"a rank is named by a str, got {type(name).__name__} {name!r:.40}")
         known = {r.name: r.name for r in self.ranks}
         folded = {r.name.lower(): r.name for r in reversed(self.ranks)}
         for names, asked in ((known, name), (folded, name.lower())):
@@ -130,7 +132,7 @@ class Cascade:
                 if candidate in names:
                     return names[candidate]
         raise ValueError(
-            f"cascade {self.name} has no rank {name!r}; it has {', '.join(sorted(known))}"
+            f"cascade {self.name} has no rank {name!r}; it has {', '.join(sorted(known)) or 'none'}"
         )
 
     def with_body(self, *body: Statement) -> Cascade:

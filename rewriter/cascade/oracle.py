@@ -63,7 +63,7 @@ def interpret(
     tensor.
     """
     _check_inputs(checked(cascade), inputs)
-    tensors = {n: torch.as_tensor(v) for n, v in inputs.items()}
+    tensors = {n: _tensor(cascade, n, v) for n, v in inputs.items()}
     found = extents(cascade, {n: tuple(v.shape) for n, v in tensors.items()}, sizes)
     machine = _Machine(cascade, tensors, found)
     machine.run()
@@ -81,6 +81,20 @@ def _check_inputs(cascade: Cascade, inputs: Mapping[str, Tensor | float]) -> Non
     if missing or unknown:
         what = f"needs input {missing[0]}" if missing else f"has no input {unknown[0]}"
         raise CascadeError(f"cascade {cascade.name} {what}; its inputs are {', '.join(declared)}")
+
+
+def _tensor(cascade: Cascade, name: str, value: Tensor | float) -> Tensor:
+    try:
+        found = torch.as_tensor(value)
+        what = str(found.dtype)
+    except (TypeError, ValueError, RuntimeError):
+        what = type(value).__name__
+    else:
+        if not found.is_complex():
+            return found
+    raise CascadeError(
+        f"cascade {cascade.name}: input {name} is a {what}; expected a tensor of real numbers"
+    )
 
 
 class _Machine:

@@ -35,7 +35,7 @@ import re
 from collections.abc import Iterator
 
 from attn_rewrite.cascade.expr import TRUE, Const, Expr, quoted, to_text
-from attn_rewrite.cascade.infer import complete, inferred_tensors
+from attn_rewrite.cascade.infer import complete, inferred_tensors, too_deep
 from attn_rewrite.cascade.ir import Cascade, Einsum, Loop, RankDecl, Statement, TensorDecl
 from attn_rewrite.cascade.notation import Reader
 from attn_rewrite.cascade.statements import read_program
@@ -49,7 +49,10 @@ def parse(text: str) -> Cascade:
 
     Raises `CascadeError` with line, column and what was expected.
     """
-    return complete(read_program(text))
+    try:
+        return complete(read_program(text))
+    except RecursionError as error:
+        raise too_deep() from error
 
 
 def parse_expr(text: str) -> Expr:

@@ -30,6 +30,10 @@ class CascadeOptions:
     svg: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the cascade into FILE.")
     ] = None
+    diff: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="What changes from the cascade to this one."),
+    ] = None
 
 
 def cascade(
@@ -47,6 +51,8 @@ def cascade(
         terminal.show({"cascades": list(names)}, lambda console: console.print("\n".join(names)))
         return 0
     before = read(name)
+    if options.diff is not None:
+        return _diff(terminal, options, before, read(options.diff))
     after, proofs, left, refused = _fuse(before, options.fuse)
     given = None if options.fuse is None else _analysis(before, options.fuse)
     analysis = _analysis(after, options.count or options.fuse)
@@ -64,6 +70,22 @@ def cascade(
     }
     terminal.show(document, lambda console: _view(console, document))
     return 0 if refused is None else 1
+
+
+def _diff(terminal: Terminal, options: CascadeOptions, before: Cascade, after: Cascade) -> int:
+    """Compare two cascades up to names and order."""
+    from attn_rewrite.cascade import diff, equivalent
+    from attn_rewrite.errors import PolicyError
+
+    others = {"--fuse": options.fuse, "--count": options.count, "--svg": options.svg}
+    clash = [name for name, value in others.items() if value is not None]
+    if clash:
+        raise PolicyError(f"--diff compares two cascades as they are; leave out {clash[0]}")
+    text, same = diff(before, after), equivalent(before, after)
+    document = {"name": before.name, "other": after.name, "equivalent": same, "diff": text}
+    shown = text or "the cascades are equal"
+    terminal.show(document, lambda console: console.print(shown, markup=False, soft_wrap=True))
+    return 0
 
 
 def read(name: str) -> Cascade:
@@ -99,6 +121,24 @@ def _fuse(
         return cascade, [], [], fused.to_json()
     proofs = [str(proof) for proof in fused.proofs]
     return fused.cascade, proofs, [r.to_json() for r in fused.refusals], None
+
+
+def fusion_document(cascade: Cascade, rank: str) -> dict[str, Any]:
+    """What `fuse_reductions` makes of a cascade: passes, proofs, refusals, as plain values.
+
+    ``passes`` is None where nothing was fused.
+    """
+    from attn_rewrite.passes.cascade import fuse_reductions
+    from attn_rewrite.site import Refusal
+
+    fused = fuse_reductions(cascade, rank)
+    if isinstance(fused, Refusal):
+        return {"passes": None, "proofs": [], "refusals": [fused.to_json()]}
+    return {
+        "passes": fused.passes,
+        "proofs": [str(proof) for proof in fused.proofs],
+        "refusals": [refusal.to_json() for refusal in fused.refusals],
+    }
 
 
 def resolved(cascade: Cascade, rank: str) -> str:

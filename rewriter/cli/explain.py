@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attn_rewrite.cli.cascade import analysis_document
+from attn_rewrite.cli.cascade import analysis_document, fusion_document
 from attn_rewrite.cli.inspect import no_sites, site_document
 from attn_rewrite.cli.options import Model, ModelOptions
 from attn_rewrite.cli.terminal import Terminal
@@ -145,6 +145,7 @@ def _cascade(
     return {
         "cascade": str(cascade),
         "passes": analysis_document(pass_analysis(cascade, "kv")),
+        "fusion": fusion_document(cascade, "kv"),
         "kernel": lowering,
         "tiles": {"executed": tiles.executed, "total": tiles.total, "block": block},
         "cost": _cost(cascade, extents, options, tiles.density),
@@ -252,7 +253,19 @@ def _view_cascade(console: Console, title: str, part: dict[str, Any]) -> None:
     console.print(f"\n{title}:", style="bold")
     console.print(part["cascade"], markup=False, soft_wrap=True)
     console.print(f"{passes['passes']} passes over {passes['rank']}; live: {live}", markup=False)
+    _view_fusion(console, part["fusion"], passes)
     console.print(f"kernel {part['kernel']['name']}: {part['kernel']['why']}", markup=False)
+
+
+def _view_fusion(console: Console, fusion: dict[str, Any], passes: dict[str, Any]) -> None:
+    """How few passes there need be: the proof of every rule applied, and the reason of the rest."""
+    if fusion["passes"] is not None and fusion["passes"] < passes["passes"]:
+        console.print(f"derived: {passes['passes']} -> {fusion['passes']} passes", markup=False)
+    for number, proof in enumerate(fusion["proofs"], 1):
+        console.print(f"{number}. {proof}", markup=False, soft_wrap=True)
+    for refusal in fusion["refusals"]:
+        text = f"not fused: [{refusal['code']}] {refusal['reason']}"
+        console.print(text, markup=False, soft_wrap=True)
 
 
 def _view_costs(console: Console, document: dict[str, Any]) -> None:
