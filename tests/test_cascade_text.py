@@ -87,10 +87,13 @@ def cascades(draw: st.DrawFn) -> Cascade:
     tensors = draw(st.lists(NAMES, min_size=2, max_size=5, unique=True))
     inputs, written = tensors[:1], tensors[1:]
     pick = st.sampled_from(ranks)
-    index = st.lists(
-        st.one_of(pick.map(Rank), pick.map(Extent), pick.map(lambda r: Rank(r) + 1)), max_size=3
-    ).map(tuple)
-    access = st.builds(Read, st.sampled_from(tensors), index)
+    counts = {name: draw(st.integers(0, 3)) for name in tensors}
+    place = st.one_of(pick.map(Rank), pick.map(Extent), pick.map(lambda r: Rank(r) + 1))
+
+    def read_of(name: str) -> st.SearchStrategy[Read]:
+        return st.tuples(*[place] * counts[name]).map(lambda index: Read(name, index))
+
+    access = st.sampled_from(tensors).flatmap(read_of)
     values = st.recursive(
         st.one_of(access, NUMBERS.map(Const), pick.map(Rank)),
         lambda inner: st.one_of(
@@ -106,17 +109,16 @@ def cascades(draw: st.DrawFn) -> Cascade:
         max_size=2,
     ).map(tuple)
     guard = st.one_of(st.just(TRUE), st.builds(lambda a, b: Rank(a) <= Rank(b) + 2, pick, pick))
-    einsums = st.builds(
-        Einsum, st.builds(Read, st.sampled_from(written), index), values, reduce, guard
-    )
+    einsums = st.builds(Einsum, st.sampled_from(written).flatmap(read_of), values, reduce, guard)
     block = st.lists(einsums, max_size=2).map(tuple)
     loops = st.builds(Loop, pick, block, block, st.booleans())
     body = draw(st.lists(st.one_of(einsums, loops), max_size=4))
-    body += [Einsum(Read(w, ()), Const(0.0)) for w in written]  # each is written somewhere
+    # Each is written somewhere.
+    body += [Einsum(Read(w, (Const(0),) * counts[w]), Const(0.0)) for w in written]
     declaration = st.builds(
         TensorDecl,
         st.just(""),
-        st.lists(pick, max_size=3).map(tuple),
+        st.lists(pick, min_size=3, max_size=3).map(tuple),
         st.sampled_from([0.0, 1.0, -math.inf, 0.25]),
         st.sampled_from(["float", "i8", "bool", "f32"]),
         st.sampled_from(["any", "positive", "nonnegative"]),
@@ -126,7 +128,7 @@ def cascades(draw: st.DrawFn) -> Cascade:
 
     def declare(name: str) -> TensorDecl:
         d = draw(declaration)
-        return TensorDecl(name, d.ranks, d.default, d.dtype, d.sign, d.scale)
+        return TensorDecl(name, d.ranks[: counts[name]], d.default, d.dtype, d.sign, d.scale)
 
     sizes = [draw(st.one_of(st.none(), st.integers(0, 99))) for _ in ranks]
     parts = draw(st.sampled_from([(), ("outer", "inner")]))
@@ -139,7 +141,7 @@ def cascades(draw: st.DrawFn) -> Cascade:
         tuple(decls),
         tuple(map(declare, inputs)),
         tuple(body),
-        tuple(draw(st.lists(st.sampled_from(tensors), unique=True, max_size=2))),
+        tuple(draw(st.lists(st.sampled_from(tensors), unique=True, min_size=1, max_size=2))),
         tuple(map(declare, declared)),
     )
 

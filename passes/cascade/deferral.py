@@ -364,12 +364,15 @@ def monotone_deferral(flow: Flow, e: Einsum, whole: Einsum, direction: str) -> D
         return None
     inner = op if direction == "up" else {"max": "min", "min": "max"}[op]
     (item,) = body.items
-    folded = {r: dict(whole.reduce).get(r, "add") for r in flow.others_reduced(whole)}
-    if folded.keys() - ranks_of(item) or set(folded.values()) - {op}:
+    others = {r: dict(whole.reduce).get(r, "add") for r in flow.others_reduced(whole)}
+    # Ranks along which states or constants differ are folded after F has been applied.
+    kept = others.keys() & ranks_of(substitute(whole.expr, {item: Const(0.0)}))
+    if others.keys() - kept - ranks_of(item) or set(others.values()) - {op}:
         return None
-    reduce = tuple((r, inner) for r, _ in whole.reduce)
-    partial = replace(accumulator(flow, whole, item), reduce=reduce)
-    last = Einsum(e.out, substitute(whole.expr, {item: partial.out}))
+    reduce = tuple((r, inner) for r, _ in whole.reduce if r not in kept)
+    partial = replace(accumulator(flow, whole, item, frozenset(kept)), reduce=reduce)
+    later = tuple((r, op) for r in sorted(kept))
+    last = Einsum(e.out, substitute(whole.expr, {item: partial.out}), later)
     states = tuple(dict.fromkeys(s.tensor for s in flow.states(whole.expr)))
     proof = Proof(
         "D (monotone)", e.out.tensor, flow.rank, states, item, whole.expr,

@@ -45,6 +45,10 @@ def complete(draft: Draft) -> Cascade:
     if outputs is None:
         read = {r.tensor for e in einsums for r in reads(e) if r.tensor != e.out.tensor}
         outputs = [t for t in dict.fromkeys(e.out.tensor for e in einsums) if t not in read]
+    if not outputs:
+        raise CascadeError(
+            f"cascade {draft.name} has no output; write an Einsum such as Y[m] = A[k, m] * B[k]"
+        )
     for name in outputs:
         if name not in written and all(t.name != name for t in inputs):
             raise CascadeError(
@@ -82,7 +86,7 @@ def _check_accesses(draft: Draft, einsums: Iterable[Einsum]) -> None:
             if count != len(access.index):
                 raise CascadeError(
                     f"{access} has {len(access.index)} indices, but {access.tensor} has {count} "
-                    f"ranks elsewhere; write one index for each rank"
+                    "ranks elsewhere; use one number of ranks"
                 )
 
 
