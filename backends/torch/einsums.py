@@ -49,7 +49,8 @@ _BY_DIM = ("mul", "or", "and")  # operators that reduce one dimension at a time
 def lower_cascade_to_callable(cascade: Cascade) -> Function:
     """A function from input tensors to output tensors by name, running torch operators.
 
-    Inputs have the declared ranks as dimensions; float outputs have the type of the first input.
+    Inputs have the declared ranks as dimensions; float outputs have the type of the first one
+    that is floating.
     Raises `ValueError` where `why_not_unrolled` says why not.
     """
     reason = why_not_unrolled(cascade)
@@ -89,15 +90,19 @@ def emit_stages(build: Builder, cascade: Cascade, inputs: Mapping[str, Any]) -> 
 
 
 def emit_cascade(build: Builder, cascade: Cascade, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The outputs of ``cascade`` by name, computed in float32 or wider."""
+    """The outputs of ``cascade`` by name, computed in float32 or wider.
+
+    They have the type of the first floating input; it is float64 that is computed in if any is.
+    """
     first = next(iter(inputs.values()))
-    kind = dtype_of(first)
-    dtype = torch.float64 if kind == torch.float64 else torch.float32
+    kinds = [k for k in map(dtype_of, inputs.values()) if k is not None and k.is_floating_point]
+    kind = kinds[0] if kinds else None
+    dtype = torch.float64 if torch.float64 in kinds else torch.float32
     machine = _Machine(build, cascade, inputs, value_of(first).device, dtype)
     for e in machine.statements():
         machine.run(e)
     results = {name: machine.value(name) for name in cascade.outputs}
-    if kind is not None and kind.is_floating_point:
+    if kind is not None:
         floats = (n for n, v in results.items() if _is_float(v))
         results |= {n: cast(build, results[n], kind) for n in floats}
     return results
@@ -124,6 +129,9 @@ class _Machine:
     tensors: dict[str, Any] = field(default_factory=dict)
     slots: dict[str, dict[tuple[int, ...], Any]] = field(default_factory=dict)
     emitter: type[Emitter] = Emitter
+    steps: Mapping[str, Expr] = field(
+        default_factory=dict
+    )  # loop coordinates of the Einsum at hand
 
     def __post_init__(self) -> None:
         self.tensors = {
@@ -169,6 +177,8 @@ class _Machine:
 
     def _at(self, e: Einsum, at: dict[Expr, Expr]) -> Einsum:
         fixed = {r: n for r, n in self.extents.items() if isinstance(n, int)}
+        used = set(self._frame(e))
+        self.steps = {r.name: i for r, i in at.items() if isinstance(r, Rank) and r.name in used}
         mapping: dict[Expr, Expr] = {**at, **{Extent(r): Const(n) for r, n in fixed.items()}}
         if not mapping:
             return e
@@ -365,12 +375,31 @@ class _Machine:
         """The guard, and that a split rank has no points beyond its extent."""
         terms = [] if e.guard == TRUE else [e.guard]
         for rank in self.cascade.ranks:
-            if len(rank.parts) == 2 and set(rank.parts) <= set(frame):
-                outer, inner = rank.parts
-                if self.extents[outer] * self.extents[inner] != self.extents[rank.name]:
-                    whole = Rank(outer) * self.extents[inner] + Rank(inner)
-                    terms.append(call("lt", whole, self.extents[rank.name]))
+            if len(rank.parts) != 2 or rank.name in frame:
+                continue
+            outer, inner = rank.parts
+            whole = self._coordinate(rank.name, frame)
+            if (
+                whole is None
+                or self.extents[outer] * self.extents[inner] == self.extents[rank.name]
+            ):
+                continue
+            terms.append(simplify(call("lt", whole, self.extents[rank.name])))
         return conjunction(tuple(terms))
+
+    def _coordinate(self, rank: str, frame: tuple[str, ...]) -> Expr | None:
+        """The coordinate of a rank from the loop and the sub-ranks that are iterated."""
+        if rank in frame:
+            return Rank(rank)
+        if rank in self.steps:
+            return self.steps[rank]
+        parts = next((r.parts for r in self.cascade.ranks if r.name == rank), ())
+        if len(parts) != 2:
+            return None
+        outer, inner = (self._coordinate(p, frame) for p in parts)
+        if outer is None or inner is None:
+            return None
+        return outer * self.extents[parts[1]] + inner
 
 
 def _is_one(value: Any, dim: int) -> bool:
