@@ -40,6 +40,7 @@ from attn_rewrite.simulate.workload import (
     distinct,
     site_workload,
 )
+from attn_rewrite.site import Refusal
 
 GOLDEN = Path(__file__).parent / "golden/fusemax/published.csv"
 PUBLISHED = list(csv.DictReader(GOLDEN.read_text().splitlines()))
@@ -442,9 +443,12 @@ def test_bad_usage_is_one_sentence_and_exit_code_2(run, words, message):
 class _Site:
     """The facts of a site that the model reads."""
 
-    def __init__(self, name: str, q_len: object, hq: int = 12, family: str = "softmax") -> None:
+    def __init__(
+        self, name: str, q_len: object, hq: int = 12, family: str = "softmax", code: str = ""
+    ) -> None:
         self.name, self.family, self.hq, self.d_qk, self.d_v = name, family, hq, 64, 32
         self.q_len = self.kv_len = q_len
+        self.refusals = (Refusal(code, "a reason"),) if code else ()
 
 
 def test_a_site_is_modelled_with_its_own_heads():
@@ -455,6 +459,9 @@ def test_a_site_is_modelled_with_its_own_heads():
         site_workload(_Site("a.0", "s0"), batch=2)
     with pytest.raises(ValueError, match="linear attention"):
         site_workload(_Site("a.0", 128, family="linear"), batch=2)
+    assert site_workload(_Site("a.0", 128, code="written-meanwhile"), batch=2).heads == 12
+    with pytest.raises(ValueError, match=r"a\.0 mixes its heads"):
+        site_workload(_Site("a.0", 128, code="talking-heads"), batch=2)
 
 
 def test_equal_layers_are_modelled_once():

@@ -45,14 +45,13 @@ def find(module: fx.GraphModule) -> Findings:
             name = f"{path}#{counts[path]}"
             found = match(node, graph, name)
             other = recognise(node, found, graph, name)
-            if other is not None:
-                found = other
-                inside.update(n for n in other.nodes if is_anchor(n))
+            found = found if other is None else other
             if isinstance(found, Site):
                 found = overwritten(found) or found
             if isinstance(found, Site):
                 counts[path] += 1
                 sites.append(found)
+                inside.update(n for n in found.nodes if other is not None and is_anchor(n))
             else:
                 refusals.append(found)
     return Findings(tuple(sites), tuple(refusals))

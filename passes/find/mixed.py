@@ -119,15 +119,15 @@ def _family(lifter: StageLifter, root: Stage) -> Refusal | None:
     behind = [s for s in lifter.stages.values() if _behind_softmax(lifter, s)]
     if not all(is_linear(lifter, s.body) for s in behind):
         return None
-    reads = "its cascade is exactly what is computed, and no kernel here computes it with less work"
+    left = "no kernel here does that with less work, so it is left as it is"
     if any(s.kind == "product" and s is not root for s in lifter.stages.values()):
         reason = (
-            "a linear map mixes the heads of the scores or of the probabilities (talking heads)"
+            f"a linear map mixes the heads of the scores or probabilities (talking heads); {left}"
         )
-        return refuse("talking-heads", f"{reason}; {reads}", anchor)
+        return refuse("talking-heads", reason, anchor)
     if any(_adds_maps(lifter, s.body) for s in behind):
-        reason = "the probabilities are added to another map before the value product"
-        return refuse("probabilities-summed", f"{reason}; {reads}", anchor)
+        reason = f"the probabilities are added to another map before the value product; {left}"
+        return refuse("probabilities-summed", reason, anchor)
     return None
 
 

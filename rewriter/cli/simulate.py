@@ -119,20 +119,21 @@ def _checkpoint_workloads(
     """The attention found in a checkpoint, each shape once; what is not modelled is said."""
     from attn_rewrite.checkpoint import load_model
     from attn_rewrite.driver import find_attention
-    from attn_rewrite.simulate.workload import distinct, site_workload
+    from attn_rewrite.simulate.workload import distinct, site_workload, why_not_modelled
 
     with terminal.stage(f"finding the attention of {directory}"):
         loaded = load_model(directory)
         findings = find_attention(
             loaded.subject, loaded.args, loaded.kwargs, dynamic_shapes=loaded.dynamic_shapes
         )
-    modelled = [s for s in findings.sites if s.family == "softmax"]
-    for site in findings.sites:
-        if site not in modelled:
-            terminal.warn(f"{site.name} is {site.family} attention and is not modelled")
+    reasons = {s.name: why_not_modelled(s) for s in findings.sites}
+    modelled = [s for s in findings.sites if reasons[s.name] is None]
+    for name, reason in reasons.items():
+        if reason is not None:
+            terminal.warn(f"{name} {reason} and is not modelled")
     if not modelled:
         raise PolicyError(
-            f"{directory} has no softmax attention to model; `attn-rewrite inspect` says why"
+            f"{directory} has no plain softmax attention to model; `attn-rewrite inspect` says why"
         )
     return list(distinct(site_workload(s, batch=batch, length=length) for s in modelled))
 

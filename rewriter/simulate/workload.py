@@ -76,6 +76,17 @@ def at_length(workload: Workload, length: int, batch: int | None = None) -> Work
     return replace(workload, q_len=length, kv_len=length, batch=batch or workload.batch)
 
 
+# Refusals of sites that compute more maps than one for each head, or products between them.
+_MIXED = {"talking-heads": "mixes its heads", "probabilities-summed": "adds several maps"}
+
+
+def why_not_modelled(site: Site) -> str | None:
+    """What the attention of ``site`` does that the model has no cycles for; None if nothing."""
+    if site.family != "softmax":
+        return f"is {site.family} attention"
+    return next((_MIXED[r.code] for r in site.refusals if r.code in _MIXED), None)
+
+
 def site_workload(site: Site, *, batch: int, length: int | None = None) -> Workload:
     """The attention of ``site``; ``length`` replaces both sequence lengths.
 
@@ -83,11 +94,12 @@ def site_workload(site: Site, *, batch: int, length: int | None = None) -> Workl
     of FuseMax shares nothing between heads.
 
     Raises:
-        ValueError: the site is not softmax attention, or a length of it is dynamic and no
+        ValueError: the site is not plain softmax attention, or a length of it is dynamic and no
             ``length`` is given.
     """
-    if site.family != "softmax":
-        raise ValueError(f"site {site.name} is {site.family} attention; only softmax is modelled")
+    reason = why_not_modelled(site)
+    if reason is not None:
+        raise ValueError(f"site {site.name} {reason}; only plain softmax attention is modelled")
     sizes = [site.q_len, site.kv_len] if length is None else [length, length]
     if not all(isinstance(size, int) for size in sizes):
         raise ValueError(f"site {site.name} has dynamic lengths {sizes}; give a length")
