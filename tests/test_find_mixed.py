@@ -202,6 +202,9 @@ def test_every_softmax_of_a_site_is_listed_once() -> None:
     assert sum(is_anchor(n) for n in here.site.nodes) == 2
     names = {t.name for t in here.site.cascade.inputs}
     assert names == {"Q", "K", "Q2", "K2", "V", "M0"}  # M0 is lambda
+    # The rows of a sum that are normalised again belong to the Site; the table's softmax does not.
+    for kind in SUMMED[:2]:
+        assert [r.code for r in case(kind).found.refusals] == ["no-score-product"]
 
 
 def test_equivalent_spellings_have_one_cascade() -> None:

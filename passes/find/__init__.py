@@ -33,7 +33,7 @@ def find(module: fx.GraphModule) -> Findings:
     refusals: list[Refusal] = []
     counts: Counter[str] = Counter()
     for graph in graphs(module):
-        inside: set[fx.Node] = set()  # softmaxes that belong to a Site of several
+        inside: set[fx.Node] = set()  # what belongs to a Site of several softmaxes
         for node in graph.graph.nodes:
             if node in inside:
                 continue
@@ -51,7 +51,7 @@ def find(module: fx.GraphModule) -> Findings:
             if isinstance(found, Site):
                 counts[path] += 1
                 sites.append(found)
-                inside.update(n for n in found.nodes if other is not None and is_anchor(n))
+                inside.update(() if other is None else found.nodes)
             else:
                 refusals.append(found)
     return Findings(tuple(sites), tuple(refusals))

@@ -60,8 +60,8 @@ def _site(
     except UnplacedError:
         return None
     reason = (
-        "the softmax is taken of the keys before K^T V: no scores are made, and no kernel here does "
-        "that with less work, so it is left as it is"
+        "the softmax is taken of the keys before K^T V: no scores are made, and no kernel here "
+        "does that with less work, so it is left as it is"
     )
     refusal = refuse("linear-attention", reason, lifter.region.anchor)
     return site_of(lifter, root, made, module, name, "linear", refusal)
