@@ -399,7 +399,8 @@ class _Machine:
         outer, inner = (self._coordinate(p, frame) for p in parts)
         if outer is None or inner is None:
             return None
-        return outer * self.extents[parts[1]] + inner
+        whole: Expr = outer * self.extents[parts[1]] + inner
+        return whole
 
 
 def _is_one(value: Any, dim: int) -> bool:
