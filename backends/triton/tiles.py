@@ -102,8 +102,12 @@ class Steps:
             f"keep_{len(self.masking.keeps)}" if self.masking.keeps else "keep", "mask"
         )
         texts = [v.over(axes) if len(axes) > 1 else v.atom() for v in (inside, truth)]
-        with frame.body.block(f"if {self.masking.condition or 'True'}:"):
-            frame.body.line(f"{name} = {texts[0]} & {texts[1]}")
+        line = f"{name} = {texts[0]} & {texts[1]}"
+        if self.masking.condition:
+            with frame.body.block(f"if {self.masking.condition}:"):
+                frame.body.line(line)
+        else:
+            frame.body.line(line)
         keep = Value(name, axes, "bool")
         self.masking.keeps[guard] = keep
         return keep
