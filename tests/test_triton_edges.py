@@ -139,6 +139,20 @@ def test_an_assembler_that_is_missing_is_one_sentence(monkeypatch, kept):
     assert "\n" not in str(problem.value)
 
 
+def test_accumulation_registers_are_counted_once():
+    from types import SimpleNamespace
+
+    from attn_rewrite.backends.triton.aot import _resources
+
+    text = "  - .agpr_count:     112\n    .vgpr_count:     368\n    .vgpr_spill_count: 3\n"
+    found = _resources(
+        "hip:gfx942", Device("hip", "gfx942"), {"amdgcn": text.encode()},
+        SimpleNamespace(shared=20480), 256,
+    )  # fmt: skip
+    assert (found.registers, found.spilled) == (368, 12)
+    assert found.occupancy == 256 / 2048
+
+
 SPILLED = [
     ("cuda:90", "sinks", 72), ("cuda:100", "sinks", 72), ("cuda:80", "sinks", 72),
     ("cuda:100", "sinks", 256), ("cuda:80", "causal", 120),
@@ -364,6 +378,50 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch):
         autotune.remember("key", Schedule(), 1.0)
     with pytest.raises(ToolError, match="ATTN_REWRITE_CACHE"):
         build.kernel_of(source())
+
+
+# Training under a compiler
+
+TRACED = """
+import sys, torch
+from torch._functorch.aot_autograd import aot_export_module
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+import attn_rewrite.ops
+from attn_rewrite.backends.triton import ops
+from attn_rewrite.cascade.attention import softmax_cascade
+from tests.interpreted.dense import CASES
+
+class Driver:  # what Triton asks to find out what a kernel writes to
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+class Model(torch.nn.Module):
+    def forward(self, *inputs):
+        text = str(softmax_cascade(CASES[name].form(2), "case"))
+        out = torch.ops.attn_rewrite.triton_cascade(list(inputs), None, text, "", 0.0)[0]
+        return (out.float().sum(),)
+
+driver.set_active(Driver())
+ops.check_device = lambda tensors: None  # autograd has no device of its own for fake CUDA tensors
+for name in ("bias", "dilated ahead"):
+    with FakeTensorMode():
+        x = [torch.empty(2, h, 512, 64, requires_grad=True) for h in (4, 2, 2)]
+        if name == "bias":
+            x.append(torch.empty(2, 1, 512, 512, requires_grad=True))
+        graph, _ = aot_export_module(Model(), x, trace_joint=True, output_loss_index=0)
+    targets = [str(n.target) for n in graph.graph.nodes if n.op == "call_function"]
+    print(*(sum(t in k for k in targets) for t in ("kernel_wrapper", "tile_lists", "cascade")))
+"""
+
+
+def test_compilers_see_the_kernels_of_a_training_step():
+    """Forward, queries, keys (and the bias) as kernels; a list of tiles for each of them."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", TRACED], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == ["4 0 0", "3 3 0"], done.stdout + done.stderr[-3000:]
 
 
 # The GPU suite and the benchmark, as far as they go without a GPU

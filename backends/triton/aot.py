@@ -233,9 +233,8 @@ def _resources(
         registers, spilled = _ptxas(files["ptx"].decode(), int(device.arch))
     else:
         text = files["amdgcn"].decode()
-        registers = _number(text, r"\.vgpr_count:\s+(\d+)") + _number(
-            text, r"\.agpr_count:\s+(\d+)"
-        )
+        # Accumulation registers are counted among these: both are one file since gfx90a.
+        registers = _number(text, r"\.vgpr_count:\s+(\d+)")
         # Scalar registers spill into lanes of vector registers, which costs no memory.
         spilled = 4 * _number(text, r"\.vgpr_spill_count:\s+(\d+)")
     shared = int(metadata.shared)
