@@ -172,7 +172,7 @@ def test_defaults_that_once_spilled_do_not(target, name, d):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"])
 @pytest.mark.parametrize("part", ["queries", "keys"])
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", [64, 128, 256])
 def test_backward_kernels_do_not_spill(target, part, d):
     lanes = {"d": d, "f": d}
     row, along = ("q", "kv") if part == "queries" else ("kv", "q")

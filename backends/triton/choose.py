@@ -39,6 +39,9 @@ def choose_schedule(
             # On sm_100 a thread of two warp groups has half the registers.
             warps=4 if device.arch == 100 else base.warps,
         )
+    wide = max(lanes.values(), default=0) > 128
+    if wide and _accumulators(program) > 1 and device.arch != 100:  # there they lie beside
+        base = base.with_(block_rows=32)
     skipping, pack = choose_skipping(program), _packing(program, extents or {})
     if skipping == "lists" and base.block_rows % pack:
         pack = 1  # a list is made for whole positions

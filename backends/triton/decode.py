@@ -26,7 +26,7 @@ from attn_rewrite.backends.triton.launch import (
     result_dtype,
     without_gradients,
 )
-from attn_rewrite.backends.triton.prepare import default_of, emitted, lanes_of, with_lse
+from attn_rewrite.backends.triton.prepare import default_of, emitted, lanes_of, widened, with_lse
 from attn_rewrite.backends.triton.program import Program, read_program
 from attn_rewrite.backends.triton.same import Same
 from attn_rewrite.backends.triton.schedule import Schedule
@@ -183,7 +183,7 @@ def decode(
     form = split_form(cascade)
     first = inputs["Q"]
     lanes = lanes_of(form.partial, inputs)
-    chosen = schedule or default_of(form.partial, inputs)
+    chosen = widened(schedule or default_of(form.partial, inputs), inputs)
     chosen = chosen.with_(split=True, paged=pages is not None, **_small(chosen, first))
     source = emitted(form.partial, chosen, lanes, "decode_part")
     sizes = extents_of(source, inputs, _sizes(inputs, pages))

@@ -194,7 +194,7 @@ def result_dtype(operands: Iterable[Tensor]) -> torch.dtype:
 
     bfloat16 where that has 8 bits: a result rounded to 8 bits is of no use.
     """
-    first = next(t.dtype for t in operands if t.is_floating_point())
+    first = next((t.dtype for t in operands if t.is_floating_point()), torch.float32)
     return torch.bfloat16 if first.itemsize == 1 else first
 
 

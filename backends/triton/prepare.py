@@ -131,10 +131,16 @@ def source_of(
         chosen = _read_schedule(schedule)
     else:
         chosen = _tuned(program, tensors) or default_of(program, tensors)
-    wide = frozenset(n for n, t in tensors.items() if t.dtype in _EIGHT_BITS)
-    if not wide <= chosen.widen or random != chosen.random:
-        chosen = chosen.with_(widen=chosen.widen | wide, random=random)
+    chosen = widened(chosen, tensors)
+    if random != chosen.random:
+        chosen = chosen.with_(random=random)
     return emitted(program, chosen, lanes_of(program, tensors), name)
+
+
+def widened(schedule: Schedule, tensors: Mapping[str, Tensor]) -> Schedule:
+    """The schedule that knows which operands are stored in 8 bits."""
+    narrow = frozenset(n for n, t in tensors.items() if t.dtype in _EIGHT_BITS)
+    return schedule if narrow <= schedule.widen else schedule.with_(widen=schedule.widen | narrow)
 
 
 _read_schedule = lru_cache(maxsize=128)(from_text)

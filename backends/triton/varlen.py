@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from attn_rewrite.backends.triton.launch import Call, launch, result_dtype, without_gradients
-from attn_rewrite.backends.triton.prepare import default_of, emitted, lanes_of, stages, with_lse
+from attn_rewrite.backends.triton.prepare import (
+    default_of,
+    emitted,
+    lanes_of,
+    stages,
+    widened,
+    with_lse,
+)
 from attn_rewrite.backends.triton.program import Program
 from attn_rewrite.backends.triton.same import Same
 from attn_rewrite.backends.triton.schedule import Schedule
@@ -52,7 +59,7 @@ def attend_varlen(
     lanes = lanes_of(program, wide)
     first = wide["Q"]
     rows = {**wide, "Q": first[:, :, : sequences.longest_q]}
-    chosen = schedule or default_of(program, rows)
+    chosen = widened(schedule or default_of(program, rows), wide)
     skipping = chosen.skipping if chosen.skipping == "bounds" else "none"
     source = emitted(program, chosen.with_(varlen=True, skipping=skipping), lanes, "varlen")
     count = len(sequences.q_starts) - 1

@@ -103,6 +103,24 @@ def test_a_batch_of_different_lengths_over_parts():
     close(decode(cascade, x, splits=3, schedule=SMALL), case, x)
 
 
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_cache_of_8_bits_under_wider_queries(kind):
+    """Values of the cache are exact; probabilities are rounded to float16, not to 8 bits."""
+    x = inputs_for(ONE, SIZES | {"b": 1}, torch.float16, 29)
+    narrow = {n: t.to(kind) if n in "KV" else t for n, t in x.items()}
+    cascade = softmax_cascade(ONE.form(2), "case")
+    exact = {n: t.float() for n, t in narrow.items()}
+    wanted = reference(ONE, exact, torch.float64)[0]
+    limit = 2**-10 * exact["V"].abs().max()
+    found = decode(cascade, narrow, splits=3)["AV"]
+    assert found.dtype == torch.float16
+    assert (found.double() - wanted).abs().max() <= limit
+    starts = [torch.tensor([0, n], dtype=torch.int32) for n in (3, 90)]
+    flat = {n: t[0] for n, t in narrow.items()}
+    found = attend_varlen(cascade, flat, Sequences(*starts, 3, 90))["AV"]
+    assert (found[None].double() - wanted).abs().max() <= limit
+
+
 def test_operators_for_serving_run_what_the_functions_run():
     import attn_rewrite.ops  # noqa: F401
 
