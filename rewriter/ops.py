@@ -10,6 +10,7 @@ from attn_rewrite.backends.torch.mapped import mapped_attention
 from attn_rewrite.backends.torch.ops import tile_counts, tiled_attention
 
 if importlib.util.find_spec("triton") is not None:
-    import attn_rewrite.backends.triton.ops  # noqa: F401
+    import attn_rewrite.backends.triton.ops
+    import attn_rewrite.backends.triton.serving_ops  # noqa: F401
 
 __all__ = ["mapped_attention", "tile_counts", "tiled_attention"]

@@ -529,7 +529,7 @@ def test_the_loader_passes_what_the_metadata_says(tmp_path, monkeypatch):
     (tmp_path / "k.cubin").write_bytes(b"code")
     index = {"target": "cuda:90", "sites": {"attention#0": ["k"]}}
     (tmp_path / "kernels.json").write_text(json.dumps(index))
-    kernel = loader.Bundle(tmp_path).of_site("attention#0")
+    (kernel,) = loader.Bundle(tmp_path).of_site("attention#0")
     kernel((7, 1, 1), Q_ptr=4096, n_q=300)
     assert [name for name, _ in calls] == [
         "cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute", "cuLaunchKernel"

@@ -2,7 +2,8 @@
 
 A binary is specialised like a launch would specialise it: the last stride of every operand is 1,
 its other strides and its address are multiples of 16 where the head dimension is one.  Those
-assumptions are part of the metadata, and the loader checks them.
+assumptions are part of the metadata, and the loader checks them.  Strides are 64 bits wide, lengths
+32.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 from attn_rewrite.backends.triton.build import is_interpreted, kernel_of
 from attn_rewrite.backends.triton.emit import Source
 from attn_rewrite.backends.triton.frame import Parameter
+from attn_rewrite.backends.triton.launch import last_line
 from attn_rewrite.backends.triton.schedule import Device, padded_side
 from attn_rewrite.errors import PolicyError, ToolError
 
@@ -26,6 +28,8 @@ POINTERS = {
     "float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "float8_e4m3fn": "*fp8e4nv",
     "float8_e5m2": "*fp8e5", "int8": "*i8", "int32": "*i32", "int64": "*i64", "bool": "*i1",
 }  # fmt: skip
+_NARROW = ("float8_e4m3fn", "float8_e5m2", "int8")
+_NUMBERS = {"dropout": "fp32"}
 _DECLARED = {"bool": "bool", "i64": "int64", "i32": "int32", "i8": "int8", "f32": "float32"}
 
 
@@ -89,11 +93,12 @@ def compile_source(
     dtype: str,
     lanes: Mapping[str, int],
     special: Mapping[str, Any] | None = None,
+    dtypes: Mapping[str, str] | None = None,
 ) -> Binary:
     """Compile ``source`` for ``target`` with operands of ``dtype`` (a torch name, ``bfloat16``).
 
-    ``lanes`` are the extents of the head dimensions.  Raises `ToolError` where Triton or the
-    assembler fails.
+    ``lanes`` are the extents of the head dimensions; ``dtypes`` the types of operands that have
+    another one, by name.  Raises `ToolError` where Triton or the assembler fails.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -106,7 +111,9 @@ def compile_source(
             "kernels are interpreted in this process (TRITON_INTERPRET is set); compile ahead of "
             "time in a process without it", stage="triton compile",
         )  # fmt: skip
-    signature, constants, attributes = _specialised(source, dtype, lanes, special or {})
+    signature, constants, attributes = _specialised(
+        source, dtype, lanes, special or {}, dtypes or {}
+    )
     warp = 64 if device.backend == "hip" else 32
     options = {"num_warps": source.schedule.warps, "num_stages": source.schedule.stages}
     try:
@@ -117,11 +124,16 @@ def compile_source(
         )
     except Exception as error:
         raise ToolError(
-            f"Triton cannot compile {source.name} for {target}: {str(error).strip()[:2000]}",
+            f"Triton cannot compile {source.name} for {target} with {dtype}: {last_line(error)}",
             stage="triton compile",
         ) from error
     kinds = ("ptx", "cubin") if device.backend == "cuda" else ("amdgcn", "hsaco")
     files = {k: _bytes(compiled.asm[k]) for k in kinds}
+    if getattr(compiled.metadata, "global_scratch_size", 0):
+        raise ToolError(
+            f"{source.name} for {target} wants scratch memory, which the loader does not provide",
+            stage="triton compile",
+        )
     resources = _resources(target, device, files, compiled.metadata, source.schedule.warps * warp)
     meta = _metadata(source, target, compiled, signature, constants, attributes, resources)
     return Binary(target, files, resources, meta)
@@ -135,7 +147,11 @@ def _bytes(value: str | bytes) -> bytes:
 
 
 def _specialised(
-    source: Source, dtype: str, lanes: Mapping[str, int], special: Mapping[str, Any]
+    source: Source,
+    dtype: str,
+    lanes: Mapping[str, int],
+    special: Mapping[str, Any],
+    dtypes: Mapping[str, str],
 ) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]:
     """Types of all arguments, values of constants, and what is known of pointers and strides."""
     signature: dict[str, str] = {}
@@ -147,13 +163,15 @@ def _specialised(
             signature[p.name] = "constexpr"
             constants[p.name] = _constant(source, p, lanes, special)
         elif p.kind == "pointer":
-            signature[p.name] = pointer_type(source, p.tensor, dtype)
+            known = dtypes.get(p.tensor)
+            signature[p.name] = POINTERS[known] if known else pointer_type(source, p.tensor, dtype)
             attributes[place,] = [["tt.divisibility", 16]]
         elif p.kind == "stride" and p.rank == last_rank(source, p.tensor):
             signature[p.name] = "constexpr"
             constants[p.name] = 1
         else:
-            signature[p.name] = "fp32" if p.name == "dropout" else "i32"
+            # A tensor of 2^20 tokens has strides beyond 32 bits.
+            signature[p.name] = _NUMBERS.get(p.name, "i64" if p.kind == "stride" else "i32")
             if p.kind == "stride" and aligned and set(lanes) & set(ranks_of(source, p.tensor)):
                 attributes[place,] = [["tt.divisibility", 16]]
     return signature, constants, attributes
@@ -200,8 +218,9 @@ def pointer_type(source: Source, tensor: str, dtype: str) -> str:
     for output in source.outputs:
         if output.name == tensor:
             wide = source.schedule.split or not set(output.ranks) & set(source.program.roles.lanes)
-            return POINTERS["float32" if wide else dtype.replace("float8_e4m3fn", "bfloat16")]
-    return "*i32"
+            return POINTERS["float32" if wide else "bfloat16" if dtype in _NARROW else dtype]
+    # A seed has 64 bits; tables of tiles, pages and sequences have 32.
+    return POINTERS["int64" if tensor == "seed" else "int32"]
 
 
 # Resources
@@ -214,9 +233,8 @@ def _resources(
         registers, spilled = _ptxas(files["ptx"].decode(), int(device.arch))
     else:
         text = files["amdgcn"].decode()
-        registers = _number(text, r"\.vgpr_count:\s+(\d+)") + _number(
-            text, r"\.agpr_count:\s+(\d+)"
-        )
+        # Accumulation registers are counted among these: both are one file since gfx90a.
+        registers = _number(text, r"\.vgpr_count:\s+(\d+)")
         # Scalar registers spill into lanes of vector registers, which costs no memory.
         spilled = 4 * _number(text, r"\.vgpr_spill_count:\s+(\d+)")
     shared = int(metadata.shared)
@@ -231,17 +249,21 @@ def _number(text: str, pattern: str) -> int:
 
 def _ptxas(ptx: str, arch: int) -> tuple[int, int]:
     """Registers a thread and bytes of spill stores, as the assembler reports them."""
-    from triton.backends.nvidia.compiler import get_ptxas
+    from triton.backends.nvidia import compiler
 
     name = re.search(r"\.target\s+(\w+)", ptx)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.ptx"
-        path.write_text(ptx)
-        command = [get_ptxas(arch).path, "-v", f"--gpu-name={name.group(1) if name else arch}",
-                   str(path), "-o", str(path.with_suffix(".cubin"))]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "kernel.ptx"
+            path.write_text(ptx)
+            command = [compiler.get_ptxas(arch).path, "-v",
+                       f"--gpu-name={name.group(1) if name else arch}",
+                       str(path), "-o", str(path.with_suffix(".cubin"))]  # fmt: skip
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except (OSError, RuntimeError) as error:
+        raise ToolError(f"ptxas cannot be run: {last_line(error)}", stage="ptxas") from error
     if done.returncode:
-        raise ToolError(f"ptxas failed: {done.stderr.strip()[:1000]}", stage="ptxas")
+        raise ToolError(f"ptxas failed: {last_line(Exception(done.stderr))}", stage="ptxas")
     return (
         _number(done.stderr, r"Used (\d+) registers"),
         _number(done.stderr, r"(\d+) bytes spill stores"),
@@ -259,6 +281,33 @@ def occupancy_bound(limits: Limits, registers: int, shared: int, threads: int) -
 
 
 # Metadata
+
+
+def grid_formula(source: Source) -> str:
+    """The number of programs along the first dimension of the grid, as an expression of extents."""
+    roles, schedule = source.program.roles, source.schedule
+    rows = roles.row if schedule.pack == 1 else f"{roles.row} * {schedule.pack}"
+    factors = [f"ceil({rows} / {schedule.block_rows})"]
+    for rank in roles.grid:
+        packed = rank == "h" and schedule.pack > 1
+        factors.append(f"({rank} / {schedule.pack})" if packed else rank)
+    return " * ".join(factors)
+
+
+def _lists(source: Source) -> dict[str, Any] | None:
+    """What the int32 arguments ``tiles`` and ``columns`` hold, where a kernel has them."""
+    schedule = source.schedule
+    if schedule.skipping != "lists":
+        return None
+    (guard,) = source.program.guards()
+    return {
+        "guard": str(guard),
+        "rows": schedule.block_rows // schedule.pack,
+        "columns": schedule.block_along,
+        "tiles": "[b or 1, h or 1, blocks of rows, 3]: places in columns where the partial tiles "
+        "of a block begin, its full tiles begin, and both end",
+        "columns_hold": "numbers of tiles, those of a block one after the other",
+    }
 
 
 def _metadata(
@@ -282,6 +331,8 @@ def _metadata(
     roles, schedule = source.program.roles, source.schedule
     return {
         "function": compiled.metadata.name,
+        "warps": schedule.warps,
+        "stages": schedule.stages,
         "target": target,
         "threads": resources.threads,
         "shared_bytes": resources.shared,
@@ -291,9 +342,10 @@ def _metadata(
         "unit_strides": [p.name for p in source.parameters if p.kind == "stride" and
                          signature[p.name] == "constexpr"],
         "grid": {
-            "rows": roles.row, "block_rows": schedule.block_rows, "packed_heads": schedule.pack,
-            "ranks": list(roles.grid), "split": schedule.split,
+            "formula": grid_formula(source), "rows": roles.row, "block_rows": schedule.block_rows,
+            "packed_heads": schedule.pack, "ranks": list(roles.grid), "split": schedule.split,
         },
+        "tile_lists": _lists(source),
         "outputs": [asdict(o) for o in source.outputs],
         "resources": asdict(resources),
         "schedule": {k: sorted(v) if isinstance(v, frozenset) else v

@@ -10,13 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
 from attn_rewrite import knobs
+from attn_rewrite.backends.triton.build import write_whole
 from attn_rewrite.backends.triton.program import Program
 from attn_rewrite.backends.triton.schedule import Schedule, from_text, padded_side, to_text
 from attn_rewrite.errors import ToolError
@@ -92,11 +91,7 @@ def remember(key: str, schedule: Schedule, milliseconds: float) -> None:
     path = _path(key)
     text = json.dumps({"schedule": to_text(schedule), "milliseconds": milliseconds})
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            out.write(text)
-        os.replace(part, path)
+        write_whole(path, text)
         remembered.cache_clear()
     except OSError as error:
         raise ToolError(

@@ -44,21 +44,29 @@ def _kernel(name: str, key: str, text: str) -> Any:
 
 
 def _write_once(path: Path, text: str) -> None:
-    """Write a file that no reader ever sees half written."""
     try:
-        if path.exists() and path.read_text("utf-8") == text:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
+        if not (path.exists() and path.read_text("utf-8") == text):
+            write_whole(path, text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ToolError(
+            f"the generated kernel cannot be written to {path}: "
+            f"{getattr(error, 'strerror', None) or error}; point {knobs.CACHE} at a writable "
+            "folder",
+            stage="triton source",
+        ) from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that no reader ever sees half written; nothing is left behind on an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
+    try:
         with os.fdopen(handle, "w", encoding="utf-8") as out:
             out.write(text)
         os.replace(part, path)
-    except OSError as error:
-        raise ToolError(
-            f"the generated kernel cannot be written to {path}: {error.strerror or error}; "
-            f"point {knobs.CACHE} at a writable folder",
-            stage="triton source",
-        ) from error
+    except BaseException:
+        os.unlink(part)
+        raise
 
 
 def is_interpreted(kernel: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,7 +110,7 @@ def _write(path: Path, source: Source, site: Site, target: str) -> dict[str, Any
     dtype = str(site.inputs["Q"].node.meta["val"].dtype).removeprefix("torch.")
     extents = site.extents()
     lanes = {r: int(extents[r]) for r in source.program.roles.lanes}
-    fitted, binary = fit(source, target, dtype, lanes)
+    fitted, binary = fit(source, target, dtype, lanes, _dtypes(site))
     name = f"{fitted.name}-{_types(source, site)}-{fitted.key}"
     (path / f"{name}.py").write_text(fitted.text, "utf-8")
     for kind, content in binary.files.items():
@@ -120,7 +120,19 @@ def _write(path: Path, source: Source, site: Site, target: str) -> dict[str, Any
     return {"name": name, "dtype": dtype, "lanes": lanes, "resources": asdict(binary.resources)}
 
 
-def fit(source: Source, target: str, dtype: str, lanes: dict[str, int]) -> tuple[Source, Binary]:
+def _dtypes(site: Site) -> dict[str, str]:
+    """The types of the operands as the model has them."""
+    found = {n: o.node.meta["val"].dtype for n, o in site.inputs.items()}
+    return {n: str(t).removeprefix("torch.") for n, t in found.items()}
+
+
+def fit(
+    source: Source,
+    target: str,
+    dtype: str,
+    lanes: dict[str, int],
+    dtypes: Mapping[str, str] | None = None,
+) -> tuple[Source, Binary]:
     """The kernel with the first schedule, from the given one down, that a processor can hold.
 
     `ToolError` where every one of them spills or takes too much shared memory.
@@ -130,7 +142,7 @@ def fit(source: Source, target: str, dtype: str, lanes: dict[str, int]) -> tuple
         candidate = source
         if schedule != source.schedule:
             candidate = emit(source.program, schedule, lanes, name=source.name)
-        binary = compile_source(candidate, target, dtype, lanes, {"dropout": 0.0})
+        binary = compile_source(candidate, target, dtype, lanes, {"dropout": 0.0}, dtypes)
         if fits(binary, LIMITS[target]):
             return candidate, binary
         tried.append(f"{schedule.block_rows}x{schedule.block_along}: "

@@ -12,7 +12,7 @@ from attn_rewrite.backends.triton.traversal import has_bounds
 from attn_rewrite.cascade.expr import Expr, Rank, Read, ranks_of, walk
 
 # Up to this many queries heads of a group are packed: rows of a block would be empty otherwise.
-_FEW_ROWS = 16
+FEW_ROWS = 16
 
 
 def choose_schedule(
@@ -39,12 +39,13 @@ def choose_schedule(
             # On sm_100 a thread of two warp groups has half the registers.
             warps=4 if device.arch == 100 else base.warps,
         )
-    return base.with_(
-        skipping=choose_skipping(program),
-        pack=_packing(program, extents or {}),
-        random=random,
-        widen=_widened(program),
-    )
+    wide = max(lanes.values(), default=0) > 128
+    if wide and _accumulators(program) > 1 and device.arch != 100:  # there they lie beside
+        base = base.with_(block_rows=32)
+    skipping, pack = choose_skipping(program), _packing(program, extents or {})
+    if skipping == "lists" and base.block_rows % pack:
+        pack = 1  # a list is made for whole positions
+    return base.with_(skipping=skipping, pack=pack, random=random, widen=_widened(program))
 
 
 def choose_skipping(program: Program) -> str:
@@ -78,7 +79,7 @@ def _packing(program: Program, extents: Mapping[str, int | None]) -> int:
     """Query heads per block: all that share a key head, where there are few queries."""
     rows = extents.get(program.roles.row)
     group = groups(program)
-    if group == 1 or rows is None or rows > _FEW_ROWS or program.roles.row != "q":
+    if group == 1 or rows is None or rows > FEW_ROWS or program.roles.row != "q":
         return 1
     if "h" not in program.roles.grid or any("h" in ranks_of(g) for g in program.guards()):
         return 1

@@ -18,11 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_rewrite.backends.triton.choose import choose_schedule
-from attn_rewrite.backends.triton.emit import Source, emit
-from attn_rewrite.backends.triton.launch import Call, extents_of, launch
-from attn_rewrite.backends.triton.prepare import device_of, lanes_of, with_lse
+from attn_rewrite.backends.triton.emit import Source
+from attn_rewrite.backends.triton.launch import (
+    Call,
+    extents_of,
+    launch,
+    result_dtype,
+    without_gradients,
+)
+from attn_rewrite.backends.triton.prepare import default_of, emitted, lanes_of, widened, with_lse
 from attn_rewrite.backends.triton.program import Program, read_program
+from attn_rewrite.backends.triton.same import Same
 from attn_rewrite.backends.triton.schedule import Schedule
 from attn_rewrite.cascade.expr import Const, Expr, Extent, Rank, Read, transform
 from attn_rewrite.cascade.ir import Cascade, Einsum, Loop, RankDecl, Statement, TensorDecl
@@ -54,9 +60,14 @@ class Pages:
     lengths: Tensor
 
 
-@lru_cache(maxsize=128)
 def split_form(cascade: Cascade) -> SplitForm:
     """The split form of an attention, with log-sum-exp; `LowerError` where it carries no state."""
+    return _split_form(Same(cascade))
+
+
+@lru_cache(maxsize=128)
+def _split_form(same: Same[Cascade]) -> SplitForm:
+    cascade = same.value
     found = fuse_reductions(with_lse(cascade), "kv")
     if not isinstance(found, Fusion) or found.partial is None:
         raise LowerError(
@@ -165,16 +176,16 @@ def decode(
 
     ``inputs`` by name, in the declared ranks; with ``pages`` K and V are [pages, hkv, page, d].
     ``splits`` and ``schedule`` are chosen where not given; ``wrap`` as in `launch`.  Reassociated.
-    Raises `LowerError` for an attention without states that merge.
+    Raises `LowerError` for an attention without states that merge, and where a gradient is asked
+    for.
     """
+    without_gradients("decode", inputs)
     form = split_form(cascade)
     first = inputs["Q"]
     lanes = lanes_of(form.partial, inputs)
-    chosen = schedule or choose_schedule(
-        form.partial, lanes, first.element_size(), device_of(first), {"q": first.shape[2]}
-    )
+    chosen = widened(schedule or default_of(form.partial, inputs), inputs)
     chosen = chosen.with_(split=True, paged=pages is not None, **_small(chosen, first))
-    source = emit(form.partial, chosen, lanes, name="decode_part")
+    source = emitted(form.partial, chosen, lanes, "decode_part")
     sizes = extents_of(source, inputs, _sizes(inputs, pages))
     chunk, splits = _chunk(source, sizes, splits)
     call = _parts(source, inputs, sizes, chunk, splits, pages)
@@ -248,12 +259,13 @@ def _join(
 ) -> tuple[Source, Call]:
     """The launch that folds the states of all parts and finishes."""
     mine = {r: n for r, n in lanes.items() if r in program.roles.lanes}
-    source = emit(program, Schedule(block_rows=16, block_along=16), mine, name="decode_join")
+    source = emitted(program, Schedule(block_rows=16, block_along=16), mine, "decode_join")
     declared = {t.name: t.ranks for t in program.cascade.inputs}
     operands = {n: states.get(n, inputs.get(n)) for n in declared}
     outputs = {}
     for o in source.outputs:
-        kind = inputs["Q"].dtype if set(program.roles.lanes) & set(o.ranks) else torch.float32
+        wide = not set(program.roles.lanes) & set(o.ranks)
+        kind = torch.float32 if wide else result_dtype(inputs.values())
         shape = [sizes[r] for r in o.ranks]
         outputs[o.name] = torch.empty(shape, dtype=kind, device=inputs["Q"].device)
         declared[o.name] = o.ranks

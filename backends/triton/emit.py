@@ -15,6 +15,7 @@ from attn_rewrite.backends.triton.base2 import to_base_2
 from attn_rewrite.backends.triton.expressions import HELPERS, Value
 from attn_rewrite.backends.triton.frame import Frame, Memory, Parameter, constant_parameters
 from attn_rewrite.backends.triton.program import NEXT, Pass, Program, Step, reads_of
+from attn_rewrite.backends.triton.references import with_safe_references
 from attn_rewrite.backends.triton.schedule import Schedule, padded_side
 from attn_rewrite.backends.triton.tiles import Masking, Steps
 from attn_rewrite.backends.triton.traversal import Traversal
@@ -65,7 +66,8 @@ def emit(
     an Einsum that is neither a map, a fold of at most two axes, nor a product of matrices.
     """
     padded = frozenset(r for r, n in lanes.items() if padded_side(n) != n)
-    return _Emitter(Frame(to_base_2(program), schedule, padded), name).source()
+    prepared = to_base_2(with_safe_references(program))
+    return _Emitter(Frame(prepared, schedule, padded), name).source()
 
 
 class _Emitter:
@@ -277,7 +279,7 @@ class _Emitter:
             out.line("@triton.jit")
             out.lines += HELPERS[helper]
             out.line()
-        numbers = [p.name for p in parameters if p.kind in ("extent", "special")]
+        numbers = [p.name for p in parameters if self._is_number(p)]
         out.line()
         out.line(f"@triton.jit(do_not_specialize={numbers!r})" if numbers else "@triton.jit")
         out.line(f"def {self.name}(")
@@ -285,6 +287,22 @@ class _Emitter:
             out.line(f"    {p.name}{': tl.constexpr' if p.constant else ''},")
         out.line("):")
         return out.text + self.frame.head.text + self.frame.body.text
+
+    def _is_number(self, p: Parameter) -> bool:
+        """Not specialised: lengths, and strides of statistics per row, which are lengths as well.
+
+        Triton makes another binary for an argument of 1 and for multiples of 16; the strides of
+        tiles gain from that, and follow the head dimension where layouts are plain.
+        """
+        if p.kind != "stride":
+            return p.kind in ("extent", "special")
+        roles = self.frame.roles
+        made = {o.name: o.ranks for o in self.outputs}
+        decl = self.frame.inputs.get(p.tensor)
+        ranks = made.get(p.tensor, ()) if decl is None else decl.ranks
+        if not ranks or {roles.along, *roles.lanes} & set(ranks):
+            return False
+        return p.rank != ranks[-1]
 
 
 def _outputs(program: Program) -> tuple[Output, ...]:

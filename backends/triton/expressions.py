@@ -99,7 +99,7 @@ class Expressions:
         if op == "not":
             return Value(f"~{texts[0]}", axes, "bool", 8)
         if op in _BINDING:
-            return self._infix(op, values, axes, kind, texts)
+            return self._infix(op, values, args, axes, kind, texts)
         if op == "where":
             condition = self._truths(values[0], axes)
             kind = values[1].kind if values[1].kind == values[2].kind else "float"
@@ -122,7 +122,13 @@ class Expressions:
         return value.over(axes) if len(axes) > 1 else value.atom()
 
     def _infix(
-        self, op: str, values: list[Value], axes: tuple[str, ...], kind: str, texts: list[str]
+        self,
+        op: str,
+        values: list[Value],
+        args: Sequence[Expr],
+        axes: tuple[str, ...],
+        kind: str,
+        texts: list[str],
     ) -> Value:
         sign = {"or": "|", "and": "&"}.get(op) or OPERATORS[op].infix
         level = _BINDING[op]
@@ -131,6 +137,8 @@ class Expressions:
             texts[0] = first.text
         if second.binding > level and second.axes in ((), axes):
             texts[1] = second.text
+        if op == "mul" and kind == "int" and _may_overflow(args):
+            texts[0] = f"tl.cast({bare(texts[0])}, tl.int64)"
         boolean = OPERATORS[op].boolean or op in ("and", "or")
         if op == "div":
             kind = "float"
@@ -188,6 +196,12 @@ class Expressions:
             return Value(f"{a.over(axes)} {sign} {b.over(axes)}", axes, "int", 6)
         self.helpers.add(f"floor_{op}")
         return Value(f"floor_{op}({texts[0]}, {texts[1]})", axes, "int")
+
+
+def _may_overflow(factors: Sequence[Expr]) -> bool:
+    """Can the product of two integers of at most 2^20 leave 32 bits?"""
+    known = [abs(f.value) for f in factors if isinstance(f, Const)]
+    return not known or max(known) >= 1 << 11
 
 
 def _nonnegative(expr: Expr) -> bool:

@@ -254,7 +254,7 @@ class Memory:
         fixed += self._starts(tensor, ranks, output)
         base = self._base(tensor, pointer, fixed)
         axes = tuple(a for a in frame.order if any(a in v.axes for v, _ in moving))
-        parts = [f"{_placed(v, axes, frame.roles.lanes)} * {s}" for v, s in moving]
+        parts = [f"{_placed(v, axes)} * {s}" for v, s in moving]
         return " + ".join([base, *parts]), axes, self._mask(axes, checks)
 
     def pointer(self, tensor: str) -> str:
@@ -388,14 +388,11 @@ def _wide(value: Value) -> str:
     return value.text if value.text.endswith(".to(tl.int64)") else f"{value.atom()}.to(tl.int64)"
 
 
-def _placed(value: Value, axes: Sequence[str], lanes: Sequence[str]) -> str:
-    """An index over the axes of the tile; lanes are small and stay 32 bits wide."""
+def _placed(value: Value, axes: Sequence[str]) -> str:
+    """An index over the axes of the tile, 64 bits wide."""
     if not value.axes:
         return f"tl.cast({value.text}, tl.int64)"
-    if set(value.axes) <= set(lanes):
-        return value.over(axes)
-    wide = Value(_wide(value), value.axes, "int")
-    return wide.over(axes)
+    return Value(_wide(value), value.axes, "int").over(axes)
 
 
 def constant_parameters(found: Mapping[str, Parameter]) -> tuple[Parameter, ...]:

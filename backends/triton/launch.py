@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from attn_rewrite.backends.triton.build import is_interpreted, kernel_of
 from attn_rewrite.backends.triton.emit import Source
 from attn_rewrite.backends.triton.frame import Parameter
 from attn_rewrite.backends.triton.schedule import padded_side
-from attn_rewrite.errors import LowerError
+from attn_rewrite.errors import LowerError, ToolError
 
 Launch = Callable[..., Any]
 
@@ -100,7 +101,37 @@ def launch(source: Source, call: Call, splits: int = 1, *, wrap: bool = False) -
         return
     target = torch.library.wrap_triton(kernel) if wrap else kernel
     schedule = source.schedule
-    target[grid](**arguments(source, call), num_warps=schedule.warps, num_stages=schedule.stages)
+    options = {"num_warps": schedule.warps, "num_stages": schedule.stages}
+    with _current(next(iter(call.tensors.values())).device), _one_sentence(source):
+        target[grid](**arguments(source, call), **options)
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, whichever the operands are on."""
+    if device.type != "cuda" or torch.cuda.device_count() < 2:
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+@contextmanager
+def _one_sentence(source: Source) -> Iterator[None]:
+    """What Triton says of a kernel that it cannot compile, or a GPU cannot hold, as `ToolError`."""
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        yield
+    except (CompilationError, OutOfResources) as error:
+        raise ToolError(
+            f"{source.name} ({source.schedule.block_rows} x {source.schedule.block_along} tiles) "
+            f"cannot run on this GPU: {last_line(error)}", stage="triton launch",
+        ) from error  # fmt: skip
+
+
+def last_line(error: Exception) -> str:
+    """The last line of a message, which says what is wrong; those before show where."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else repr(error))[:500]
 
 
 def _interpret(kernel: Any, grid: tuple[Any, ...], source: Source, call: Call) -> None:
@@ -131,6 +162,42 @@ def extents_of(
     return found
 
 
+def check_device(tensors: Sequence[Tensor]) -> None:
+    """`LowerError` unless kernels can run on the device of the tensors, which is one."""
+    import triton
+
+    device = tensors[0].device
+    if device.type != "cuda" and not triton.knobs.runtime.interpret:
+        raise LowerError(
+            f"Triton kernels run on an NVIDIA or AMD GPU, and the operands are on {device}; use "
+            "backend='torch' here, or compile ahead of time with --export triton:cuda:90"
+        )
+    other = next((t.device for t in tensors if t.device != device), None)
+    if other is not None:
+        raise LowerError(
+            f"operands of a Triton kernel are on {device} and on {other}; move them to one device"
+        )
+
+
+def without_gradients(name: str, inputs: Mapping[str, Tensor]) -> None:
+    """`LowerError` where autograd would record a function that has no gradient."""
+    asked = [n for n, t in inputs.items() if t.requires_grad]
+    if asked and torch.is_grad_enabled():
+        raise LowerError(
+            f"{name} has no gradient, and {asked[0]} requires one; call it under torch.no_grad(), "
+            "or train with attn_rewrite::triton_cascade"
+        )
+
+
+def result_dtype(operands: Iterable[Tensor]) -> torch.dtype:
+    """The type of outputs with a head dimension: that of the first floating operand.
+
+    bfloat16 where that has 8 bits: a result rounded to 8 bits is of no use.
+    """
+    first = next((t.dtype for t in operands if t.is_floating_point()), torch.float32)
+    return torch.bfloat16 if first.itemsize == 1 else first
+
+
 def run(
     source: Source,
     inputs: Mapping[str, Tensor],
@@ -145,11 +212,11 @@ def run(
     """Allocate the outputs of ``source``, launch it, and return them by name.
 
     ``inputs`` have the declared ranks as dimensions, any strides.  Outputs with a head dimension
-    have the type of the first floating input, others float32; ``dtypes`` says otherwise.
+    have the type of `result_dtype`, others float32; ``dtypes`` says otherwise.
     ``tables`` are the lists of tiles (``tiles [b, h, blocks, 3]``, ``columns``).
     """
     sizes = extents_of(source, inputs, extents)
-    first = next(t for t in inputs.values() if t.is_floating_point())
+    first, narrow = next(iter(inputs.values())), result_dtype(inputs.values())
     ranks = {t.name: t.ranks for t in source.program.cascade.inputs}
     ranks["tiles"] = ("b", "h", "blocks", "place")
     outputs = {}
@@ -159,8 +226,8 @@ def run(
         ranks[o.name] = o.ranks
         if source.schedule.split:
             shape, ranks[o.name] = [splits, *shape], ("split", *o.ranks)
-        wide = torch.float32 if source.schedule.split or not lanes & set(o.ranks) else first.dtype
-        kind = (dtypes or {}).get(o.name, wide)
+        wide = source.schedule.split or not lanes & set(o.ranks)
+        kind = (dtypes or {}).get(o.name, torch.float32 if wide else narrow)
         if source.program.roles.along in o.ranks:
             outputs[o.name] = torch.full(shape, o.default, dtype=kind, device=first.device)
         else:

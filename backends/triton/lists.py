@@ -82,6 +82,27 @@ def _lists(
     frozen: _Frozen,
 ) -> TileLists:
     tables = {n: np.frombuffer(raw, np.dtype(d)).reshape(s) for n, s, d, raw in frozen}
+    return _assembled(
+        covers(guard, schedule, q_len=q_len, kv_len=kv_len, heads=heads, batch=batch, rows=rows,
+               tables=tables)
+    )  # fmt: skip
+
+
+def covers(
+    guard: Expr,
+    schedule: Schedule,
+    *,
+    q_len: int,
+    kv_len: int,
+    heads: int,
+    batch: int,
+    rows: str,
+    tables: Mapping[str, Table] | None = None,
+) -> list[list[Cells]]:
+    """The cover of ``guard`` by tiles, for each batch entry and head that it tells apart.
+
+    Rows of a cover are blocks of ``rows``; a full tile that reaches beyond the length is partial.
+    """
     used = ranks_of(guard)
     entries: list[int | None] = list(range(batch)) if "b" in used else [None]
     each: list[int | None] = list(range(heads)) if "h" in used else [None]
@@ -92,13 +113,12 @@ def _lists(
     def cells(entry: int | None, head: int | None) -> Cells:
         found = block_cover(
             guard, q_len=q_len, kv_len=kv_len, block_q=block_q, block_kv=block_kv, head=head,
-            batch=entry, extents={"h": heads, "b": batch}, tables=tables,
+            batch=entry, extents={"h": heads, "b": batch}, tables=tables or {},
         )  # fmt: skip
         return found if rows == "q" else found.T
 
     short = (kv_len if rows == "q" else q_len) % schedule.block_along != 0
-    covers = [[_short_last(cells(e, h), short=short) for h in each] for e in entries]
-    return _assembled(covers)
+    return [[_short_last(cells(e, h), short=short) for h in each] for e in entries]
 
 
 def _short_last(cells: Cells, *, short: bool) -> Cells:

@@ -1,11 +1,12 @@
 """Launch the kernels of this folder without Triton and without attn-rewrite.
 
-    kernels = Bundle("cuda-90")              # the folder this file lies in, or its path
-    kernel = kernels.of_site("layers.0.attn#0")
-    kernel(grid=(blocks, 1, 1), stream=0, Q_ptr=q.data_ptr(), Q_b=q.stride(0), ...)
+    bundle = Bundle()                        # the folder this file lies in, or its path
+    (kernel,) = bundle.of_site("layers.0.attn#0")
+    grid = kernel.grid(b=1, h=32, q=4096)
+    kernel(grid, stream=0, Q_ptr=q.data_ptr(), Q_b=q.stride(0), ..., n_q=4096, n_kv=4096)
 
-Arguments are integers: addresses on the device, strides in elements, lengths.  ``kernels.json``
-says what each of them is, which strides must be 1, and which values must be multiples of 16.
+Arguments are numbers: addresses on the device, strides in elements, lengths.  The JSON file of a
+kernel says what each of them is, which strides must be 1, and which values multiples of 16.
 """
 
 import ctypes
@@ -32,9 +33,9 @@ class Bundle:
         if status != 0:
             raise RuntimeError(f"{self.prefix}{name} failed with status {status}")
 
-    def of_site(self, site: str) -> "Kernel":
-        """The last kernel of an attention, by the name the report has for it."""
-        return Kernel(self, self.index["sites"][site][-1])
+    def of_site(self, site: str) -> "list[Kernel]":
+        """The kernels of an attention in the order of launch, by the name the report has for it."""
+        return [Kernel(self, name) for name in self.index["sites"][site]]
 
 
 class Kernel:
@@ -51,15 +52,18 @@ class Kernel:
         if bundle.prefix == "cu":  # more than 48 KB of shared memory must be asked for
             bundle.call("FuncSetAttribute", self.function, 8, self.meta["shared_bytes"])
 
+    def grid(self, **extents: int) -> "tuple[int, int, int]":
+        """The number of programs for extents of ranks: ``b=1, h=32, q=4096``."""
+        rule = self.meta["grid"]
+        packed = rule["packed_heads"]
+        programs = -(-extents[rule["rows"]] * packed // rule["block_rows"])
+        for rank in rule["ranks"]:
+            programs *= extents[rank] // (packed if rank == "h" else 1)
+        return programs, 1, 1
+
     def __call__(self, grid: "tuple[int, int, int]", stream: int = 0, **values: Any) -> None:
         """Launch; ValueError for a value the kernel was not compiled for."""
-        boxes: list[Any] = []
-        for argument in self.meta["arguments"]:
-            value = values[argument["name"]]
-            if argument["multiple_of"] > 1 and value % argument["multiple_of"]:
-                raise ValueError(f"{argument['name']} must be a multiple of 16, not {value}")
-            kind = argument["type"]
-            boxes.append(ctypes.c_void_p(value) if kind[0] == "*" else _C_TYPES[kind](value))
+        boxes = [_boxed(argument, values[argument["name"]]) for argument in self.meta["arguments"]]
         for name in self.meta["unit_strides"]:
             if values.get(name, 1) != 1:
                 raise ValueError(f"{name} must be 1, not {values[name]}")
@@ -70,3 +74,16 @@ class Kernel:
             prefix + "Kernel", self.function, *grid, self.meta["threads"], 1, 1,
             self.meta["shared_bytes"], ctypes.c_void_p(stream), pointers, None,
         )  # fmt: skip
+
+
+def _boxed(argument: "dict[str, Any]", value: Any) -> Any:
+    """A value as the C type of an argument."""
+    name, kind, unit = argument["name"], argument["type"], argument["multiple_of"]
+    if unit > 1 and value % unit:
+        raise ValueError(f"{name} must be a multiple of {unit}, not {value}")
+    if kind[0] == "*":
+        return ctypes.c_void_p(value)
+    box: Any = _C_TYPES[kind](value)
+    if kind[0] == "i" and box.value != value:
+        raise ValueError(f"{name} does not fit {kind}: {value}")
+    return box

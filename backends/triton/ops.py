@@ -1,19 +1,20 @@
 """The operators ``attn_rewrite::triton_*``; importing this file registers them.
 
-``triton_cascade(inputs, extra, cascade, schedule)`` runs the cascade that the text ``cascade``
-writes down: ``inputs`` are its inputs in order (a dimension of extent 1 broadcasts, any strides),
-``schedule`` a schedule as text, or empty for the default.  It gives the outputs of the cascade, and
-for a softmax attention the log-sum-exp [b, h, q] in float32 after them.  ``extra`` is empty, or
-holds the seed (int64 [1]) of a dropout named by the schedule.
+``triton_cascade(inputs, seed, cascade, schedule, dropout)`` runs the cascade that the text
+``cascade`` writes down: ``inputs`` are its inputs in order (a dimension of extent 1 broadcasts, any
+strides), ``schedule`` a schedule as text, or empty for the default.  It gives the outputs of the
+cascade, and for a softmax attention the log-sum-exp [b, h, q] in float32 after them.  ``seed``
+(int64 [1], None without dropout) and ``dropout`` make the factor of a cascade of `with_dropout`.
 
 Operands are float16, bfloat16, float32 or 8-bit floats; sums and statistics are float32.  Output
-with a head dimension has the type of the first input.  A row that keeps no key gives 0, and -inf as
-log-sum-exp.
+with a head dimension has the type of the first floating input, bfloat16 where that has 8 bits.  A
+row that keeps no key gives 0, and -inf as log-sum-exp.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,21 +23,24 @@ from torch import Tensor
 from attn_rewrite.backends.triton.decode import decode, is_worth_splitting
 from attn_rewrite.backends.triton.emit import Source
 from attn_rewrite.backends.triton.gradient import plain_index
-from attn_rewrite.backends.triton.launch import extents_of, run
+from attn_rewrite.backends.triton.launch import check_device, extents_of, result_dtype, run
 from attn_rewrite.backends.triton.lists import blockwise_tables, make_lists
 from attn_rewrite.backends.triton.prepare import (
     DROPOUT,
     backward,
     cascade_of,
+    is_softmax,
+    outputs_of,
     program_of,
     softmax_form,
     source_of,
     stages,
-    with_lse,
 )
 from attn_rewrite.backends.triton.program import Program
-from attn_rewrite.backends.triton.schedule import from_text, to_text
-from attn_rewrite.cascade.attention import SoftmaxAttention, as_softmax
+from attn_rewrite.backends.triton.same import Same
+from attn_rewrite.backends.triton.schedule import Schedule, from_text, to_text
+from attn_rewrite.backends.triton.table_lists import lists_of_table, table_guard
+from attn_rewrite.cascade.attention import SoftmaxAttention
 from attn_rewrite.cascade.expr import Read, ranks_of
 from attn_rewrite.cascade.text import parse_expr
 from attn_rewrite.errors import LowerError
@@ -61,18 +65,6 @@ def _named(text: str, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
     return {d.name: t for d, t in zip(declared, inputs, strict=True)}
 
 
-def check_device(tensor: Tensor) -> None:
-    """`LowerError` unless kernels can run on the tensor's device in this process."""
-    import triton
-
-    if tensor.device.type == "cuda" or triton.knobs.runtime.interpret:
-        return
-    raise LowerError(
-        f"Triton kernels run on an NVIDIA or AMD GPU, and the operands are on {tensor.device}; use "
-        "backend='torch' here, or compile ahead of time with --export triton:cuda:90"
-    )
-
-
 @torch.library.custom_op("attn_rewrite::tile_lists", mutates_args=())
 def tile_lists(
     like: Tensor,
@@ -87,28 +79,59 @@ def tile_lists(
     ``tables`` are the values of `blockwise_tables`, sorted by name.  ``columns`` has room for every
     tile, so that its shape depends on no data.
     """
-    names = sorted(blockwise_tables(parse_expr(guard)))
+    chosen, size = _schedule(schedule), tuple(sizes)
+    if not tables:
+        # Copies: a compiler may reuse the memory of what an operator gave it.
+        tiles, columns = _static_lists(guard, chosen, size, rows, like.device)
+        return tiles.clone(), columns.clone()
+    known = table_guard(_expr(guard), chosen, rows) if len(tables) == 1 else None
+    if known is not None:
+        return lists_of_table(known, chosen, size, rows, tables[0])
+    names = sorted(blockwise_tables(_expr(guard)))
     values = {n: t.cpu().numpy() for n, t in zip(names, tables, strict=True)}
+    return _host_lists(guard, chosen, size, rows, like.device, values)
+
+
+@lru_cache(maxsize=64)
+def _static_lists(
+    guard: str, schedule: Schedule, sizes: tuple[int, ...], rows: str, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    return _host_lists(guard, schedule, sizes, rows, device, {})
+
+
+def _host_lists(
+    guard: str,
+    schedule: Schedule,
+    sizes: tuple[int, ...],
+    rows: str,
+    device: torch.device,
+    values: Mapping[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """Lists made on the host, copied to ``device``."""
     batch, heads, q_len, kv_len = sizes
     found = make_lists(
-        parse_expr(guard), from_text(schedule), q_len=q_len, kv_len=kv_len, heads=heads,
-        batch=batch, rows=rows, tables=values,
+        _expr(guard), schedule, q_len=q_len, kv_len=kv_len, heads=heads, batch=batch, rows=rows,
+        tables=values,
     )  # fmt: skip
-    columns = like.new_zeros(_room(guard, schedule, sizes, rows)[1], dtype=torch.int32)
+    columns = torch.zeros(_room(guard, schedule, sizes, rows)[1], dtype=torch.int32)
     columns[: found.kept] = torch.from_numpy(found.columns)
-    return torch.from_numpy(found.tiles).to(like.device), columns
+    return torch.from_numpy(found.tiles).to(device), columns.to(device)
 
 
-def _room(guard: str, schedule: str, sizes: Sequence[int], rows: str) -> tuple[list[int], int]:
-    """The shape of ``tiles``, and how many tiles there are at most (one, where there is none)."""
-    chosen, used = from_text(schedule), ranks_of(parse_expr(guard))
+_expr = lru_cache(maxsize=256)(parse_expr)
+_schedule = lru_cache(maxsize=256)(from_text)
+
+
+def _room(guard: str, chosen: Schedule, sizes: Sequence[int], rows: str) -> tuple[list[int], int]:
+    """The shape of ``tiles``, and how many tiles there are at most."""
+    used = ranks_of(_expr(guard))
     batch, heads, q_len, kv_len = sizes
     length, across = (q_len, kv_len) if rows == "q" else (kv_len, q_len)
     side = chosen.block_rows // chosen.pack
     blocks = (length + side - 1) // side
     shape = [batch if "b" in used else 1, heads if "h" in used else 1, blocks, 3]
     tiles = (across + chosen.block_along - 1) // chosen.block_along
-    return shape, shape[0] * shape[1] * blocks * tiles + 1
+    return shape, shape[0] * shape[1] * blocks * tiles
 
 
 @tile_lists.register_fake
@@ -120,7 +143,7 @@ def _(
     sizes: Sequence[int],
     rows: str,
 ) -> tuple[Tensor, Tensor]:
-    shape, count = _room(guard, schedule, sizes, rows)
+    shape, count = _room(guard, _schedule(schedule), sizes, rows)
     return like.new_empty(shape, dtype=torch.int32), like.new_empty([count], dtype=torch.int32)
 
 
@@ -128,15 +151,20 @@ def tables_of(source: Source, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     """The lists a source asks for."""
     if source.schedule.skipping != "lists":
         return {}
-    (guard,) = source.program.guards()
-    known = sorted(blockwise_tables(guard))
+    guard, schedule, known = _list_texts(Same(source))
     sizes = extents_of(source, tensors)
     tiles, columns = tile_lists(
-        next(iter(tensors.values())), [tensors[n] for n in known], str(guard),
-        to_text(source.schedule), [sizes[r] for r in ("b", "h", "q", "kv")],
-        source.program.roles.row,
+        next(iter(tensors.values())), [tensors[n] for n in known], guard, schedule,
+        [sizes[r] for r in ("b", "h", "q", "kv")], source.program.roles.row,
     )  # fmt: skip
     return {"tiles": tiles, "columns": columns}
+
+
+@lru_cache(maxsize=512)
+def _list_texts(source: Same[Source]) -> tuple[str, str, tuple[str, ...]]:
+    """The guard and the schedule as text, and the tables that decide for whole blocks."""
+    (guard,) = source.value.program.guards()
+    return str(guard), to_text(source.value.schedule), tuple(sorted(blockwise_tables(guard)))
 
 
 def _execute(
@@ -164,8 +192,8 @@ def triton_cascade(
 ) -> list[Tensor]:
     """Run a cascade; see the module."""
     tensors = _named(cascade, inputs)
-    check_device(inputs[0])
-    outputs = with_lse(cascade_of(cascade)).outputs
+    check_device([*inputs, *([] if seed is None else [seed])])
+    outputs = outputs_of(cascade)
     if _decodes(cascade, schedule, seed, tensors):
         merged = decode(cascade_of(cascade), tensors, wrap=True)
         return [merged[n] for n in outputs]
@@ -183,7 +211,7 @@ def _decodes(
     cascade: str, schedule: str, seed: Tensor | None, tensors: Mapping[str, Tensor]
 ) -> bool:
     """Few queries over a long cache, and nobody asked for a schedule or for dropout."""
-    if schedule or seed is not None or as_softmax(cascade_of(cascade)) is None:
+    if schedule or seed is not None or not is_softmax(cascade):
         return False
     return is_worth_splitting(tensors)
 
@@ -201,12 +229,12 @@ def _(
                 if rank not in sizes or (isinstance(sizes[rank], int) and sizes[rank] == 1):
                     sizes[rank] = extent
     found = []
-    for name in with_lse(cascade_of(cascade)).outputs:
+    for name in outputs_of(cascade):
         einsum = last.cascade.producer(name)
         assert einsum is not None
         ranks = [str(i) for i in einsum.out.index]
         wide = not set(last.roles.lanes) & set(ranks)
-        kind = torch.float32 if wide else inputs[0].dtype
+        kind = torch.float32 if wide else result_dtype(inputs)
         found.append(inputs[0].new_empty([sizes[r] for r in ranks], dtype=kind))
     return found
 
@@ -242,9 +270,10 @@ def triton_cascade_backward(
         program = program_of(part, row, along)
         return _execute(program, operands, "", dtypes, extra, part.name.replace("-", "_"))
 
-    dq = gradient(found.queries, "q", "kv", {"DQ": inputs[0].dtype})["DQ"]
+    dq = gradient(found.queries, "q", "kv", {"DQ": f32 if _broadcasts(do, inputs[0]) else do.dtype})
     keys = gradient(found.keys, "kv", "q", {"DK": f32, "DV": f32})
-    parts = [dq, *(_folded(keys[n], t) for n, t in (("DK", inputs[1]), ("DV", inputs[2])))]
+    parts = [_summed(dq["DQ"], inputs[0]),
+             *(_folded(keys[n], t) for n, t in (("DK", inputs[1]), ("DV", inputs[2])))]  # fmt: skip
     every = {} if found.reads is None else gradient(found.reads, "q", "kv", {})
     for name, place in zip(names, wanted, strict=True):
         if name == sink:
@@ -261,7 +290,7 @@ def _of_sink(form: SoftmaxAttention, sink: Tensor, lse: Tensor, delta: Tensor) -
     shape = [sink.shape[ranks.index(r)] if r in ranks else 1 for r in ("b", "h", "q")]
     order = [ranks.index(r) for r in ("b", "h", "q") if r in ranks]
     wide = sink.float().permute(order).reshape(shape)
-    pull = -(wide - lse).exp() * delta
+    pull = -(wide - lse.masked_fill(lse.isneginf(), 0.0)).exp() * delta  # no keys, no sink: 0
     return _reduced(pull, form, form.sink.tensor, sink)
 
 
@@ -269,10 +298,18 @@ def _folded(gradient: Tensor, like: Tensor) -> Tensor:
     """The sum over query heads that share a key head, in the type of the operand."""
     b, heads, length, lanes = gradient.shape
     shared = like.shape[1]
-    total = gradient.view(b, shared, heads // shared, length, lanes).sum(2)
-    if like.shape[0] == 1 and b != 1:
-        total = total.sum(0, keepdim=True)
-    return total.to(like.dtype)
+    return _summed(gradient.view(b, shared, heads // shared, length, lanes).sum(2), like)
+
+
+def _broadcasts(gradient: Tensor, like: Tensor) -> bool:
+    """Does a dimension of one of the operand meet a longer one?"""
+    return any(a != b for a, b in zip(gradient.shape[:3], like.shape[:3], strict=True))
+
+
+def _summed(gradient: Tensor, like: Tensor) -> Tensor:
+    """The sum over dimensions along which the operand was broadcast, in its type."""
+    ones = [i for i, (a, b) in enumerate(zip(gradient.shape, like.shape, strict=True)) if a != b]
+    return (gradient.sum(ones, keepdim=True) if ones else gradient).to(like.dtype)
 
 
 def _reduced(gradient: Tensor, form: SoftmaxAttention, name: str, like: Tensor) -> Tensor:
@@ -282,9 +319,7 @@ def _reduced(gradient: Tensor, form: SoftmaxAttention, name: str, like: Tensor) 
     missing = [i for i, r in enumerate(every) if r not in index]
     total = gradient.sum(missing) if missing else gradient
     kept = [r for r in every if r in index]
-    total = total.permute([kept.index(r) for r in index])
-    ones = [i for i, (a, b) in enumerate(zip(total.shape, like.shape, strict=True)) if a != b]
-    return (total.sum(ones, keepdim=True) if ones else total).to(like.dtype)
+    return _summed(total.permute([kept.index(r) for r in index]).contiguous(), like)
 
 
 @triton_cascade_backward.register_fake  # type: ignore[untyped-decorator]

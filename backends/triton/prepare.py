@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from attn_rewrite.backends.triton.autotune import cache_key, remembered
-from attn_rewrite.backends.triton.choose import choose_schedule
+from attn_rewrite.backends.triton.choose import FEW_ROWS, choose_schedule
 from attn_rewrite.backends.triton.emit import Source, emit
 from attn_rewrite.backends.triton.gradient import Backward, backward_of
-from attn_rewrite.backends.triton.program import Program
+from attn_rewrite.backends.triton.program import Program, read_program
+from attn_rewrite.backends.triton.same import Same
 from attn_rewrite.backends.triton.schedule import Device, Schedule, from_text
 from attn_rewrite.backends.triton.staging import Stage, stages_of
 from attn_rewrite.cascade.attention import SoftmaxAttention, as_softmax
@@ -24,7 +25,7 @@ from attn_rewrite.site import Refusal
 
 DROPOUT = "DROPOUT"
 LSE = "LSE"
-_EIGHT_BITS = ("float8_e4m3fn", "float8_e5m2", "int8")
+_EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 
 
 @lru_cache(maxsize=512)
@@ -45,6 +46,18 @@ def with_lse(cascade: Cascade) -> Cascade:
         cascade.name, cascade.ranks, cascade.inputs, (*cascade.body, lse),
         (*cascade.outputs, LSE), cascade.tensors,
     )  # fmt: skip
+
+
+@lru_cache(maxsize=512)
+def outputs_of(text: str) -> tuple[str, ...]:
+    """Names of what an operator gives for a cascade."""
+    return with_lse(cascade_of(text)).outputs
+
+
+@lru_cache(maxsize=512)
+def is_softmax(text: str) -> bool:
+    """Is the cascade softmax attention?"""
+    return as_softmax(cascade_of(text)) is not None
 
 
 @lru_cache(maxsize=512)
@@ -79,12 +92,14 @@ def softmax_form(text: str) -> SoftmaxAttention:
     return form
 
 
-@lru_cache(maxsize=64)
 def program_of(cascade: Cascade, row: str, along: str) -> Program:
     """The program of a backward cascade: its passes are as few as they get."""
-    from attn_rewrite.backends.triton.program import read_program
+    return _program_of(Same(cascade), row, along)
 
-    found = read_program(cascade, row, along)
+
+@lru_cache(maxsize=512)
+def _program_of(cascade: Same[Cascade], row: str, along: str) -> Program:
+    found = read_program(cascade.value, row, along)
     if isinstance(found, Refusal):
         raise LowerError(found.reason, [found])
     return found
@@ -112,26 +127,48 @@ def source_of(
 ) -> Source:
     """The source for operands like ``tensors``; with the schedule chosen where ``schedule`` is
     empty."""
-    lanes = lanes_of(program, tensors)
     if schedule:
-        chosen = from_text(schedule)
+        chosen = _read_schedule(schedule)
     else:
-        chosen = _tuned(program, tensors) or default_of(program, tensors, random=random)
-    wide = {n for n, t in tensors.items() if str(t.dtype).removeprefix("torch.") in _EIGHT_BITS}
-    if wide:
-        chosen = chosen.with_(widen=chosen.widen | frozenset(wide))
-    return _source(program, chosen, tuple(sorted(lanes.items())), name)
+        chosen = _tuned(program, tensors) or default_of(program, tensors)
+    chosen = widened(chosen, tensors)
+    if random != chosen.random:
+        chosen = chosen.with_(random=random)
+    return emitted(program, chosen, lanes_of(program, tensors), name)
 
 
-def default_of(
-    program: Program, tensors: Mapping[str, Tensor], *, random: str | None = None
+def widened(schedule: Schedule, tensors: Mapping[str, Tensor]) -> Schedule:
+    """The schedule that knows which operands are stored in 8 bits."""
+    narrow = frozenset(n for n, t in tensors.items() if t.dtype in _EIGHT_BITS)
+    return schedule if narrow <= schedule.widen else schedule.with_(widen=schedule.widen | narrow)
+
+
+_read_schedule = lru_cache(maxsize=128)(from_text)
+
+
+def default_of(program: Program, tensors: Mapping[str, Tensor]) -> Schedule:
+    """The schedule chosen without timing; products of float32 are as torch is set to make them."""
+    first, rows = _first(tensors), _rows(program, tensors)
+    few = rows if rows is not None and rows <= FEW_ROWS else None
+    lanes = tuple(sorted(lanes_of(program, tensors).items()))
+    device = device_of(first)
+    chosen = _default(Same(program), lanes, first.element_size(), device, few)
+    loose = torch.get_float32_matmul_precision() != "highest"
+    if loose and device.backend == "cuda" and first.dtype == torch.float32:
+        return chosen.with_(precision="tf32")
+    return chosen
+
+
+@lru_cache(maxsize=512)
+def _default(
+    program: Same[Program],
+    lanes: tuple[tuple[str, int], ...],
+    item_bytes: int,
+    device: Device,
+    rows: int | None,
 ) -> Schedule:
-    """The schedule chosen without timing."""
-    first = _first(tensors)
-    return choose_schedule(
-        program, lanes_of(program, tensors), first.element_size(), device_of(first),
-        {program.roles.row: _rows(program, tensors)}, random=random,
-    )  # fmt: skip
+    row = program.value.roles.row
+    return choose_schedule(program.value, dict(lanes), item_bytes, device, {row: rows})
 
 
 def _tuned(program: Program, tensors: Mapping[str, Tensor]) -> Schedule | None:
@@ -141,8 +178,15 @@ def _tuned(program: Program, tensors: Mapping[str, Tensor]) -> Schedule | None:
         return None
     if any(not isinstance(n, int) for n in first.shape):
         return None
-    sizes = sizes_of(program, tensors)
-    return remembered(cache_key(program, sizes, str(first.dtype), device_name(first)))
+    sizes = tuple(sizes_of(program, tensors).items())
+    return remembered(_key(Same(program), sizes, str(first.dtype), device_name(first)))
+
+
+@lru_cache(maxsize=4096)
+def _key(
+    program: Same[Program], sizes: tuple[tuple[str, int], ...], dtype: str, device: str
+) -> str:
+    return cache_key(program.value, dict(sizes), dtype, device)
 
 
 def _first(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -175,18 +219,28 @@ def _rows(program: Program, tensors: Mapping[str, Tensor]) -> int | None:
     return None
 
 
+def emitted(program: Program, schedule: Schedule, lanes: Mapping[str, int], name: str) -> Source:
+    """The source; emitted once for the same program, schedule and head dimensions."""
+    return _source(Same(program), schedule, tuple(sorted(lanes.items())), name)
+
+
 @lru_cache(maxsize=512)
 def _source(
-    program: Program, schedule: Schedule, lanes: tuple[tuple[str, int], ...], name: str
+    program: Same[Program], schedule: Schedule, lanes: tuple[tuple[str, int], ...], name: str
 ) -> Source:
-    return emit(program, schedule, dict(lanes), name=name)
+    return emit(program.value, schedule, dict(lanes), name=name)
 
 
 def device_of(tensor: Tensor) -> Device:
     """The kind of device a tensor lies on; where there is none, what the defaults are made for."""
-    if tensor.device.type != "cuda" or not torch.cuda.is_available():
+    return _device(tensor.device)
+
+
+@lru_cache(maxsize=64)
+def _device(device: torch.device) -> Device:
+    if device.type != "cuda" or not torch.cuda.is_available():
         return Device()
-    properties = torch.cuda.get_device_properties(tensor.device)
+    properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         return Device("hip", properties.gcnArchName.split(":")[0])
     return Device("cuda", properties.major * 10 + properties.minor)

@@ -49,6 +49,11 @@ class Schedule:
                 raise ValueError(f"{name} is {side}; expected a power of two of at least 16")
         if self.skipping not in SKIPPING:
             raise ValueError(f"skipping is {self.skipping!r}; expected one of {SKIPPING}")
+        if self.skipping == "lists" and self.block_rows % self.pack:
+            raise ValueError(
+                f"blocks of {self.block_rows} rows hold no whole number of positions of "
+                f"{self.pack} packed heads; expected a divisor where tiles are skipped by lists"
+            )
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision is {self.precision!r}; expected one of {PRECISIONS}")
 
@@ -70,6 +75,9 @@ class Device:
     arch: int | str = 90
 
 
+_LARGE = (90, 100, 103)  # products of matrices read shared memory, and not registers
+
+
 def default_schedule(
     lanes: Mapping[str, int], item_bytes: int, device: Device | None = None
 ) -> Schedule:
@@ -87,12 +95,19 @@ def default_schedule(
             return _sides(32, 16, 8, 1)
         return _sides(64, 32, 8, 2) if width <= 64 else _sides(64, 16, 8, 2)
     if width > 128:
-        return _sides(64, 32, 8, 2) if cuda else _sides(64, 32, 4, 1)
+        # On sm_100 a thread of two warp groups has half the registers.
+        if not cuda:
+            return _sides(64, 32, 4, 1)
+        return _sides(64, 32, 4 if device.arch in (100, 103) else 8, 2)
     if not cuda:
         return _sides(128, 64 if width <= 64 else 32, 4, 2)
     padded = any(n != padded_side(n) for n in lanes.values())
-    if device.arch == 80 and width > 64 and padded:
-        return _sides(128, 32, 8, 3)  # masks of the lanes beyond the last one take registers
+    uneven = any(n % 16 for n in lanes.values())  # rows of such tiles are not aligned
+    # Masks of the lanes beyond the last one take registers.
+    if width > 64 and uneven:
+        return _sides(128, 32, 8, 3) if device.arch in _LARGE else _sides(64, 32, 8, 2)
+    if width > 64 and padded and device.arch not in _LARGE:
+        return _sides(128, 32, 8, 3)
     return _sides(128, 64, 8, 3)
 
 

@@ -102,8 +102,12 @@ class Steps:
             f"keep_{len(self.masking.keeps)}" if self.masking.keeps else "keep", "mask"
         )
         texts = [v.over(axes) if len(axes) > 1 else v.atom() for v in (inside, truth)]
-        with frame.body.block(f"if {self.masking.condition or 'True'}:"):
-            frame.body.line(f"{name} = {texts[0]} & {texts[1]}")
+        line = f"{name} = {texts[0]} & {texts[1]}"
+        if self.masking.condition:
+            with frame.body.block(f"if {self.masking.condition}:"):
+                frame.body.line(line)
+        else:
+            frame.body.line(line)
         keep = Value(name, axes, "bool")
         self.masking.keeps[guard] = keep
         return keep
@@ -184,7 +188,7 @@ class Steps:
             raise LowerError(f"{step.text} is no product of two matrices")
         first = self._operand(step, left, (x, folded))
         second = self._operand(step, right, (folded, y))
-        return self._scaled(self._dot(first, second, (x, y), right), after)
+        return self._scaled(self._dot(first, second, (x, y), left, right), after)
 
     def _operand(self, step: Step, factors: Sequence[Expr], axes: tuple[str, str]) -> Value:
         """One side of a product: a stored tile as it is, or a computed one, neutral outside."""
@@ -205,18 +209,32 @@ class Steps:
         return value
 
     def _dot(
-        self, first: Value, second: Value, axes: tuple[str, str], right: Sequence[Expr]
+        self,
+        first: Value,
+        second: Value,
+        axes: tuple[str, str],
+        left: Sequence[Expr],
+        right: Sequence[Expr],
     ) -> Value:
         frame = self.frame
         texts = [bare(first.text), bare(second.text)]
         stored = [v for v in (first, second) if v.raw]
-        widened = frame.schedule.widen & {r.tensor for r in right if isinstance(r, Read)}
-        if len(stored) == 1 and widened:
+        narrow = [
+            bool(frame.schedule.widen & {r.tensor for r in side if isinstance(r, Read)})
+            for side in (left, right)
+        ]
+        if len(stored) == 1 and narrow[1]:
             texts = [f"{v.atom()}.to(tl.float16)" for v in (first, second)]
         elif len(stored) == 1:
             kind = f"{stored[0].text.removeprefix('tl.trans(').removesuffix(')')}.dtype"
             texts = [t if v.raw else f"{v.atom()}.to({kind})" for t, v in
                      zip(texts, (first, second), strict=True)]  # fmt: skip
+        elif len(stored) == 2 and narrow[0] != narrow[1]:
+            # Keys of 8 bits beside queries that are wider: their values are exact in 16 bits.
+            wide = (first, second)[narrow.index(False)]
+            kind = f"{wide.text.removeprefix('tl.trans(').removesuffix(')')}.dtype"
+            texts = [f"{v.atom()}.to({kind})" if n else t for t, v, n in
+                     zip(texts, (first, second), narrow, strict=True)]  # fmt: skip
         frame.parameter(_PRECISION)
         integer = all(v.kind == "int" for v in (first, second))
         options = ", out_dtype=tl.int32" if integer else ", input_precision=PRECISION"

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from attn_rewrite.backends.triton.autotune import cache_key, tuned
 from attn_rewrite.backends.triton.emit import emit
-from attn_rewrite.backends.triton.launch import run
-from attn_rewrite.backends.triton.ops import check_device, tables_of
+from attn_rewrite.backends.triton.launch import check_device, run
+from attn_rewrite.backends.triton.ops import tables_of
 from attn_rewrite.backends.triton.prepare import (
     default_of,
     device_name,
@@ -21,7 +21,7 @@ from attn_rewrite.backends.triton.prepare import (
 )
 from attn_rewrite.backends.triton.schedule import Schedule
 from attn_rewrite.cascade.ir import Cascade
-from attn_rewrite.errors import LowerError
+from attn_rewrite.errors import LowerError, ToolError
 
 
 def tune(cascade: Cascade, inputs: Mapping[str, Tensor]) -> Schedule:
@@ -30,7 +30,7 @@ def tune(cascade: Cascade, inputs: Mapping[str, Tensor]) -> Schedule:
     The operators use it from then on, in this process and in later ones.  Raises `LowerError`
     without a GPU, and for a cascade of more than one kernel.
     """
-    check_device(next(iter(inputs.values())))
+    check_device(list(inputs.values()))
     found = stages(str(with_lse(cascade)))
     if len(found) != 1:
         raise LowerError(f"cascade {cascade.name} takes {len(found)} kernels; one is tuned")
@@ -45,7 +45,7 @@ def tune(cascade: Cascade, inputs: Mapping[str, Tensor]) -> Schedule:
         try:
             tables = tables_of(source, inputs)
             return float(triton.testing.do_bench(lambda: run(source, inputs, tables=tables)))
-        except triton.runtime.errors.OutOfResources:
+        except ToolError:  # the GPU cannot hold it
             return math.inf
 
     key = cache_key(program, sizes_of(program, inputs), str(first.dtype), device_name(first))

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from attn_rewrite.backends.triton.choose import choose_schedule
-from attn_rewrite.backends.triton.emit import emit
-from attn_rewrite.backends.triton.launch import Call, launch
-from attn_rewrite.backends.triton.prepare import device_of, lanes_of, stages, with_lse
+from attn_rewrite.backends.triton.launch import Call, launch, result_dtype, without_gradients
+from attn_rewrite.backends.triton.prepare import (
+    default_of,
+    emitted,
+    lanes_of,
+    stages,
+    widened,
+    with_lse,
+)
+from attn_rewrite.backends.triton.program import Program
+from attn_rewrite.backends.triton.same import Same
 from attn_rewrite.backends.triton.schedule import Schedule
 from attn_rewrite.cascade.ir import Cascade
 from attn_rewrite.errors import LowerError
@@ -32,26 +40,28 @@ def attend_varlen(
     inputs: Mapping[str, Tensor],
     sequences: Sequences,
     schedule: Schedule | None = None,
+    *,
+    wrap: bool = False,
 ) -> dict[str, Tensor]:
     """AV [h, tokens, f] and LSE [h, tokens] of sequences laid end to end.
 
     ``inputs`` has Q [h, tokens, d], K [hkv, tokens, d], V [hkv, tokens, f] and further inputs of
     the cascade that do not have both ranks of the scores (a bias per pair has no place here);
-    positions and lengths in the mask are those of each sequence.  Reassociated.
+    positions and lengths in the mask are those of each sequence.  Reassociated.  ``wrap`` as in
+    `launch`.  Without gradients: `LowerError` where one is asked for.
     """
+    without_gradients("attend_varlen", inputs)
     both = [t.name for t in cascade.inputs if {"q", "kv"} <= set(t.ranks)]
     if both:
         raise LowerError(f"{both[0]} has a value for every pair, which sequences end to end lack")
-    (stage,) = stages(str(with_lse(cascade)))
-    program = stage.program
+    program = _program(Same(cascade))
     wide = {n: t[None] if n in ("Q", "K", "V") else t for n, t in inputs.items()}
     lanes = lanes_of(program, wide)
     first = wide["Q"]
-    chosen = schedule or choose_schedule(
-        program, lanes, first.element_size(), device_of(first), {"q": sequences.longest_q}
-    )
+    rows = {**wide, "Q": first[:, :, : sequences.longest_q]}
+    chosen = widened(schedule or default_of(program, rows), wide)
     skipping = chosen.skipping if chosen.skipping == "bounds" else "none"
-    source = emit(program, chosen.with_(varlen=True, skipping=skipping), lanes, name="varlen")
+    source = emitted(program, chosen.with_(varlen=True, skipping=skipping), lanes, "varlen")
     count = len(sequences.q_starts) - 1
     sizes = {
         "b": count, "h": first.shape[1], "hkv": wide["K"].shape[1], "q": sequences.longest_q,
@@ -61,9 +71,15 @@ def attend_varlen(
     outputs = {}
     for o in source.outputs:
         shape = [{"b": 1, "q": first.shape[2]}.get(r, sizes[r]) for r in o.ranks]
-        kind = first.dtype if set(lanes) & set(o.ranks) else torch.float32
+        kind = result_dtype(wide.values()) if set(lanes) & set(o.ranks) else torch.float32
         outputs[o.name] = torch.empty(shape, dtype=kind, device=first.device)
         ranks[o.name] = o.ranks
     starts = {"q_starts": sequences.q_starts, "kv_starts": sequences.kv_starts}
-    launch(source, Call({**wide, **starts, **outputs}, ranks, sizes))
+    launch(source, Call({**wide, **starts, **outputs}, ranks, sizes), wrap=wrap)
     return {n: t[0] for n, t in outputs.items()}
+
+
+@lru_cache(maxsize=128)
+def _program(cascade: Same[Cascade]) -> Program:
+    (stage,) = stages(str(with_lse(cascade.value)))
+    return stage.program

@@ -2,42 +2,48 @@
 
 Every contender of a case runs in the same process, in alternating rounds; a row of the result has
 the median of each, its quartiles, TFLOP/s of the work that the mask leaves, and the time over the
-tile bound (own dense time times the share of tiles).  ``--dry-run`` lists the cases and touches no
-GPU.  Results: examples/benchmarks/results/triton_attention.json.
+tile bound (own dense time times the share of tiles).  Lists of tiles are made within the time of
+attn-rewrite; the block masks of FlexAttention are made before.
 
-    make gpu-bench            # or: python examples/benchmarks/triton_attention.py --quick
+The results are written after every case, so nothing is lost when time runs out.  A run stops before
+``--minutes`` are over (9 if not said); ``--resume`` goes on with the cases that are missing.
+``--dry-run`` lists the cases and touches no GPU.
+
+    make gpu-bench                                # results/triton_attention.json
+    make gpu-bench BENCH="--only 16384 --only Llama --minutes 5"
+    make gpu-bench BENCH=--resume
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from triton_contenders import (
+    BLOCK,
+    DENSITY,
+    WINDOW,
+    Run,
+    Shape,
+    cascade_of,
+    contenders,
+    operand_bytes,
+    operands,
+)
+
 RESULTS = Path(__file__).parent / "results" / "triton_attention.json"
-LENGTHS = (1024, 4096, 16384, 32768, 131072)
+LENGTHS = (16384, 4096, 32768, 1024, 131072)  # what targets are stated for comes first
+MASKS = ("dense", "causal", "window", "blocks")
 TOKENS = 16384  # a batch holds so many tokens at short lengths
-WINDOW, BLOCK, DENSITY = 4096, 128, 0.25
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One case: name, mask, batch, query and key heads, lengths, head dimension."""
-
-    name: str
-    mask: str
-    b: int
-    hq: int
-    hkv: int
-    q: int
-    kv: int
-    d: int
 
 
 MODELS = (
@@ -50,15 +56,19 @@ MODELS = (
 )
 
 
-def shapes(*, quick: bool) -> Iterator[Shape]:
-    """The grid of masks, head dimensions and lengths, then shapes of models."""
-    for d in (64, 128):
-        for length in LENGTHS[:3] if quick else LENGTHS:
-            batch = max(1, TOKENS // length)
-            heads = 2048 // d
-            for mask in ("dense", "causal", "window", "blocks"):
-                yield Shape(f"{mask} d{d} {length}", mask, batch, heads, heads, length, length, d)
-    yield from MODELS[:2] if quick else MODELS
+def shapes(only: Sequence[str] = ()) -> Iterator[Shape]:
+    """Masks, lengths and head dimensions, and shapes of models, those with targets first.
+
+    ``only``: those whose name contains one of the texts.
+    """
+    grid = [_shape(mask, d, length) for length in LENGTHS for d in (128, 64) for mask in MASKS]
+    every = [*grid[:4], *MODELS[:3], *grid[4:], *MODELS[3:]]
+    yield from (s for s in every if not only or any(o.lower() in s.name.lower() for o in only))
+
+
+def _shape(mask: str, d: int, length: int) -> Shape:
+    batch, heads = max(1, TOKENS // length), 2048 // d
+    return Shape(f"{mask} d{d} {length}", mask, batch, heads, heads, length, length, d)
 
 
 def share_of_tiles(shape: Shape) -> float:
@@ -72,152 +82,34 @@ def share_of_tiles(shape: Shape) -> float:
     return DENSITY if shape.mask == "blocks" else 1.0
 
 
-def cascade_of(shape: Shape) -> Any:
-    """The attention as a cascade."""
-    from attn_rewrite.cascade.attention import QK, SoftmaxAttention, softmax_cascade
-    from attn_rewrite.cascade.expr import KV, TRUE, Extent, H, Q, Read
-    from attn_rewrite.cascade.ir import TensorDecl
-
-    guards: dict[str, Any] = {
-        "dense": TRUE,
-        "causal": Q - KV >= 0,
-        "cached": Q + Extent("kv") - Extent("q") >= KV,
-        "window": (Q - KV >= 0) & (Q - KV < WINDOW),
-        "blocks": Read("keep", (H, Q // BLOCK, KV // BLOCK)),
-    }
-    reads = (TensorDecl("keep", ("h", "qb", "kb"), dtype="bool"),) if shape.mask == "blocks" else ()
-    form = SoftmaxAttention(
-        QK * shape.d**-0.5, guards[shape.mask], group=shape.hq // shape.hkv, reads=reads
-    )
-    return softmax_cascade(form, "bench")
-
-
-def operands(shape: Shape) -> dict[str, Any]:
-    """Random bfloat16 operands on the GPU, and the table of blocks."""
-    import torch
-
-    torch.manual_seed(0)
-
-    def normal(heads: int, length: int) -> Any:
-        size = (shape.b, heads, length, shape.d)
-        return torch.randn(size, device="cuda", dtype=torch.bfloat16)
-
-    found = {
-        "Q": normal(shape.hq, shape.q),
-        "K": normal(shape.hkv, shape.kv),
-        "V": normal(shape.hkv, shape.kv),
-    }
-    if shape.mask == "blocks":
-        blocks = (shape.hq, -(-shape.q // BLOCK), -(-shape.kv // BLOCK))
-        found["keep"] = torch.rand(blocks, device="cuda") < DENSITY
-    return found
-
-
-def contenders(shape: Shape, x: dict[str, Any]) -> dict[str, Callable[[], Any]]:
-    """What runs this shape, by name."""
-    from attn_rewrite.backends.triton.decode import decode
-    from attn_rewrite.backends.triton.lower import lower
-    from attn_rewrite.graph import EagerBuilder
-
-    cascade = cascade_of(shape)
-    if shape.mask == "cached":
-        found: dict[str, Callable[[], Any]] = {"attn-rewrite": lambda: decode(cascade, x)}
-    else:
-        kernel: Any = lower(cascade, extents={"q": shape.q, "kv": shape.kv})
-        inputs = list(x.values())
-        found = {"attn-rewrite": lambda: kernel.emit(EagerBuilder(), inputs)}
-    found |= _sdpa(shape, x)
-    found["flex"] = _flex(shape, x)
-    if shape.q * shape.kv * shape.hq * shape.b <= 1 << 31:
-        found["eager, compiled"] = _eager(shape, x)
-    return found
-
-
-def _sdpa(shape: Shape, x: dict[str, Any]) -> dict[str, Callable[[], Any]]:
-    """PyTorch's fused kernels, each by name, where they take the mask without a tensor."""
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    if shape.mask not in ("dense", "causal") and not (shape.mask == "cached" and shape.q == 1):
-        return {}
-
-    def call(backend: Any) -> Callable[[], Any]:
-        def run() -> Any:
-            with sdpa_kernel(backend):
-                return torch.nn.functional.scaled_dot_product_attention(
-                    x["Q"], x["K"], x["V"], is_causal=shape.mask == "causal",
-                    enable_gqa=shape.hq != shape.hkv,
-                )  # fmt: skip
-
-        return run
-
-    names = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")
-    return {f"sdpa {n.lower()}": call(getattr(SDPBackend, n)) for n in names}
-
-
-def _flex(shape: Shape, x: dict[str, Any]) -> Callable[[], Any]:
-    import torch
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    keep, offset = x.get("keep"), shape.kv - shape.q
-    rules: dict[str, Any] = {
-        "causal": lambda b, h, q, k: q >= k,
-        "cached": lambda b, h, q, k: k <= q + offset,
-        "window": lambda b, h, q, k: (q >= k) & (q - k < WINDOW),
-        "blocks": lambda b, h, q, k: keep[h, q // BLOCK, k // BLOCK],
-    }
-    mask = None
-    if shape.mask in rules:
-        heads = shape.hq if shape.mask == "blocks" else None
-        make = torch.compile(create_block_mask)
-        mask = make(rules[shape.mask], None, heads, shape.q, shape.kv, device="cuda")
-    compiled: Any = torch.compile(flex_attention, dynamic=False)
-    grouped = shape.hq != shape.hkv
-    return lambda: compiled(x["Q"], x["K"], x["V"], block_mask=mask, enable_gqa=grouped)
-
-
-def _eager(shape: Shape, x: dict[str, Any]) -> Callable[[], Any]:
-    import torch
-
-    group = shape.hq // shape.hkv
-
-    def attend(q: Any, k: Any, v: Any) -> Any:
-        k, v = (t.repeat_interleave(group, 1) for t in (k, v))
-        s = q @ k.mT * shape.d**-0.5
-        at_q = torch.arange(shape.q, device="cuda")[:, None] + (
-            shape.kv - shape.q if shape.mask == "cached" else 0
-        )
-        at_k = torch.arange(shape.kv, device="cuda")
-        if shape.mask in ("causal", "cached", "window"):
-            s = s.masked_fill(at_q < at_k, -torch.inf)
-        if shape.mask == "window":
-            s = s.masked_fill(at_q - at_k >= WINDOW, -torch.inf)
-        if shape.mask == "blocks":
-            s = s.masked_fill(~x["keep"][:, at_q // BLOCK, at_k // BLOCK], -torch.inf)
-        return s.softmax(-1) @ v
-
-    compiled = torch.compile(attend)
-    return lambda: compiled(x["Q"], x["K"], x["V"])
-
-
 def measure(
-    calls: dict[str, Callable[[], Any]], rounds: int
+    makers: dict[str, Callable[[], Run]], rounds: int, seconds: float
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Milliseconds of each contender over alternating rounds, and why others did not run."""
+    """Milliseconds of each contender over alternating rounds, and why others did not run.
+
+    As many rounds as fit ``seconds``: at least 5, at most ``rounds``.
+    """
     import torch
 
+    calls: dict[str, Run] = {}
     failed: dict[str, str] = {}
-    for name, run in calls.items():
+    for name, make in makers.items():
         try:
+            run = make()
             for _ in range(3):
                 run()
             torch.cuda.synchronize()
+            calls[name] = run
         except Exception as error:
             failed[name] = str(error).strip().splitlines()[0][:200] if str(error) else repr(error)
-    times: dict[str, list[float]] = {n: [] for n in calls if n not in failed}
-    for _ in range(rounds):
-        for name in times:
-            times[name].append(_once(calls[name]))
+            torch.cuda.empty_cache()
+    times: dict[str, list[float]] = {n: [] for n in calls}
+    start = time.monotonic()
+    for done in range(rounds):
+        if done >= 5 and time.monotonic() - start > seconds:
+            break
+        for name, run in calls.items():
+            times[name].append(_once(run))
     return {n: _summary(t) for n, t in times.items()}, failed
 
 
@@ -234,13 +126,23 @@ def _once(run: Callable[[], Any]) -> float:
 
 def _summary(times: list[float]) -> dict[str, float]:
     low, middle, high = statistics.quantiles(times, n=4)
-    return {"median_ms": middle, "low_ms": low, "high_ms": high}
+    return {"median_ms": middle, "low_ms": low, "high_ms": high, "rounds": len(times)}
 
 
-def row(shape: Shape, rounds: int) -> dict[str, Any]:
+def row(shape: Shape, rounds: int, seconds: float) -> dict[str, Any]:
     """One case as plain values."""
+    import torch
+
+    free, _ = torch.cuda.mem_get_info()
+    if 2 * operand_bytes(shape) > free:
+        why = f"its operands take {operand_bytes(shape) >> 30} GiB of {free >> 30} that are free"
+        return {"shape": asdict(shape), "tiles": share_of_tiles(shape), "times": {},
+                "not run": {"every contender": why}}  # fmt: skip
+    # Dynamo compiles a function for a few shapes only, and then runs it uncompiled.
+    torch._dynamo.reset()
     x = operands(shape)
-    times, failed = measure(contenders(shape, x), rounds)
+    with torch.no_grad():
+        times, failed = measure(contenders(shape, x), rounds, seconds)
     share = share_of_tiles(shape)
     flops = 4 * shape.b * shape.hq * shape.q * shape.kv * shape.d * share
     found = {"shape": asdict(shape), "tiles": share, "times": times, "not run": failed}
@@ -267,6 +169,39 @@ def add_tile_bounds(rows: list[dict[str, Any]]) -> None:
             r["over_tile_bound"] = r["times"]["attn-rewrite"]["median_ms"] / (own * r["tiles"])
 
 
+def reached(rows: list[dict[str, Any]], bandwidth: float) -> list[dict[str, Any]]:
+    """The targets stated for one GPU generation, and what the rows say of them."""
+    found = []
+    for r in rows:
+        shape, ratios = r["shape"], r.get("ratios", {})
+        sdpa = [t for n, t in ratios.items() if n.startswith("sdpa")]
+        stated: list[tuple[str, float | None, str, float]] = []
+        if shape["mask"] in ("dense", "causal") and (shape["q"], shape["d"]) == (16384, 128):
+            stated = [
+                ("FlexAttention's time over ours", ratios.get("flex"), ">=", 1.0),
+                ("best SDPA time over ours", min(sdpa, default=None), ">=", 0.85),
+            ]
+        elif shape["mask"] in ("window", "blocks") and shape["q"] >= 16384:
+            stated = [("time over tile bound", r.get("over_tile_bound"), "<=", 1.1)]
+        elif shape["mask"] == "cached" and "cache_gb_per_s" in r:
+            stated = [("share of a copy's bandwidth", r["cache_gb_per_s"] / bandwidth, ">=", 0.85)]
+        for what, value, sign, limit in stated:
+            held = value is not None and (value >= limit if sign == ">=" else value <= limit)
+            found.append({"case": shape["name"], "what": what, "value": value,
+                          "target": f"{sign} {limit}", "reached": held})  # fmt: skip
+    return found
+
+
+def copy_bandwidth() -> float:
+    """GB/s read and written by a copy of 2 GiB on this GPU: the memory ceiling as it is here."""
+    import torch
+
+    source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    times = [_once(lambda: target.copy_(source)) for _ in range(12)]
+    return 2 * source.numel() / statistics.median(times[2:]) / 1e6
+
+
 def environment() -> dict[str, str]:
     """Hardware and versions."""
     import torch
@@ -281,18 +216,44 @@ def environment() -> dict[str, str]:
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run, print one line per case, and write the results."""
+def write(path: Path, document: dict[str, Any]) -> None:
+    """Write the results; nobody sees them half written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    os.replace(part, path)
+
+
+def earlier(path: Path, here: dict[str, str]) -> list[dict[str, Any]]:
+    """Rows of an earlier run on the same hardware and versions."""
+    if not path.is_file():
+        return []
+    document = json.loads(path.read_text("utf-8"))
+    return list(document["rows"]) if document["environment"] == here else []
+
+
+def options_of(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--dry-run", action="store_true", help="list the cases; needs no GPU")
-    parser.add_argument("--quick", action="store_true", help="short lengths and two models")
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--only", action="append", default=[], metavar="TEXT",
+                        help="cases whose name contains TEXT; may be repeated")  # fmt: skip
+    parser.add_argument("--minutes", type=float, default=9.0, help="stop before so many are over")
+    parser.add_argument("--seconds", type=float, default=2.0, help="timed rounds of one case")
+    parser.add_argument("--rounds", type=int, default=30, help="at most so many")
+    parser.add_argument("--resume", action="store_true", help="only cases the results lack")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    options = parser.parse_args(arguments)
-    cases = list(shapes(quick=options.quick))
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run, print one line per case, and write the results after each."""
+    options = options_of(arguments)
+    cases = list(shapes(options.only))
     if options.dry_run:
         for shape in cases:
-            print(f"{shape.name}: {shape}, tiles {share_of_tiles(shape):.3f}")
+            print(f"{shape.name}: {shape}, tiles {share_of_tiles(shape):.3f}, "
+                  f"operands {operand_bytes(shape) / 2**30:.2f} GiB")  # fmt: skip
             str(cascade_of(shape))
         return 0
     import torch
@@ -300,18 +261,33 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("no GPU is visible to this Python; --dry-run lists the cases", file=sys.stderr)
         return 1
-    rows = []
+    end = time.monotonic() + 60 * options.minutes
+    here = environment()
+    rows = earlier(options.output, here) if options.resume else []
+    have = {r["shape"]["name"] for r in rows}
+    bandwidth = copy_bandwidth()
+    longest = 0.0
     for shape in cases:
-        rows.append(row(shape, options.rounds))
-        print(
-            json.dumps({k: rows[-1][k] for k in ("tflops", "ratios") if k in rows[-1]}), shape.name
-        )
-    add_tile_bounds(rows)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    document = {"environment": environment(), "rounds": options.rounds, "rows": rows}
-    options.output.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
-    print(f"written to {options.output}")
+        start = time.monotonic()
+        if shape.name in have:
+            continue
+        if start + longest > end:  # no case takes much longer than the longest so far
+            break
+        rows.append(row(shape, options.rounds, options.seconds))
+        longest = max(longest, time.monotonic() - start)
+        add_tile_bounds(rows)
+        write(options.output, {
+            "environment": here, "copy_gb_per_s": bandwidth, "rows": rows,
+            "targets": reached(rows, bandwidth),
+            "missing": [s.name for s in cases if s.name not in {r["shape"]["name"] for r in rows}],
+        })  # fmt: skip
+        print(shape.name, json.dumps({k: v for k, v in rows[-1].items() if k in SHOWN}), flush=True)
+    missing = len({s.name for s in cases} - {r["shape"]["name"] for r in rows})
+    print(f"{len(rows)} cases in {options.output}, {missing} missing (--resume)")
     return 0
+
+
+SHOWN = ("tflops", "ratios", "cache_gb_per_s", "over_tile_bound", "not run")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import attn_rewrite.ops  # noqa: F401
 from attn_rewrite.backends.triton.decode import Pages, decode
 from attn_rewrite.backends.triton.lower import lower
 from attn_rewrite.backends.triton.varlen import Sequences, attend_varlen
@@ -85,8 +86,9 @@ def test_decoding(splits):
     check(found["AV"], CACHED, x)
 
 
-def test_decoding_from_pages():
-    page, length = 64, 1000
+@pytest.mark.parametrize("length", [1, 64, 1000])
+def test_decoding_from_pages(length):
+    page = 64
     x = inputs_for(CACHED, SIZES | {"b": 1, "q": 1, "kv": length}, torch.bfloat16, 6)
     table = torch.randperm(32)[:16].to(torch.int32)[None]
     cache = {n: torch.zeros(32, 2, page, 64, dtype=torch.bfloat16) for n in "KV"}
@@ -129,19 +131,72 @@ def test_torch_compile_gives_the_same(name):
     assert torch.equal(found, wanted)
 
 
-def test_no_compilation_for_another_length():
+def test_no_compilation_for_another_length(monkeypatch):
     """One source, and one binary of it, whatever the length."""
-    from attn_rewrite.backends.triton.build import _kernel
+    from attn_rewrite.backends.triton import launch
 
-    built = []
-    for length in (512, 640, 1024, 4096):
-        x = on_gpu(
-            inputs_for(CASES["causal"], SIZES | {"q": length, "kv": length}, torch.bfloat16, 1)
-        )
-        before = _kernel.cache_info().misses
-        run(CASES["causal"], x)
-        built.append(_kernel.cache_info().misses - before)
-    assert sum(built[1:]) == 0
+    used = set()
+    kernel_of = launch.kernel_of
+    monkeypatch.setattr(launch, "kernel_of", lambda s: used.add(kernel_of(s)) or kernel_of(s))
+    for length in (512, 513, 640, 1000, 4096):
+        sizes = SIZES | {"q": length, "kv": length}
+        run(CASES["causal"], on_gpu(inputs_for(CASES["causal"], sizes, torch.bfloat16, 1)))
+    (kernel,) = used
+    assert [len(cache[0]) for cache in kernel.device_caches.values()] == [1]
+
+
+@pytest.mark.parametrize("name", ["clipped-softmax", "softmax-over-queries", "attention-weights"])
+def test_cascades_of_more_than_one_pass(name):
+    from attn_rewrite.cascade import NAMED, interpret
+
+    cascade = NAMED[name]
+    make = torch.Generator().manual_seed(11)
+    sizes = {"p": 150, "m": 170, "e": 40, "f": 64}
+    x = {t.name: torch.randn([sizes[r] for r in t.ranks], generator=make) for t in cascade.inputs}
+    x |= {n: t.abs() + 1.0 for n, t in x.items() if not t.ndim}
+    there = [t.cuda() for t in x.values()]
+    found = torch.ops.attn_rewrite.triton_cascade(there, None, str(cascade), "", 0.0)
+    for got, (output, wanted) in zip(found, interpret(cascade, x).items(), strict=False):
+        assert (got.double().cpu() - wanted).abs().max() <= 1e-5 * wanted.abs().max(), output
+
+
+@pytest.mark.parametrize("sizes", [(192, 128), (72, 72), (24, 56), (160, 256)])
+def test_keys_and_values_of_different_width(sizes):
+    d, f = sizes
+    x = inputs_for(CASES["window"], SIZES | {"d": d, "f": f}, torch.bfloat16, 12)
+    check(run(CASES["window"], on_gpu(x)), CASES["window"], x)
+
+
+def test_tf32_where_torch_is_set_to_it():
+    x = inputs_for(CASES["causal"], SIZES, torch.float32, 13)
+    exact = run(CASES["causal"], on_gpu(x))
+    torch.set_float32_matmul_precision("high")
+    try:
+        loose = run(CASES["causal"], on_gpu(x))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    check(exact, CASES["causal"], x)
+    assert (exact - loose).abs().max() <= 2**-8 * exact.abs().max()
+
+
+@pytest.mark.parametrize("name", ["causal", "bias"])
+def test_torch_compile_trains(name):
+    x = on_gpu(inputs_for(CASES[name], SIZES, torch.float32, 14))
+    pull = torch.randn(2, 4, 301, 64, device="cuda")
+    results = []
+    for call in (run, torch.compile(run)):
+        mine = {n: t.clone().requires_grad_() for n, t in x.items()}
+        results.append(torch.autograd.grad(call(CASES[name], mine), list(mine.values()), pull))
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_operands_on_another_device_than_the_current_one():
+    x = inputs_for(CASES["causal"], SIZES, torch.bfloat16, 15)
+    found = run(CASES["causal"], {n: t.to("cuda:1") for n, t in x.items()})
+    assert found.device == torch.device("cuda:1")
+    check(found, CASES["causal"], x)
 
 
 def test_dropout_drops_its_share_and_keeps_the_mean():

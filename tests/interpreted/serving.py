@@ -47,8 +47,9 @@ def test_a_part_without_keys_adds_nothing():
 
 
 @pytest.mark.parametrize(("case", "skipping"), [(ONE, "bounds"), (CASES["dense"], "none")])
-def test_pages_of_different_fill(case, skipping):
-    page, lengths = 32, [90, 20]
+@pytest.mark.parametrize("lengths", [[90, 20], [0, 1], [64, 0]])
+def test_pages_of_different_fill(case, skipping, lengths):
+    page = 32
     make = torch.Generator().manual_seed(23)
     table = torch.randperm(8, generator=make)[:6].view(2, 3).to(torch.int32)
     x = inputs_for(case, SIZES, torch.float32, 23)
@@ -58,6 +59,10 @@ def test_pages_of_different_fill(case, skipping):
         pages=Pages(table, torch.tensor(lengths, dtype=torch.int32)), splits=3, schedule=SMALL.with_(skipping=skipping),
     )  # fmt: skip
     for entry, length in enumerate(lengths):
+        if length == 0:
+            assert (found["AV"][entry] == 0).all()
+            assert (found["LSE"][entry] == -torch.inf).all()
+            continue
         whole = [
             torch.cat(list(t[table[entry].long()]), 1)[None, :, :length] for t in (keys, values)
         ]
@@ -75,6 +80,69 @@ def test_the_operator_splits_few_queries_over_many_keys():
     split = decode(cascade, x)
     assert torch.equal(found[0], split["AV"])
     assert not is_worth_splitting({**x, "K": x["K"][:, :, :100]})
+
+
+@pytest.mark.parametrize("kv", [0, 1])
+def test_a_cache_of_no_or_one_key(kv):
+    x = inputs_for(CASES["dense"], SIZES | {"q": 1, "kv": kv}, torch.float32, 26)
+    cascade = softmax_cascade(CASES["dense"].form(2), "case")
+    found = decode(cascade, x, splits=3)
+    if kv:
+        close(found, CASES["dense"], x)
+    else:
+        assert (found["AV"] == 0).all()
+        assert (found["LSE"] == -torch.inf).all()
+
+
+def test_a_batch_of_different_lengths_over_parts():
+    case = CASES["lengths"]
+    x = inputs_for(case, SIZES | {"b": 3, "q": 60, "kv": 60}, torch.float32, 27)
+    x["lens"] = torch.tensor([0, 1, 47], dtype=torch.int32)
+    x["Q"] = x["Q"][:, :, :2]  # the first rows: few queries
+    cascade = softmax_cascade(case.form(2), "case")
+    close(decode(cascade, x, splits=3, schedule=SMALL), case, x)
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_cache_of_8_bits_under_wider_queries(kind):
+    """Values of the cache are exact; probabilities are rounded to float16, not to 8 bits."""
+    x = inputs_for(ONE, SIZES | {"b": 1}, torch.float16, 29)
+    narrow = {n: t.to(kind) if n in "KV" else t for n, t in x.items()}
+    cascade = softmax_cascade(ONE.form(2), "case")
+    exact = {n: t.float() for n, t in narrow.items()}
+    wanted = reference(ONE, exact, torch.float64)[0]
+    limit = 2**-10 * exact["V"].abs().max()
+    found = decode(cascade, narrow, splits=3)["AV"]
+    assert found.dtype == torch.float16
+    assert (found.double() - wanted).abs().max() <= limit
+    starts = [torch.tensor([0, n], dtype=torch.int32) for n in (3, 90)]
+    flat = {n: t[0] for n, t in narrow.items()}
+    found = attend_varlen(cascade, flat, Sequences(*starts, 3, 90))["AV"]
+    assert (found[None].double() - wanted).abs().max() <= limit
+
+
+def test_operators_for_serving_run_what_the_functions_run():
+    import attn_rewrite.ops  # noqa: F401
+
+    cascade = softmax_cascade(ONE.form(2), "case")
+    text = str(cascade)
+    x = inputs_for(ONE, SIZES | {"b": 1, "q": 12, "kv": 12}, torch.float32, 28)
+    flat = {n: t[0] for n, t in x.items()}
+    starts = torch.tensor([0, 5, 12], dtype=torch.int32)
+    found = torch.ops.attn_rewrite.triton_varlen(list(flat.values()), starts, starts, 7, 7, text)
+    wanted = attend_varlen(cascade, flat, Sequences(starts, starts, 7, 7))
+    assert torch.equal(found[0], wanted["AV"])
+    assert torch.equal(found[1], wanted["LSE"])
+    table, lengths = (torch.tensor(t, dtype=torch.int32) for t in ([[1, 0]], [20]))
+    keys = [torch.randn(2, 2, 16, n) for n in (16, 24)]
+    found = torch.ops.attn_rewrite.triton_paged([x["Q"], *keys], table, lengths, text)
+    pages = Pages(table, lengths)
+    wanted = decode(cascade, {"Q": x["Q"], "K": keys[0], "V": keys[1]}, pages=pages)
+    assert torch.equal(found[0], wanted["AV"])
+    q = x["Q"].requires_grad_()
+    out = torch.ops.attn_rewrite.triton_paged([q, *keys], table, lengths, text)[0]
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"autograd|require grad"):
+        out.sum().backward()
 
 
 def test_what_has_no_states_cannot_be_split():

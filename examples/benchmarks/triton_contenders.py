@@ -1,0 +1,168 @@
+"""What the Triton benchmark runs: shapes, operands, and the contenders for each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+WINDOW, BLOCK, DENSITY = 4096, 128, 0.25
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One case: name, mask, batch, query and key heads, lengths, head dimension."""
+
+    name: str
+    mask: str
+    b: int
+    hq: int
+    hkv: int
+    q: int
+    kv: int
+    d: int
+
+
+def operand_bytes(shape: Shape) -> int:
+    """Bytes of Q, K, V and the result."""
+    rows, keys = shape.hq * shape.q, shape.hkv * shape.kv
+    return 2 * shape.b * shape.d * (2 * rows + 2 * keys)
+
+
+def score_bytes(shape: Shape) -> int:
+    """Bytes of the scores, in bfloat16 and in float32, as plain operators hold them."""
+    return 6 * shape.b * shape.hq * shape.q * shape.kv
+
+
+def cascade_of(shape: Shape) -> Any:
+    """The attention as a cascade."""
+    from attn_rewrite.cascade.attention import QK, SoftmaxAttention, softmax_cascade
+    from attn_rewrite.cascade.expr import KV, TRUE, Extent, H, Q, Read
+    from attn_rewrite.cascade.ir import TensorDecl
+
+    guards: dict[str, Any] = {
+        "dense": TRUE,
+        "causal": Q - KV >= 0,
+        "cached": Q + Extent("kv") - Extent("q") >= KV,
+        "window": (Q - KV >= 0) & (Q - KV < WINDOW),
+        "blocks": Read("keep", (H, Q // BLOCK, KV // BLOCK)),
+    }
+    reads = (TensorDecl("keep", ("h", "qb", "kb"), dtype="bool"),) if shape.mask == "blocks" else ()
+    form = SoftmaxAttention(
+        QK * shape.d**-0.5, guards[shape.mask], group=shape.hq // shape.hkv, reads=reads
+    )
+    return softmax_cascade(form, "bench")
+
+
+def operands(shape: Shape) -> dict[str, Any]:
+    """Random bfloat16 operands on the GPU, and the table of blocks."""
+    import torch
+
+    torch.manual_seed(0)
+
+    def normal(heads: int, length: int) -> Any:
+        size = (shape.b, heads, length, shape.d)
+        return torch.randn(size, device="cuda", dtype=torch.bfloat16)
+
+    found = {
+        "Q": normal(shape.hq, shape.q),
+        "K": normal(shape.hkv, shape.kv),
+        "V": normal(shape.hkv, shape.kv),
+    }
+    if shape.mask == "blocks":
+        blocks = (shape.hq, -(-shape.q // BLOCK), -(-shape.kv // BLOCK))
+        found["keep"] = torch.rand(blocks, device="cuda") < DENSITY
+    return found
+
+
+def contenders(shape: Shape, x: dict[str, Any]) -> dict[str, Callable[[], Run]]:
+    """What makes the runs of this shape, by name; some fail to be made on some machines."""
+    found: dict[str, Callable[[], Run]] = {"attn-rewrite": lambda: _own(shape, x)}
+    found |= _sdpa(shape, x)
+    found["flex"] = lambda: _flex(shape, x)
+    found["eager, compiled"] = lambda: _eager(shape, x)
+    return found
+
+
+def _own(shape: Shape, x: dict[str, Any]) -> Run:
+    from attn_rewrite.backends.triton.decode import decode
+    from attn_rewrite.backends.triton.lower import lower
+    from attn_rewrite.graph import EagerBuilder
+
+    cascade = cascade_of(shape)
+    if shape.mask == "cached":
+        return lambda: decode(cascade, x)
+    kernel: Any = lower(cascade, extents={"q": shape.q, "kv": shape.kv})
+    inputs = list(x.values())
+    return lambda: kernel.emit(EagerBuilder(), inputs)
+
+
+def _sdpa(shape: Shape, x: dict[str, Any]) -> dict[str, Callable[[], Run]]:
+    """PyTorch's fused kernels, each by name, where they take the mask without a tensor."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    if shape.mask not in ("dense", "causal") and not (shape.mask == "cached" and shape.q == 1):
+        return {}
+
+    def call(backend: Any) -> Run:
+        def run() -> Any:
+            with sdpa_kernel(backend):
+                return torch.nn.functional.scaled_dot_product_attention(
+                    x["Q"], x["K"], x["V"], is_causal=shape.mask == "causal",
+                    enable_gqa=shape.hq != shape.hkv,
+                )  # fmt: skip
+
+        return run
+
+    names = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")
+    return {f"sdpa {n.lower()}": (lambda n=n: call(getattr(SDPBackend, n))) for n in names}
+
+
+def _flex(shape: Shape, x: dict[str, Any]) -> Run:
+    import torch
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    keep, offset = x.get("keep"), shape.kv - shape.q
+    rules: dict[str, Any] = {
+        "causal": lambda b, h, q, k: q >= k,
+        "cached": lambda b, h, q, k: k <= q + offset,
+        "window": lambda b, h, q, k: (q >= k) & (q - k < WINDOW),
+        "blocks": lambda b, h, q, k: keep[h, q // BLOCK, k // BLOCK],
+    }
+    mask = None
+    if shape.mask in rules:
+        heads = shape.hq if shape.mask == "blocks" else None
+        make = torch.compile(create_block_mask)
+        mask = make(rules[shape.mask], None, heads, shape.q, shape.kv, device="cuda")
+    compiled: Any = torch.compile(flex_attention, dynamic=False)
+    grouped = shape.hq != shape.hkv
+    return lambda: compiled(x["Q"], x["K"], x["V"], block_mask=mask, enable_gqa=grouped)
+
+
+def _eager(shape: Shape, x: dict[str, Any]) -> Run:
+    import torch
+
+    free, _ = torch.cuda.mem_get_info()
+    if score_bytes(shape) > free // 2:
+        raise MemoryError(f"its scores take {score_bytes(shape) >> 30} GiB")
+    group = shape.hq // shape.hkv
+
+    def attend(q: Any, k: Any, v: Any) -> Any:
+        k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+        s = q @ k.mT * shape.d**-0.5
+        at_q = torch.arange(shape.q, device="cuda")[:, None] + (
+            shape.kv - shape.q if shape.mask == "cached" else 0
+        )
+        at_k = torch.arange(shape.kv, device="cuda")
+        if shape.mask in ("causal", "cached", "window"):
+            s = s.masked_fill(at_q < at_k, -torch.inf)
+        if shape.mask == "window":
+            s = s.masked_fill(at_q - at_k >= WINDOW, -torch.inf)
+        if shape.mask == "blocks":
+            s = s.masked_fill(~x["keep"][:, at_q // BLOCK, at_k // BLOCK], -torch.inf)
+        return s.softmax(-1) @ v
+
+    compiled = torch.compile(attend)
+    return lambda: compiled(x["Q"], x["K"], x["V"])
