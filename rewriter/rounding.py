@@ -44,7 +44,7 @@ def plain_attention(
         return None
     dtype = inputs["Q"].dtype
     cascade, inputs = unstaged(cascade, inputs)
-    inputs = _values_of_codes(staged, inputs, dtype)
+    inputs = values_of_codes(staged, inputs, dtype)
 
     def evaluate(part: Cascade, held: Mapping[str, Tensor]) -> Tensor:
         return _eager(part, held, staged, dtype)
@@ -64,9 +64,9 @@ def _eager(
     product = q @ k.transpose(-1, -2)
     score = cascade.producer("S")
     assert score is not None
-    s = _value(cascade, inputs, product, score).to(work)
+    s = value_of(cascade, inputs, product, score).to(work)
     top = s.amax(-1, keepdim=True)
-    sink = _sink(cascade, inputs, product)
+    sink = sink_of(cascade, inputs, product)
     if sink is not None:
         top = torch.maximum(top, sink.to(work)[..., None])
     top = top.masked_fill(top == -torch.inf, 0)
@@ -75,14 +75,14 @@ def _eager(
     if sink is not None:
         total = total + (sink.to(work)[..., None] - top).exp()
     p = torch.where(total > 0, p / total, 0)
-    factor = _factor(cascade)
+    factor = factor_of(cascade)
     if factor is not None:
         one = Einsum(Read("S", POINT), factor)
-        p = p * _value(cascade, inputs, product, one).to(work)
+        p = p * value_of(cascade, inputs, product, one).to(work)
     return p.to(dtype) @ v
 
 
-def _values_of_codes(
+def values_of_codes(
     staged: StagedAttention, inputs: Mapping[str, Tensor], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Q and K as numbers in the working type, their scales taken out of the score (set to 1)."""
@@ -112,7 +112,7 @@ def _narrowed(operand: Tensor, dtype: torch.dtype) -> Tensor:
     return operand.to(torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-def _value(
+def value_of(
     cascade: Cascade, inputs: Mapping[str, Tensor], product: Tensor, einsum: Einsum
 ) -> Tensor:
     """One Einsum of the cascade in float64, with the product QK as it was computed."""
@@ -124,14 +124,14 @@ def _value(
     return interpret(alone, held)[einsum.out.tensor].expand(product.shape[: len(einsum.out.index)])
 
 
-def _sink(cascade: Cascade, inputs: Mapping[str, Tensor], product: Tensor) -> Tensor | None:
+def sink_of(cascade: Cascade, inputs: Mapping[str, Tensor], product: Tensor) -> Tensor | None:
     top = cascade.producer("GM")
     if top is None or cascade.producer("LM") is None:
         return None
-    return _value(cascade, inputs, product, Einsum(Read("GM", _ROW), top.expr.children[1]))
+    return value_of(cascade, inputs, product, Einsum(Read("GM", _ROW), top.expr.children[1]))
 
 
-def _factor(cascade: Cascade) -> Expr | None:
+def factor_of(cascade: Cascade) -> Expr | None:
     """What multiplies the probabilities before the value product, if anything."""
     last = cascade.producer("AV")
     assert last is not None

@@ -22,6 +22,7 @@ from attn_rewrite.apply import Emits
 from attn_rewrite.budget import Bound
 from attn_rewrite.cascade.ir import Cascade
 from attn_rewrite.chunked import LIMIT_BYTES, oracle
+from attn_rewrite.conditioning import score_rounding
 from attn_rewrite.errors import VerifyError
 from attn_rewrite.graph import EagerBuilder, arrange, extents
 from attn_rewrite.measuring import implementation_bound as implementation_bound
@@ -267,20 +268,36 @@ def _check(
     result = run_kernel(kernel, inputs, original.dtype)
     found = measure(result, target)
     allowed = implementation_bound(original, reference, target)
-    if found.max_abs > allowed and check.verdict == "accepted":
-        allowed = max(allowed, 2 * rounding_error(candidate.cascade, inputs, target, limit))
+    if check.verdict == "accepted":
+        allowed = rounding_bound(
+            candidate.cascade, inputs, target, allowed, found.max_abs, limit=limit
+        )
     return replace(check, implementation=found, implementation_bound=allowed)
 
 
-def rounding_error(
-    cascade: Cascade, inputs: Mapping[str, Tensor], target: Tensor, limit: int = LIMIT_BYTES
+def rounding_bound(
+    cascade: Cascade,
+    inputs: Mapping[str, Tensor],
+    target: Tensor,
+    allowed: float,
+    error: float,
+    *,
+    limit: int = LIMIT_BYTES,
 ) -> float:
-    """Error of ``cascade`` computed plainly in the dtype of its inputs; ``target`` is its value.
+    """What ``error`` may be: ``allowed``, or more where rounding explains more.
 
-    0 for a cascade that is no softmax attention: there is no plain form to compare with.
+    ``target`` is the value of ``cascade``.  Asked in turn, as long as ``error`` is over the bound:
+    twice the error of the same attention computed plainly in the dtype of its inputs, and twice
+    what rounding its scores may change.  Only ``allowed`` for a cascade that is no softmax
+    attention: there is no plain form to compare with.
     """
-    plain = plain_attention(cascade, inputs, limit)
-    return 0.0 if plain is None else measure(plain, target).max_abs
+    if error > allowed:
+        plain = plain_attention(cascade, inputs, limit)
+        allowed = allowed if plain is None else max(allowed, 2 * measure(plain, target).max_abs)
+    if error > allowed:
+        moved = score_rounding(cascade, inputs, limit)
+        allowed = allowed if moved is None else max(allowed, 2 * moved)
+    return allowed
 
 
 def check_raising(

@@ -26,7 +26,10 @@ POINTERS = {
     "float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "float8_e4m3fn": "*fp8e4nv",
     "float8_e5m2": "*fp8e5", "int8": "*i8", "int32": "*i32", "int64": "*i64", "bool": "*i1",
 }  # fmt: skip
-_DECLARED = {"bool": "bool", "i64": "int64", "i32": "int32", "i8": "int8", "f32": "float32"}
+_DECLARED = {
+    "bool": "bool", "i64": "int64", "i32": "int32", "i8": "int8", "f32": "float32",
+    "f8e4m3": "float8_e4m3fn", "f8e5m2": "float8_e5m2",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

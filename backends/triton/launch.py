@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from attn_rewrite.backends.triton.build import is_interpreted, kernel_of
 from attn_rewrite.backends.triton.emit import Source
 from attn_rewrite.backends.triton.frame import Parameter
+from attn_rewrite.backends.triton.interpreted import exact_conversions
 from attn_rewrite.backends.triton.schedule import padded_side
 from attn_rewrite.errors import LowerError
 
@@ -106,7 +107,8 @@ def launch(source: Source, call: Call, splits: int = 1, *, wrap: bool = False) -
 def _interpret(kernel: Any, grid: tuple[Any, ...], source: Source, call: Call) -> None:
     """Run in Triton's interpreter, which has no products of bfloat16: they are float32 there."""
     wide = {n: t.float() for n, t in call.tensors.items() if t.dtype == torch.bfloat16}
-    kernel[grid](**arguments(source, replace(call, tensors={**call.tensors, **wide})))
+    with exact_conversions():
+        kernel[grid](**arguments(source, replace(call, tensors={**call.tensors, **wide})))
     for output in source.outputs:
         if output.name in wide:
             call.tensors[output.name].copy_(wide[output.name])
@@ -131,6 +133,12 @@ def extents_of(
     return found
 
 
+def wide_operand(operands: Iterable[Tensor]) -> Tensor:
+    """The operand whose type outputs have: the first floating one, 8 bits only if all are."""
+    floating = [t for t in operands if t.is_floating_point()]
+    return next((t for t in floating if t.element_size() > 1), floating[0])
+
+
 def run(
     source: Source,
     inputs: Mapping[str, Tensor],
@@ -149,7 +157,7 @@ def run(
     ``tables`` are the lists of tiles (``tiles [b, h, blocks, 3]``, ``columns``).
     """
     sizes = extents_of(source, inputs, extents)
-    first = next(t for t in inputs.values() if t.is_floating_point())
+    first = wide_operand(inputs.values())
     ranks = {t.name: t.ranks for t in source.program.cascade.inputs}
     ranks["tiles"] = ("b", "h", "blocks", "place")
     outputs = {}

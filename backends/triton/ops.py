@@ -22,7 +22,7 @@ from torch import Tensor
 from attn_rewrite.backends.triton.decode import decode, is_worth_splitting
 from attn_rewrite.backends.triton.emit import Source
 from attn_rewrite.backends.triton.gradient import plain_index
-from attn_rewrite.backends.triton.launch import extents_of, run
+from attn_rewrite.backends.triton.launch import extents_of, run, wide_operand
 from attn_rewrite.backends.triton.lists import blockwise_tables, make_lists
 from attn_rewrite.backends.triton.prepare import (
     DROPOUT,
@@ -206,7 +206,7 @@ def _(
         assert einsum is not None
         ranks = [str(i) for i in einsum.out.index]
         wide = not set(last.roles.lanes) & set(ranks)
-        kind = torch.float32 if wide else inputs[0].dtype
+        kind = torch.float32 if wide else wide_operand(inputs).dtype
         found.append(inputs[0].new_empty([sizes[r] for r in ranks], dtype=kind))
     return found
 
