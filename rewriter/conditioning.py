@@ -14,17 +14,21 @@ its argument is rounded before it is taken.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from attn_rewrite.cascade.attention import POINT
 from attn_rewrite.cascade.expr import Read
-from attn_rewrite.cascade.ir import Cascade, Einsum
+from attn_rewrite.cascade.ir import Cascade, Einsum, TensorDecl
 from attn_rewrite.cascade.reordered import as_reordered
 from attn_rewrite.cascade.staged import StagedAttention, as_staged
 from attn_rewrite.chunked import LIMIT_BYTES, gathered, sliced, unstaged
-from attn_rewrite.rounding import factor_of, sink_of, value_of, values_of_codes
+from attn_rewrite.rounding import sink_of, value_of, value_with, values_of_codes
+
+_ROW = ("b", "h", "q")
+_POINT = (*_ROW, "kv")
 
 
 def score_rounding(
@@ -33,14 +37,15 @@ def score_rounding(
     """The largest change of AV that rounding the scores may make, to first order.
 
     Rounding is that of float32, or of float64 for such inputs.  It reads the cascade and the
-    inputs, never the output of a kernel, so a kernel's bug does not change it.  None for what is no
-    softmax attention, and for mapped probabilities, whose rounding is not continuous.
+    inputs, never the output of a kernel, so a kernel's bug does not change it.  A map that rounds
+    probabilities moves by a step where, and only where, a probability is that close to a tie.
+    None for what is no softmax attention, or maps with a statistic of all probabilities.
     """
     found = as_reordered(cascade)
     if found is not None:
         return score_rounding(found.inner, gathered(found, inputs), limit)
     staged = as_staged(cascade)
-    if staged is None or staged.probability is not None:
+    if staged is None or staged.peak is not None:
         return None
     dtype = inputs["Q"].dtype
     unit = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps / 2
@@ -48,20 +53,45 @@ def score_rounding(
     inputs = values_of_codes(staged, inputs, dtype)
 
     def evaluate(part: Cascade, held: Mapping[str, Tensor]) -> Tensor:
-        return _moved(part, held, staged, unit)
+        return _moved(_probabilities(part, held, staged, unit))
 
     # Slices of queries and batch entries: whole rows of keys.
     moved = sliced(cascade, inputs, ("b", "q"), limit, evaluate)
     return float(moved.amax()) if moved.numel() else 0.0
 
 
-def _moved(
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Exponentials [b, h, q, kv] below the row maximum, their sums, and how far each may be off.
+
+    ``change`` is relative; ``rest`` is the share of a sink and how far that is off.
+    """
+
+    cascade: Cascade
+    inputs: Mapping[str, Tensor]
+    staged: StagedAttention
+    exponentials: Tensor
+    sums: Tensor
+    change: Tensor
+    weight: Tensor | None
+    rest: Tensor | None
+
+    @property
+    def shares(self) -> Tensor:
+        """Probabilities; 0 in a row without keys."""
+        return torch.where(self.sums > 0, self.exponentials / self.sums, 0)
+
+    @property
+    def values(self) -> Tensor:
+        """What they multiply, one for each query head."""
+        return self.inputs[self.staged.v].double().repeat_interleave(self.staged.form.group, 1)
+
+
+def _probabilities(
     cascade: Cascade, inputs: Mapping[str, Tensor], staged: StagedAttention, unit: float
-) -> Tensor:
-    """What each output [b, h, q, f] may move by."""
-    q, k, v = (inputs[n].double() for n in (staged.q, staged.k, staged.v))
-    if staged.form.group > 1:
-        k, v = (x.repeat_interleave(staged.form.group, 1) for x in (k, v))
+) -> _Rows:
+    q, k = (inputs[n].double() for n in (staged.q, staged.k))
+    k = k.repeat_interleave(staged.form.group, 1)
     product = q @ k.mT
     off = unit * q.shape[-1] ** 0.5 * (q.abs() @ k.abs().mT)
     einsum = cascade.producer("S")
@@ -74,32 +104,67 @@ def _moved(
     if sink is not None:
         top = torch.maximum(top, sink[..., None])
     top = top.masked_fill(top == -torch.inf, 0)
-    p = (scores - top).exp()
-    total = p.sum(-1, keepdim=True)
+    exponentials = (scores - top).exp()
+    sums, rest = exponentials.sum(-1, keepdim=True), None
     if sink is not None:
-        total = total + (sink[..., None] - top).exp()
-    p = torch.where(total > 0, p / total, 0)
+        share = (sink[..., None] - top).exp()
+        sums = sums + share
+        rest = share / sums * unit * ((sink[..., None] - top).abs() + 2)
     change = torch.maximum((more - scores).abs(), (less - scores).abs())
     change = change + unit * (scores.abs() + (scores - top).abs() + 2)
-    share = p * change.masked_fill(p == 0, 0).expm1()
-    factor = factor_of(cascade)
-    weight = None
+    change = change.masked_fill(exponentials == 0, 0)
+    factor, weight = staged.form.weight, None
     if factor is not None:
         weight = value_of(cascade, inputs, product, Einsum(Read("S", POINT), factor))
-    output = (p if weight is None else p * weight) @ v
-    moved = torch.stack(
-        [
-            (share * _gain(weight, v[..., f], output[..., f])).sum(-1) for f in range(v.shape[-1])
-        ],
-        -1,
-    )  # fmt: skip
-    if sink is not None:
-        rest = unit * ((sink[..., None] - top).abs() + 2) * (1 - p.sum(-1, keepdim=True))
-        moved = moved + rest * output.abs()
-    return moved
+    return _Rows(cascade, inputs, staged, exponentials, sums, change, weight, rest)
+
+
+def _moved(rows: _Rows) -> Tensor:
+    """What each output [b, h, q, f] may move by."""
+    if rows.staged.probability is not None:
+        return _mapped(rows)
+    p, v = rows.shares, rows.values
+    share = p * rows.change.expm1()
+    output = (p if rows.weight is None else p * rows.weight) @ v
+    columns = [
+        (share * _gain(rows.weight, v[..., f], output[..., f])).sum(-1) for f in range(v.shape[-1])
+    ]
+    moved = torch.stack(columns, -1)
+    return moved if rows.rest is None else moved + rows.rest * output.abs()
 
 
 def _gain(weight: Tensor | None, value: Tensor, output: Tensor) -> Tensor:
     """|v - o| for every query and key: what one unit more of a probability adds."""
     column = value[..., None, :] if weight is None else value[..., None, :] * weight
     return (column - output[..., None]).abs()
+
+
+def _mapped(rows: _Rows) -> Tensor:
+    """The same for mapped probabilities: the map at both ends of where each of them may be."""
+    share = (rows.shares * rows.change).sum(-1, keepdim=True)
+    share = share if rows.rest is None else share + rows.rest
+    # A probability takes its own part of the sum with it: one of 1 stays 1.
+    apart = rows.change * (1 - 2 * rows.shares) + share
+    made, last = rows.cascade.producer("PI"), rows.cascade.producer("AV")
+    assert made is not None
+    assert last is not None
+
+    def mapped(sign: int) -> Tensor:
+        given = {
+            TensorDecl("SN", _POINT): rows.exponentials * (sign * rows.change).exp(),
+            TensorDecl("A", _POINT): rows.shares * (sign * apart).exp(),
+        }
+        found = value_with(rows.cascade, rows.inputs, given, made).double()
+        found = found.expand(rows.exponentials.shape)
+        return found if rows.weight is None else found * rows.weight
+
+    def output(product: Tensor) -> Tensor:
+        given = {TensorDecl("PV", (*_ROW, "f")): product, TensorDecl("SD", _ROW): rows.sums[..., 0]}
+        return value_with(rows.cascade, rows.inputs, given, last).double()
+
+    middle, high, low = mapped(0), mapped(1), mapped(-1)
+    steps = torch.maximum((high - middle).abs(), (low - middle).abs())
+    product = middle @ rows.values
+    whole = output(product)
+    moved = (output(product + steps @ rows.values.abs()) - whole).abs()
+    return moved if rows.staged.normalised else moved + share * whole.abs()

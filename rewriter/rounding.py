@@ -75,7 +75,7 @@ def _eager(
     if sink is not None:
         total = total + (sink.to(work)[..., None] - top).exp()
     p = torch.where(total > 0, p / total, 0)
-    factor = factor_of(cascade)
+    factor = _factor(cascade)
     if factor is not None:
         one = Einsum(Read("S", POINT), factor)
         p = p * value_of(cascade, inputs, product, one).to(work)
@@ -116,22 +116,34 @@ def value_of(
     cascade: Cascade, inputs: Mapping[str, Tensor], product: Tensor, einsum: Einsum
 ) -> Tensor:
     """One Einsum of the cascade in float64, with the product QK as it was computed."""
-    given = TensorDecl("QK", ("b", "h", "q", "kv"))
+    given = {TensorDecl("QK", ("b", "h", "q", "kv")): product}
+    found = value_with(cascade, inputs, given, einsum)
+    return found.expand(product.shape[: len(einsum.out.index)])
+
+
+def value_with(
+    cascade: Cascade,
+    inputs: Mapping[str, Tensor],
+    given: Mapping[TensorDecl, Tensor],
+    einsum: Einsum,
+) -> Tensor:
+    """One Einsum of the cascade in float64, with the values it reads of others ``given``."""
     wanted = {*tensors_of(einsum.expr), *tensors_of(einsum.guard)}
     reads = tuple(t for t in cascade.inputs if t.name in wanted)
-    alone = replace(cascade, inputs=(given, *reads), body=(einsum,), outputs=(einsum.out.tensor,))
-    held = {"QK": product, **{t.name: inputs[t.name] for t in reads}}
-    return interpret(alone, held)[einsum.out.tensor].expand(product.shape[: len(einsum.out.index)])
+    alone = replace(cascade, inputs=(*given, *reads), body=(einsum,), outputs=(einsum.out.tensor,))
+    held = {**{t.name: x for t, x in given.items()}, **{t.name: inputs[t.name] for t in reads}}
+    return interpret(alone, held)[einsum.out.tensor]
 
 
 def sink_of(cascade: Cascade, inputs: Mapping[str, Tensor], product: Tensor) -> Tensor | None:
+    """The logit [b, h, q] that joins each row, in float64, if there is one."""
     top = cascade.producer("GM")
     if top is None or cascade.producer("LM") is None:
         return None
     return value_of(cascade, inputs, product, Einsum(Read("GM", _ROW), top.expr.children[1]))
 
 
-def factor_of(cascade: Cascade) -> Expr | None:
+def _factor(cascade: Cascade) -> Expr | None:
     """What multiplies the probabilities before the value product, if anything."""
     last = cascade.producer("AV")
     assert last is not None

@@ -40,6 +40,8 @@ class Candidate:
 
     ``exact`` is the kernel of the Site's own cascade; where given it is measured when the rewritten
     one goes over the budget.  ``tables`` are inputs of the rewritten cascade that the plan holds.
+    ``parts`` are the approximate parts of its pipeline by name, each with the cascade that stands
+    after it; the last is ``cascade``.
     """
 
     site: Site
@@ -47,6 +49,7 @@ class Candidate:
     kernel: Emits
     exact: Emits | None = None
     tables: Mapping[str, Table] = field(default_factory=dict)
+    parts: tuple[tuple[str, Cascade], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ class SiteCheck:
 
     ``verdict``: ``"accepted"``, ``"reverted"`` (over the budget: use the exact kernel, or the
     original nodes) or ``"kept"`` (raising is not sound, see ``refusals``).  ``implementation`` is
-    that of the kernel to use; it is None where none can be measured (``note`` says why).
+    that of the kernel to use; it is None where none can be measured (``note`` says why).  ``parts``
+    has the error of each approximate part against what stood before it.
     """
 
     site: str
@@ -65,6 +69,7 @@ class SiteCheck:
     implementation_bound: float | None = None
     approximation: ErrorMeasure | None = None
     refusals: tuple[Refusal, ...] = ()
+    parts: tuple[tuple[str, ErrorMeasure], ...] = ()
     note: str = ""
     seconds: float = field(default=0.0, compare=False)
 
@@ -252,7 +257,11 @@ def _check(
         own, inputs = inputs, {**inputs, **tables}
         wanted = oracle(candidate.cascade, inputs, limit)
         wanted = wanted.masked_fill(reference.isnan(), torch.nan)
-        check = replace(check, approximation=measure(wanted, reference))
+        check = replace(
+            check,
+            approximation=measure(wanted, reference),
+            parts=_parts(candidate, inputs, reference, wanted, limit),
+        )
         if bound is None or bound.allows(check.approximation):  # type: ignore[arg-type]
             target = wanted
         elif candidate.exact is None:
@@ -273,6 +282,23 @@ def _check(
             candidate.cascade, inputs, target, allowed, found.max_abs, limit=limit
         )
     return replace(check, implementation=found, implementation_bound=allowed)
+
+
+def _parts(
+    candidate: Candidate,
+    inputs: Mapping[str, Tensor],
+    reference: Tensor,
+    wanted: Tensor,
+    limit: int,
+) -> tuple[tuple[str, ErrorMeasure], ...]:
+    """What each part adds: the output after it against the output before it."""
+    found = []
+    for name, cascade in candidate.parts:
+        last = cascade == candidate.cascade
+        after = wanted if last else oracle(cascade, inputs, limit)
+        found.append((name, measure(after.masked_fill(reference.isnan(), torch.nan), reference)))
+        reference = after.masked_fill(reference.isnan(), torch.nan)
+    return tuple(found)
 
 
 def rounding_bound(

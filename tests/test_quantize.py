@@ -116,6 +116,19 @@ def test_8_bit_floats_are_those_of_torch(x):
         assert value(Float8(kind).clipped(X), [x]) == wanted
 
 
+def test_sums_of_half_precision_accumulators():
+    """What P and V may be scaled to where 32 products, or two times 32, are added in float16."""
+    largest = torch.finfo(torch.float16).max
+
+    def sum_of(terms, p_limit, v_limit):
+        p, v = Float8("e4m3", p_limit), Float8("e4m3", v_limit)
+        codes = [value(f.code(X, f.scale(Const(1.0))), [1.0])[0] for f in (p, v)]
+        return terms * codes[0] * codes[1]
+
+    assert sum_of(64, 448, 2.25) == sum_of(64, 224, 4.5) == 64512 <= largest
+    assert sum_of(32, 448, 448) == 6_422_528 > largest
+
+
 def test_bad_formats():
     for make in (
         lambda: Integer(1), lambda: Integer(9), lambda: Float8("e4m3", 500.0), lambda: Affine(9),
@@ -204,6 +217,21 @@ def test_scales_of_tensor_and_head():
     heads = interpret(scheme("int8(granularity='head')", site), inputs, also=("QS",))["QS"]
     assert float(whole) == float(inputs["Q"].abs().max()) / 127
     assert torch.equal(heads, inputs["Q"].abs().amax((2, 3)) / 127)
+
+
+def test_keys_in_the_order_of_a_tensor_core_fragment():
+    """Inside 16 tokens a fragment stores V in another order; P follows, and nothing changes."""
+    order = torch.tensor([0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15])
+    assert order.argsort().tolist() == [0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15]
+    site = make_site(q_len=9, kv_len=64)
+    inputs = random_inputs(site)
+    every = (16 * torch.arange(4)[:, None] + order).flatten()
+    moved = {n: t if n == "Q" else t[:, :, every] for n, t in inputs.items()}
+    for text in ("int8(pv=true)", "fp8", "int4(pv='fp8', granularity='block')"):
+        cascade = scheme(text, site)
+        first, second = (interpret(cascade, i, also=("PI",)) for i in (inputs, moved))
+        assert torch.equal(first["PI"][..., every], second["PI"])
+        assert torch.allclose(first["AV"], second["AV"], rtol=0, atol=1e-13)
 
 
 # Placement

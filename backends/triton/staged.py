@@ -85,5 +85,3 @@ def emit_codes(
         cast(build, made[t.name], _STORED[t.dtype]) if t.name in made else named[t.name]
         for t in held.core.inputs
     ]
-
-
