@@ -177,9 +177,10 @@ def _whole(
             return errors, made, plan, checks, decisions
         gone = replace(checks[worst], verdict="reverted")
         decisions = [_after(d, gone) if d.site.name == worst else d for d in decisions]
-        exact = _check(captured, host, [d for d in decisions if d.site.name == worst], None)
-        checks = {**checks, worst: _merged(gone, exact.get(worst))}
         plan = plan.without([worst])
+        again = [d for d in decisions if d.site.name == worst]
+        exact = _check(captured, host, again, plan, None)
+        checks = {**checks, worst: _merged(gone, exact.get(worst))}
         made = spliced(captured, decisions)
 
 
