@@ -1,13 +1,14 @@
 """Fine-tuning with clipped softmax and with gates: outliers of activations before and after.
 
-    python examples/train_without_outliers.py [--steps 300]
+    python examples/train_without_outliers.py [--steps 100]
 
 A small transformer learns a task where most positions have nothing to attend to, which is what
 makes heads push softmax towards exact zeros (Bondarenko et al. 2023, Quantizable Transformers).
 The trained model is then fine-tuned three times, equally long: as it is, with
 ``clipped_softmax`` put in by a policy, and with a gate on each head in the model's own code.  What
 is printed: the loss, the largest infinity norm and the kurtosis of the outputs of attention layers,
-and the loss with both products in int8.
+as trained and with int8 products.  A model this small, trained this briefly, has no outliers to
+lose: what is shown is that the rewrite trains, and how it is measured.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from torch.nn import functional
 import attn_rewrite as ar
 from attn_rewrite.outliers import infinity_norm, kurtosis
 
-TOKENS, LENGTH, WIDTH, HEADS = 16, 48, 64, 4
+TOKENS, LENGTH, WIDTH, HEADS = 12, 24, 32, 4
 ASK, KEY = 1, 2  # a position that asks, and one that answers; every other one is noise
-CLIPPED, INT8 = "clipped_softmax(alpha=2.0)", "int8(pv=true)"
+CLIPPED = "clipped_softmax(alpha=2.0)"
 HELD_OUT = 1 << 20
 PI = 0.25  # how open a gate is at first, made up for by what multiplies it
 
@@ -89,7 +90,7 @@ class Model(nn.Module):
         return self.head(x), torch.stack(seen)
 
 
-def batch(seed: int, rows: int = 16) -> tuple[Tensor, Tensor]:
+def batch(seed: int, rows: int = 8) -> tuple[Tensor, Tensor]:
     """One position in eight asks, and is answered by the token after the only key; others by 0."""
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, TOKENS, (rows, LENGTH), generator=g)
@@ -123,22 +124,18 @@ class Measured:
     loss: float
     norm: float
     kurtosis: float
-    int8: float
 
     @classmethod
-    def of(cls, run: nn.Module, policy: str, model: nn.Module) -> Measured:
-        """``policy`` quantises ``model``, whose parameters ``run`` has."""
-        ids, wanted = batch(HELD_OUT, 32)
+    def of(cls, run: nn.Module) -> Measured:
+        """Of a model as it computes now."""
+        ids, wanted = batch(HELD_OUT, 64)
         with torch.no_grad():
             logits, seen = run(ids)
-            quantised = ar.optimize(model, policy, (batch(0)[0],))(ids)[0]
-            return cls(
-                float(loss_of(logits, wanted)), max(map(infinity_norm, seen)),
-                max(map(kurtosis, seen)), float(loss_of(quantised, wanted)),
-            )  # fmt: skip
+            loss = float(loss_of(logits, wanted))
+        return cls(loss, max(map(infinity_norm, seen)), max(map(kurtosis, seen)))
 
     def __str__(self) -> str:
-        return f"{self.loss:8.4f} {self.norm:9.3f} {self.kurtosis:9.3f} {self.int8:12.4f}"
+        return f"{self.loss:8.4f} {self.norm:9.3f} {self.kurtosis:9.3f}"
 
 
 def variants(trained: Model) -> dict[str, tuple[Model, nn.Module]]:
@@ -153,22 +150,25 @@ def variants(trained: Model) -> dict[str, tuple[Model, nn.Module]]:
 def main(steps: int) -> None:
     torch.manual_seed(0)
     trained = Model().eval()
-    train(trained, 2 * steps, seed=0)
-    found = {"trained": Measured.of(trained, INT8, trained)}
-    print(f"{'':20} {'loss':>8} {'inf norm':>9} {'kurtosis':>9} {'int8 loss':>12}")
-    print(f"{'trained':20} {found['trained']}")
+    train(trained, 3 * steps, seed=0)
+    start = Measured.of(trained)
+    print(f"{'':22} {'loss':>8} {'inf norm':>9} {'kurtosis':>9}")
+    print(f"{'trained':22} {start}")
     for name, (model, run) in variants(trained).items():
-        policy = f"int8 | {CLIPPED}" if name == "clipped" else INT8
-        before = Measured.of(run, policy, model)
-        train(run, steps, seed=2 * steps)
-        found[name] = after = Measured.of(run, policy, model)
-        print(f"{name + ', at first':20} {before}")
-        print(f"{name + ', fine-tuned':20} {after}")
-        assert after.loss < before.loss + 0.01, "fine-tuning mends what the rewrite changed"
-        assert abs(after.int8 - after.loss) < 0.1 * after.loss + 0.01
+        before = Measured.of(run)
+        train(run, steps, seed=3 * steps)
+        after = Measured.of(run)
+        policy = f"int8 | {CLIPPED}" if name == "clipped" else "int8(pv=true)"
+        quantised = Measured.of(ar.optimize(model, policy, (batch(0)[0],)))
+        for when, found in (("at first", before), ("fine-tuned", after), ("int8", quantised)):
+            print(f"{name + ', ' + when:22} {found}")
+        if name != "clipped":  # a gate begins as the identity
+            assert abs(before.loss - start.loss) < 1e-4
+        assert after.loss < start.loss, "fine-tuning mends what the rewrite changed, and more"
+        assert abs(quantised.loss - after.loss) < 0.02
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=100)
     main(parser.parse_args().steps)

@@ -87,9 +87,11 @@ def test_the_held_out_half_has_to_confirm(model):
 
 def per_head(run, model, x):
     """Cosine of each head's output with the original one."""
-    found, wanted = (m(x).detach().double().view(*x.shape[:2], 4, 8) for m in (run, model))
-    dot = (found * wanted).sum((0, 1, 3))
-    return dot / found.norm(dim=(0, 1, 3)) / wanted.norm(dim=(0, 1, 3))
+    found, wanted = (
+        m(x).detach().double().view(*x.shape[:2], 4, 8).movedim(2, 0).flatten(1)
+        for m in (run, model)
+    )
+    return torch.nn.functional.cosine_similarity(found, wanted, dim=1)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +101,7 @@ def per_head(run, model, x):
         "calibrated(tiers=['int4(granularity=\"tensor\")', 'int8(pv=true)', 'int8'])", "dgq(bits=4)",
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_no_head_is_below_the_budget_on_the_held_out_half(policy, seed):
     """Whoever is left in a scheme: heads that share a scale change it when one of them leaves."""
     torch.manual_seed(seed)

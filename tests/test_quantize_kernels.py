@@ -30,7 +30,7 @@ from tests.sites import make_site
 
 SCHEMES = (
     "int8", "int8(pv=true)", "int8(pv='fp8', granularity='thread')", "int8(rotate=true)", "int4",
-    "int4(pv=true, granularity='token')", "fp8", "fp8(kind='e5m2', pv=false)", "dgq",
+    "int4(pv=true, granularity='token')", "fp4(v=true)", "fp8", "fp8(kind='e5m2', pv=false)", "dgq",
     "dgq(per='row', start=2)", "kv_int8(residual=4)", "kv_int4(group=8, residual=0)",
     "clipped_softmax", "int8 | dgq", "int8(rounding='away')", "int4 | clipped_softmax",
 )  # fmt: skip
