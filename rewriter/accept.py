@@ -20,7 +20,7 @@ from attn_rewrite.costs import before_and_after
 from attn_rewrite.driver import Decision, Spliced, Stopwatch, lowered, spliced
 from attn_rewrite.passes.keep import Keep
 from attn_rewrite.passes.transform import Exactness
-from attn_rewrite.plan import Plan, Step
+from attn_rewrite.plan import Plan, Step, approximate_parts
 from attn_rewrite.report import ErrorMeasure, Report, SiteReport
 from attn_rewrite.saved import versions
 from attn_rewrite.site import Findings, Refusal
@@ -57,7 +57,7 @@ def accept(
     checks: dict[str, SiteCheck] = {}
     if verify:
         with watch.stage("verify"):
-            checks = _check(captured, host, decisions, budget)
+            checks = _check(captured, host, decisions, plan, budget)
     decisions = [_after(d, checks.get(d.site.name)) for d in decisions]
     plan = plan.without([n for n, c in checks.items() if c.verdict == "reverted"])
     plan = _keeping(plan, {n for n, c in checks.items() if c.verdict == "kept"})
@@ -100,7 +100,11 @@ def _gathers(made: Spliced) -> dict[str, int]:
 
 
 def _check(
-    captured: Captured, host: fx.GraphModule, decisions: list[Decision], budget: Budget | None
+    captured: Captured,
+    host: fx.GraphModule,
+    decisions: list[Decision],
+    plan: Plan,
+    budget: Budget | None,
 ) -> dict[str, SiteCheck]:
     candidates = []
     for item in decisions:
@@ -113,7 +117,10 @@ def _check(
         exact = None
         if item.cascade is not item.site.cascade:
             exact = lowered(item.site, item.site.cascade, item.backend).kernel
-        candidates.append(Candidate(item.site, item.cascade, item.kernel, exact, item.tables))
+        parts = approximate_parts(item.site, plan.of(item.site.name))
+        candidates.append(
+            Candidate(item.site, item.cascade, item.kernel, exact, item.tables, parts)
+        )
     if not candidates:
         return {}
     args, kwargs = _inputs(captured)
@@ -174,9 +181,10 @@ def _whole(
             return errors, made, plan, checks, decisions
         gone = replace(checks[worst], verdict="reverted")
         decisions = [_after(d, gone) if d.site.name == worst else d for d in decisions]
-        exact = _check(captured, host, [d for d in decisions if d.site.name == worst], None)
-        checks = {**checks, worst: _merged(gone, exact.get(worst))}
         plan = plan.without([worst])
+        again = [d for d in decisions if d.site.name == worst]
+        exact = _check(captured, host, again, plan, None)
+        checks = {**checks, worst: _merged(gone, exact.get(worst))}
         made = spliced(captured, decisions)
 
 
@@ -234,6 +242,7 @@ def _site_report(
             "implementation": check.implementation,
             "implementation_bound": check.implementation_bound,
             "approximation": check.approximation,
+            "parts": check.parts,
             "reverted": check.verdict == "reverted",
             "seconds": check.seconds,
         }

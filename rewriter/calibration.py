@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from attn_rewrite import block_calibration
 from attn_rewrite.budget import METRICS, Bound
 from attn_rewrite.calls import CallForm
-from attn_rewrite.cascade.staged import StagedAttention
+from attn_rewrite.cascade.staged import StagedAttention, shares_scales
 from attn_rewrite.chunked import oracle
 from attn_rewrite.errors import PolicyError
 from attn_rewrite.measuring import measure
@@ -156,7 +156,7 @@ def calibrated_plan(
     """
     wanted = DEFAULT if bound is None else bound
     trials = {
-        site.name: _Trial(site, step, plan)
+        (site.name, step.heads): _Trial(site, step, plan)
         for site in findings.sites
         for step in plan.of(site.name)
         if any(isinstance(t, Quantisation) for t in step.transforms)
@@ -166,10 +166,11 @@ def calibrated_plan(
     split = len(calls) - len(calls) // 2
     for number, (args, kwargs) in enumerate(calls):
         observe(host, list(trials.values()), args, kwargs, held_out=number >= split)
+    _confirm(host, [t for t in trials.values() if t.shares()], calls, wanted)
     steps: list[Step] = []
     refusals = list(plan.refusals)
     for step in plan.steps:
-        trial = trials.get(step.site)
+        trial = trials.get((step.site, step.heads))
         if trial is None or step != trial.step:
             steps.append(step)
             continue
@@ -179,11 +180,27 @@ def calibrated_plan(
     return replace(plan, steps=tuple(steps), refusals=tuple(refusals))
 
 
+def _confirm(
+    host: fx.GraphModule, trials: list[_Trial], calls: Sequence[Call], bound: Bound
+) -> None:
+    """Measure what was chosen where heads share a scale: it is another one without some of them.
+
+    Heads that are over the bound then fall out, until those that are left are not.
+    """
+    split = len(calls) - len(calls) // 2
+    while trials:
+        checks = [_Chosen.of(trial, bound) for trial in trials]
+        for number, (args, kwargs) in enumerate(calls):
+            observe(host, checks, args, kwargs, held_out=number >= split)
+        trials = [c.trial for c in checks if c.drop(bound)]
+
+
 @dataclass(eq=False)
 class _Trial:
     """The schemes that are tried on one Site, and the errors of its heads so far.
 
-    ``errors[tier][head]`` has one measure a call; ``held[i]`` says whether call i confirms.
+    ``errors[tier][head]`` has one measure a call; ``held[i]`` says whether call i confirms;
+    ``dropped`` are schemes and heads that did not stand together.
     """
 
     site: Site
@@ -191,6 +208,7 @@ class _Trial:
     plan: Plan
     held: list[bool] = field(default_factory=list)
     errors: list[list[list[ErrorMeasure]]] = field(default_factory=list)
+    dropped: set[tuple[int, int]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         at = next(i for i, t in enumerate(self.step.transforms) if isinstance(t, Quantisation))
@@ -234,20 +252,33 @@ class _Trial:
 
     def choose(self, bound: Bound) -> tuple[list[Step], Refusal | None]:
         """One step for each scheme that heads were given, and which heads fell out."""
-        size = self.site.hq // self.site.hkv
-        every = range(self.site.hq) if self.step.heads is None else self.step.heads
         taken: dict[int, list[int]] = {}
-        for first in sorted({h - h % size for h in every}):
-            group = [h for h in range(first, first + size) if h in set(every)]
-            taken.setdefault(self._tier(group, bound), []).extend(group)
+        for head, tier in self.chosen(bound).items():
+            taken.setdefault(tier, []).append(head)
         steps = [
             self._step(tier, heads, len(taken) > 1, bound) for tier, heads in sorted(taken.items())
         ]
         return steps, self._fallen(taken.get(len(self.tiers), []), bound)
 
+    def chosen(self, bound: Bound) -> dict[int, int]:
+        """The scheme of each head by number; heads that share a key head have one."""
+        size = self.site.hq // self.site.hkv
+        every = range(self.site.hq) if self.step.heads is None else self.step.heads
+        found: dict[int, int] = {}
+        for first in sorted({h - h % size for h in every}):
+            group = [h for h in range(first, first + size) if h in set(every)]
+            found |= dict.fromkeys(group, self._tier(group, bound))
+        return found
+
+    def shares(self) -> bool:
+        """Does a scheme have a scale for several heads, which hangs on who else has it?"""
+        return any(not isinstance(c, Refusal) and shares_scales(c) for c in self.cascades)
+
     def _tier(self, group: list[int], bound: Bound) -> int:
         """The first scheme that suits all heads of a group; past the last if none does."""
         for tier in range(len(self.tiers)):
+            if self.dropped & {(tier, head) for head in group}:
+                continue
             found = [m for head in group for m in self.errors[tier][head]]
             if found and all(map(bound.allows, found)):
                 return tier
@@ -297,6 +328,47 @@ class _Trial:
         )
         anchor = str(self.site.anchor or "")
         return Refusal("calibration", reason, anchor, self.site.source, self.site.name)
+
+
+@dataclass(eq=False)
+class _Chosen:
+    """The schemes chosen for the heads of one Site, measured together."""
+
+    trial: _Trial
+    cascade: Cascade | Refusal
+    tiers: dict[int, int]
+    errors: list[list[ErrorMeasure]]
+
+    @classmethod
+    def of(cls, trial: _Trial, bound: Bound) -> _Chosen:
+        """What `choose` says now."""
+        steps, _ = trial.choose(bound)
+        cascade = rewritten(trial.site, *steps)
+        return cls(trial, cascade, trial.chosen(bound), [[] for _ in range(trial.site.hq)])
+
+    @property
+    def site(self) -> Site:
+        """The Site."""
+        return self.trial.site
+
+    def see(self, inputs: Mapping[str, Tensor], held_out: bool) -> None:
+        """Measure every head on one call, whichever half it is in."""
+        if isinstance(self.cascade, Refusal) or isinstance(self.trial.reference, Refusal):
+            return
+        held = {**inputs, **self.trial.tables}
+        wanted, found = oracle(self.trial.reference, held), oracle(self.cascade, held)
+        for head, measures in enumerate(self.errors):
+            measures.append(measure(found[:, head], wanted[:, head]))
+
+    def drop(self, bound: Bound) -> bool:
+        """Take the schemes off heads that are over the bound; True if there were any."""
+        over = {
+            (tier, head)
+            for head, tier in self.tiers.items()
+            if tier < len(self.trial.tiers) and not all(map(bound.allows, self.errors[head]))
+        }
+        self.trial.dropped |= over
+        return bool(over)
 
 
 def _worst(found: list[ErrorMeasure], bound: Bound) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -340,6 +340,37 @@ def rewritten(site: Site, *steps: Step) -> Cascade | Refusal:
                 return result
             cascade, here = result, transform.after(here)
     return cascade
+
+
+def approximate_parts(site: Site, steps: Sequence[Step]) -> tuple[tuple[str, Cascade], ...]:
+    """The approximate parts of a pipeline, each with the cascade that stands after it.
+
+    A part is an approximate transform with the exact ones before it.  Empty for pipelines with
+    fewer than two, where there is nothing to tell apart.
+    """
+    longest = max((len(s.transforms) for s in steps), default=0)
+    ends = [
+        n
+        for n in range(1, longest + 1)
+        if any(s.transforms[n - 1 : n] and _approximates(s.transforms[n - 1]) for s in steps)
+    ]
+    if len(ends) < 2:
+        return ()
+    parts: list[tuple[str, Cascade]] = []
+    start = 0
+    for end in ends:
+        until = longest if end == ends[-1] else end
+        cascade = rewritten(site, *(replace(s, transforms=s.transforms[:until]) for s in steps))
+        if isinstance(cascade, Refusal):
+            return ()
+        texts = (pipeline_text(s.transforms[start:until]) for s in steps if s.transforms[start:])
+        parts.append(("; ".join(dict.fromkeys(texts)), cascade))
+        start = until
+    return tuple(parts)
+
+
+def _approximates(transform: Transform) -> bool:
+    return transform.exactness is Exactness.APPROXIMATE
 
 
 def _too_late(site: Site, before: tuple[Transform, ...], transform: Transform) -> Refusal | None:

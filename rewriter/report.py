@@ -81,7 +81,8 @@ class SiteReport:
     cascade, at most ``implementation_bound``; ``approximation`` that of the rewritten against the
     original cascade, None where they are equal.  ``unbudgeted``: approximated without a budget.
     ``reverted``: a budget sent the Site back to exact, and ``approximation`` is what was measured
-    before that.  ``seconds`` were spent on verifying it.
+    before that.  ``parts`` has, for a pipeline of several approximate transforms, what each of them
+    adds to the error.  ``seconds`` were spent on verifying it.
     """
 
     name: str
@@ -93,6 +94,7 @@ class SiteReport:
     implementation: ErrorMeasure | None = None
     implementation_bound: float | None = None
     approximation: ErrorMeasure | None = None
+    parts: tuple[tuple[str, ErrorMeasure], ...] = ()
     unbudgeted: bool = False
     reverted: bool = False
     cost_before: WorkCost | None = None
@@ -121,6 +123,7 @@ class SiteReport:
             "implementation": _json(self.implementation),
             "implementation_bound": _plain(self.implementation_bound),
             "approximation": _json(self.approximation),
+            "parts": [{"step": step, "error": error.to_json()} for step, error in self.parts],
             "unbudgeted": self.unbudgeted,
             "reverted": self.reverted,
             "cost_before": _json(self.cost_before),
@@ -138,6 +141,9 @@ class SiteReport:
             values[name] = values[name] and WorkCost.from_json(values[name])
         if values["implementation_bound"] is not None:
             values["implementation_bound"] = float(values["implementation_bound"])
+        values["parts"] = tuple(
+            (part["step"], ErrorMeasure.from_json(part["error"])) for part in values["parts"]
+        )
         values["steps"] = tuple(values["steps"])
         values["refusals"] = tuple(Refusal(**r) for r in values["refusals"])
         return cls(**values)

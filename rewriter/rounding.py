@@ -44,7 +44,7 @@ def plain_attention(
         return None
     dtype = inputs["Q"].dtype
     cascade, inputs = unstaged(cascade, inputs)
-    inputs = _values_of_codes(staged, inputs, dtype)
+    inputs = values_of_codes(staged, inputs, dtype)
 
     def evaluate(part: Cascade, held: Mapping[str, Tensor]) -> Tensor:
         return _eager(part, held, staged, dtype)
@@ -64,9 +64,9 @@ def _eager(
     product = q @ k.transpose(-1, -2)
     score = cascade.producer("S")
     assert score is not None
-    s = _value(cascade, inputs, product, score).to(work)
+    s = value_of(cascade, inputs, product, score).to(work)
     top = s.amax(-1, keepdim=True)
-    sink = _sink(cascade, inputs, product)
+    sink = sink_of(cascade, inputs, product)
     if sink is not None:
         top = torch.maximum(top, sink.to(work)[..., None])
     top = top.masked_fill(top == -torch.inf, 0)
@@ -78,11 +78,11 @@ def _eager(
     factor = _factor(cascade)
     if factor is not None:
         one = Einsum(Read("S", POINT), factor)
-        p = p * _value(cascade, inputs, product, one).to(work)
+        p = p * value_of(cascade, inputs, product, one).to(work)
     return p.to(dtype) @ v
 
 
-def _values_of_codes(
+def values_of_codes(
     staged: StagedAttention, inputs: Mapping[str, Tensor], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Q and K as numbers in the working type, their scales taken out of the score (set to 1)."""
@@ -112,23 +112,35 @@ def _narrowed(operand: Tensor, dtype: torch.dtype) -> Tensor:
     return operand.to(torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-def _value(
+def value_of(
     cascade: Cascade, inputs: Mapping[str, Tensor], product: Tensor, einsum: Einsum
 ) -> Tensor:
     """One Einsum of the cascade in float64, with the product QK as it was computed."""
-    given = TensorDecl("QK", ("b", "h", "q", "kv"))
+    given = {TensorDecl("QK", ("b", "h", "q", "kv")): product}
+    found = value_with(cascade, inputs, given, einsum)
+    return found.expand(product.shape[: len(einsum.out.index)])
+
+
+def value_with(
+    cascade: Cascade,
+    inputs: Mapping[str, Tensor],
+    given: Mapping[TensorDecl, Tensor],
+    einsum: Einsum,
+) -> Tensor:
+    """One Einsum of the cascade in float64, with the values it reads of others ``given``."""
     wanted = {*tensors_of(einsum.expr), *tensors_of(einsum.guard)}
     reads = tuple(t for t in cascade.inputs if t.name in wanted)
-    alone = replace(cascade, inputs=(given, *reads), body=(einsum,), outputs=(einsum.out.tensor,))
-    held = {"QK": product, **{t.name: inputs[t.name] for t in reads}}
-    return interpret(alone, held)[einsum.out.tensor].expand(product.shape[: len(einsum.out.index)])
+    alone = replace(cascade, inputs=(*given, *reads), body=(einsum,), outputs=(einsum.out.tensor,))
+    held = {**{t.name: x for t, x in given.items()}, **{t.name: inputs[t.name] for t in reads}}
+    return interpret(alone, held)[einsum.out.tensor]
 
 
-def _sink(cascade: Cascade, inputs: Mapping[str, Tensor], product: Tensor) -> Tensor | None:
+def sink_of(cascade: Cascade, inputs: Mapping[str, Tensor], product: Tensor) -> Tensor | None:
+    """The logit [b, h, q] that joins each row, in float64, if there is one."""
     top = cascade.producer("GM")
     if top is None or cascade.producer("LM") is None:
         return None
-    return _value(cascade, inputs, product, Einsum(Read("GM", _ROW), top.expr.children[1]))
+    return value_of(cascade, inputs, product, Einsum(Read("GM", _ROW), top.expr.children[1]))
 
 
 def _factor(cascade: Cascade) -> Expr | None:

@@ -22,6 +22,7 @@ from attn_rewrite.apply import Emits
 from attn_rewrite.budget import Bound
 from attn_rewrite.cascade.ir import Cascade
 from attn_rewrite.chunked import LIMIT_BYTES, oracle
+from attn_rewrite.conditioning import score_rounding
 from attn_rewrite.errors import VerifyError
 from attn_rewrite.graph import EagerBuilder, arrange, extents
 from attn_rewrite.measuring import implementation_bound as implementation_bound
@@ -39,7 +40,8 @@ class Candidate:
 
     Without a kernel only raising is checked.  ``exact`` is the kernel of the Site's own cascade;
     where given it is measured when the rewritten one goes over the budget.  ``tables`` are inputs
-    of the rewritten cascade that the plan holds.
+    of the rewritten cascade that the plan holds.  ``parts`` are the approximate parts of its
+    pipeline by name, each with the cascade that stands after it; the last is ``cascade``.
     """
 
     site: Site
@@ -47,6 +49,7 @@ class Candidate:
     kernel: Emits | None
     exact: Emits | None = None
     tables: Mapping[str, Table] = field(default_factory=dict)
+    parts: tuple[tuple[str, Cascade], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,9 @@ class SiteCheck:
 
     ``verdict``: ``"accepted"``, ``"reverted"`` (over the budget: use the exact kernel, or the
     original nodes), ``"kept"`` (raising is not sound, see ``refusals``) or ``"raised"`` (it is, and
-    there is no kernel).  ``implementation`` is
-    that of the kernel to use; it is None where none can be measured (``note`` says why).
+    there is no kernel).  ``implementation`` is that of the kernel to use; it is None where none can
+    be measured (``note`` says why).  ``parts`` has the error of each approximate part against what
+    stood before it.
     """
 
     site: str
@@ -66,6 +70,7 @@ class SiteCheck:
     implementation_bound: float | None = None
     approximation: ErrorMeasure | None = None
     refusals: tuple[Refusal, ...] = ()
+    parts: tuple[tuple[str, ErrorMeasure], ...] = ()
     note: str = ""
     seconds: float = field(default=0.0, compare=False)
 
@@ -255,7 +260,11 @@ def _check(
         own, inputs = inputs, {**inputs, **tables}
         wanted = oracle(candidate.cascade, inputs, limit)
         wanted = wanted.masked_fill(reference.isnan(), torch.nan)
-        check = replace(check, approximation=measure(wanted, reference))
+        check = replace(
+            check,
+            approximation=measure(wanted, reference),
+            parts=_parts(candidate, inputs, reference, wanted, limit),
+        )
         if bound is None or bound.allows(check.approximation):  # type: ignore[arg-type]
             target = wanted
         elif candidate.exact is None:
@@ -271,20 +280,53 @@ def _check(
     result = run_kernel(kernel, inputs, original.dtype)
     found = measure(result, target)
     allowed = implementation_bound(original, reference, target)
-    if found.max_abs > allowed and check.verdict == "accepted":
-        allowed = max(allowed, 2 * rounding_error(candidate.cascade, inputs, target, limit))
+    if check.verdict == "accepted":
+        allowed = rounding_bound(
+            candidate.cascade, inputs, target, allowed, found.max_abs, limit=limit
+        )
     return replace(check, implementation=found, implementation_bound=allowed)
 
 
-def rounding_error(
-    cascade: Cascade, inputs: Mapping[str, Tensor], target: Tensor, limit: int = LIMIT_BYTES
-) -> float:
-    """Error of ``cascade`` computed plainly in the dtype of its inputs; ``target`` is its value.
+def _parts(
+    candidate: Candidate,
+    inputs: Mapping[str, Tensor],
+    reference: Tensor,
+    wanted: Tensor,
+    limit: int,
+) -> tuple[tuple[str, ErrorMeasure], ...]:
+    """What each part adds: the output after it against the output before it."""
+    found = []
+    for name, cascade in candidate.parts:
+        last = cascade == candidate.cascade
+        after = wanted if last else oracle(cascade, inputs, limit)
+        found.append((name, measure(after.masked_fill(reference.isnan(), torch.nan), reference)))
+        reference = after.masked_fill(reference.isnan(), torch.nan)
+    return tuple(found)
 
-    0 for a cascade that is no softmax attention: there is no plain form to compare with.
+
+def rounding_bound(
+    cascade: Cascade,
+    inputs: Mapping[str, Tensor],
+    target: Tensor,
+    allowed: float,
+    error: float,
+    *,
+    limit: int = LIMIT_BYTES,
+) -> float:
+    """What ``error`` may be: ``allowed``, or more where rounding explains more.
+
+    ``target`` is the value of ``cascade``.  Asked in turn, as long as ``error`` is over the bound:
+    twice the error of the same attention computed plainly in the dtype of its inputs, and twice
+    what rounding its scores may change.  Only ``allowed`` for a cascade that is no softmax
+    attention: there is no plain form to compare with.
     """
-    plain = plain_attention(cascade, inputs, limit)
-    return 0.0 if plain is None else measure(plain, target).max_abs
+    if error > allowed:
+        plain = plain_attention(cascade, inputs, limit)
+        allowed = allowed if plain is None else max(allowed, 2 * measure(plain, target).max_abs)
+    if error > allowed:
+        moved = score_rounding(cascade, inputs, limit)
+        allowed = allowed if moved is None else max(allowed, 2 * moved)
+    return allowed
 
 
 def check_raising(

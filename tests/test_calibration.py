@@ -85,6 +85,53 @@ def test_the_held_out_half_has_to_confirm(model):
     assert set().union(*chosen) < {2, 3}
 
 
+def per_head(run, model, x):
+    """Cosine of each head's output with the original one."""
+    found, wanted = (
+        m(x).detach().double().view(*x.shape[:2], 4, 8).movedim(2, 0).flatten(1)
+        for m in (run, model)
+    )
+    return torch.nn.functional.cosine_similarity(found, wanted, dim=1)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "int8", "int8(granularity='tensor', smooth_k=false)", "int4(granularity='tensor')",
+        "calibrated(tiers=['int4(granularity=\"tensor\")', 'int8(pv=true)', 'int8'])", "dgq(bits=4)",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("seed", range(2))
+def test_no_head_is_below_the_budget_on_the_held_out_half(policy, seed):
+    """Whoever is left in a scheme: heads that share a scale change it when one of them leaves."""
+    torch.manual_seed(seed)
+    made = Attention().eval()
+    with torch.no_grad():
+        for part in (made.q, made.k):
+            part.weight.view(4, 8, 32).mul_(torch.rand(4, 1, 1) * 3 + 0.2)
+    given = calls(6, 24 + 9 * seed, seed)
+    middle = ar.optimize(made, policy, (X,))
+    budget = float(sorted(torch.stack([per_head(middle, made, x) for x in given]).amin(0))[1])
+    found = ar.optimize(made, policy, (X,), calibration=given, budget=f"site: cosine>={budget}")
+    free = {h for s in found.plan.steps if s.text == "exact" for h in s.heads or range(4)}
+    for x in given:
+        kept = per_head(found, made, x)
+        assert all(kept[h] >= budget - 1e-6 for h in range(4)), (kept, budget, free)
+    if free:
+        (refusal,) = found.report.sites[0].refusals
+        assert refusal.code == "calibration"
+
+
+def test_two_rules_for_the_heads_of_one_site(model):
+    """Each rule is calibrated: head 0 falls out of the first, head 1 of the second."""
+    rules = [ar.Rule(ar.Where(heads=(0, 2)), "int8"), ar.Rule(apply="int8(granularity='token')")]
+    policy = ar.Policy(rules)
+    plan = ar.optimize(model, policy, (X,), calibration=calls(4), budget="cosine>=0.9999").plan
+    chosen = {h: s.text for s in plan.steps for h in s.heads}
+    assert (chosen[0], chosen[2]) == ("exact", "int8")
+    assert (chosen[1], chosen[3]) == ("exact", "int8(granularity='token')")
+
+
 def test_groups_that_share_a_key_head_go_together():
     torch.manual_seed(0)
     model = Attention(hkv=2).eval()

@@ -22,6 +22,8 @@ DEMO = ("demo.py", "demo_embeddings.py", "demo_texts.py")
 
 # Run by tests/test_quantize_kernels.py.
 ELSEWHERE = ("quantised_embeddings.py",)
+# About a minute each on two cores.
+LONG = ("video_paro_int8.py", "train_without_outliers.py")
 
 
 def run(name: str, *words: str | Path, cwd: Path) -> str:
@@ -36,10 +38,12 @@ def run(name: str, *words: str | Path, cwd: Path) -> str:
 
 
 def test_every_example_is_run() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {*SHORT, *DEMO, *ELSEWHERE}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {*SHORT, *LONG, *DEMO, *ELSEWHERE}
 
 
-@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize(
+    "name", [*SHORT, *(pytest.param(name, marks=pytest.mark.slow) for name in LONG)]
+)
 def test_example(name: str, tmp_path: Path) -> None:
     source = (EXAMPLES / name).read_text()
     assert "assert " in source or "assert_close" in source

@@ -32,6 +32,7 @@ from attn_rewrite.passes.quantize.packing import pack, pack_int4, unpack, unpack
 from attn_rewrite.passes.quantize.placement import check_placement
 from attn_rewrite.passes.quantize.quantisers import (
     Affine,
+    Float4,
     Float8,
     Granularity,
     Integer,
@@ -114,6 +115,67 @@ def test_8_bit_floats_are_those_of_torch(x):
         limit = torch.finfo(dtype).max
         wanted = torch.tensor([x]).clamp(-limit, limit).to(dtype).to(torch.float64).tolist()
         assert value(Float8(kind).clipped(X), [x]) == wanted
+
+
+def test_sums_of_half_precision_accumulators():
+    """What P and V may be scaled to where 32 products, or two times 32, are added in float16."""
+    largest = torch.finfo(torch.float16).max
+
+    def sum_of(terms, p_limit, v_limit):
+        p, v = Float8("e4m3", p_limit), Float8("e4m3", v_limit)
+        codes = [value(f.code(X, f.scale(Const(1.0))), [1.0])[0] for f in (p, v)]
+        return terms * codes[0] * codes[1]
+
+    assert sum_of(64, 448, 2.25) == sum_of(64, 224, 4.5) == 64512 <= largest
+    assert sum_of(32, 448, 448) == 6_422_528 > largest
+
+
+def group_of_4_bits(x):
+    """Scale and codes of one group."""
+    scale = max(value(Float4().scale(X), x))
+    return scale, value(Float4().code(X, S), x, S=scale)
+
+
+def test_a_ramp_in_4_bit_floats():
+    scale, codes = group_of_4_bits([i / 10 for i in range(16)])
+    assert scale == 0.25
+    assert codes == [0, 0.5, 1, 1, 1.5, 2, 2, 3, 3, 4, 4, 4, 4, 6, 6, 6]
+
+
+def test_ties_of_4_bit_floats():
+    ties = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 100.0]
+    wanted = [0, 1, 1, 2, 2, 4, 4, 6]
+    assert value(Float4().code(X, S), ties, S=1.0) == wanted
+    assert value(Float4().code(X, S), [-t for t in ties], S=1.0) == [-w for w in wanted]
+
+
+def test_a_group_of_small_probabilities():
+    """A row maximum of 1 elsewhere: scaled by 1 the group is lost, by 448 * 6 it is kept."""
+    p = [1e-3 * 2 ** (-k / 2) for k in range(16)]
+    assert sum(p) == pytest.approx(0.00340088, abs=1e-8)
+    assert group_of_4_bits(p)[0] == 0
+    scale, codes = group_of_4_bits([2688 * x for x in p])
+    assert scale == 0.4375
+    assert codes == [6, 4, 3, 2, 1.5, 1, 1, 0.5, 0.5, 0.5, 0, 0, 0, 0, 0, 0]
+    assert scale * sum(codes) / 2688 == pytest.approx(0.00325521, abs=1e-8)
+
+
+@pytest.mark.parametrize("length", [16, 21])
+def test_fp4_is_what_is_written_here(length):
+    """Groups of 16 channels, a short one at the end; scales may differ along the sum here."""
+    site = make_site(hq=2, hkv=1, q_len=5, kv_len=7, d_qk=length)
+    inputs = random_inputs(site)
+    cascade = scheme("fp4(smooth_k=false, smooth_q=false)", site)
+    assert check_placement(cascade) is None
+    found = interpret(cascade, inputs, also=("QI", "KI"))
+    levels = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+    for name in "QK":
+        for x, y in zip(inputs[name].split(16, -1), found[f"{name}I"].split(16, -1), strict=True):
+            wide = x.abs().amax(-1, keepdim=True) / 6
+            scale = wide.to(torch.float32).to(torch.float8_e4m3fn).double()
+            steps = ((x.abs() / scale)[..., None] - levels).abs()
+            near = levels[steps.argmin(-1)] * scale * x.sign()
+            assert torch.allclose(y, near, rtol=0, atol=1e-12)
 
 
 def test_bad_formats():
@@ -206,6 +268,21 @@ def test_scales_of_tensor_and_head():
     assert torch.equal(heads, inputs["Q"].abs().amax((2, 3)) / 127)
 
 
+def test_keys_in_the_order_of_a_tensor_core_fragment():
+    """Inside 16 tokens a fragment stores V in another order; P follows, and nothing changes."""
+    order = torch.tensor([0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15])
+    assert order.argsort().tolist() == [0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15]
+    site = make_site(q_len=9, kv_len=64)
+    inputs = random_inputs(site)
+    every = (16 * torch.arange(4)[:, None] + order).flatten()
+    moved = {n: t if n == "Q" else t[:, :, every] for n, t in inputs.items()}
+    for text in ("int8(pv=true)", "fp8", "int4(pv='fp8', granularity='block')"):
+        cascade = scheme(text, site)
+        first, second = (interpret(cascade, i, also=("PI",)) for i in (inputs, moved))
+        assert torch.equal(first["PI"][..., every], second["PI"])
+        assert torch.allclose(first["AV"], second["AV"], rtol=0, atol=1e-13)
+
+
 # Placement
 
 
@@ -275,7 +352,8 @@ def test_why_a_fixed_scale_of_normalised_probabilities_is_refused():
 
 SCHEMES = (
     "int8", "int8(pv=true)", "int8(pv='fp8', granularity='thread')", "int8(rotate=true)", "int4",
-    "fp8", "fp8(kind='e5m2', pv=false)", "dgq", "dgq(per='row', start=2)", "kv_int8(residual=4)",
+    "fp8", "fp4", "fp4(v=true, rotate=true)", "fp8(kind='e5m2', pv=false)", "dgq",
+    "dgq(per='row', start=2)", "kv_int8(residual=4)",
     "kv_int4(group=8, residual=0)", "clipped_softmax", "int8(smooth_q=true, pv=true)",
 )  # fmt: skip
 

@@ -25,12 +25,12 @@ from attn_rewrite.errors import LowerError
 from attn_rewrite.graph import EagerBuilder
 from attn_rewrite.policy_text import parse_pipeline
 from attn_rewrite.site import Refusal
-from attn_rewrite.verify import rounding_error
+from attn_rewrite.verify import rounding_bound
 from tests.sites import make_site
 
 SCHEMES = (
     "int8", "int8(pv=true)", "int8(pv='fp8', granularity='thread')", "int8(rotate=true)", "int4",
-    "int4(pv=true, granularity='token')", "fp8", "fp8(kind='e5m2', pv=false)", "dgq",
+    "int4(pv=true, granularity='token')", "fp4(v=true)", "fp8", "fp8(kind='e5m2', pv=false)", "dgq",
     "dgq(per='row', start=2)", "kv_int8(residual=4)", "kv_int4(group=8, residual=0)",
     "clipped_softmax", "int8 | dgq", "int8(rounding='away')", "int4 | clipped_softmax",
 )  # fmt: skip
@@ -77,9 +77,8 @@ def compare(cascade, inputs, exact, block=16):
         * max(float(wanted.abs().max()), float(reference.abs().max())),
     )
     error = float((found - wanted).abs().max())
-    if error > bound:  # huge scores: what rounding does to this attention, not to the exact one
-        bound = max(bound, 2 * rounding_error(cascade, inputs, wanted))
-    assert error <= bound
+    # Huge scores: what rounding does to this attention, not to the exact one.
+    assert error <= rounding_bound(cascade, inputs, wanted, bound, error)
     return kernel
 
 
@@ -93,9 +92,9 @@ def test_every_scheme_runs_as_its_cascade_says(text, dtype):
 
 @given(
     st.sampled_from(SCHEMES), st.integers(1, 40), st.integers(1, 70), st.sampled_from([1, 2, 4]),
-    st.booleans(), st.integers(0, 1 << 20), st.sampled_from([1e-6, 0.1, 1.0]),
+    st.booleans(), st.integers(0, 1 << 20), st.sampled_from([1e-6, 1.0, 10.0]),
 )  # fmt: skip
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_odd_shapes(text, q_len, kv_len, hkv, causal, seed, size):
     site = make_site(
         hkv=hkv, q_len=q_len, kv_len=kv_len, d_qk=6, d_v=9, causal=causal, offset="#kv - #q"
@@ -103,12 +102,15 @@ def test_odd_shapes(text, q_len, kv_len, hkv, causal, seed, size):
     compare(rewritten(text, site), operands(site, 1, torch.float32, seed, size), site.cascade)
 
 
-# Scores in the hundreds: float32 rounds them by more than twice what the yardstick happens to show.
-# Not strict, as which cases fail hangs on the order of additions of the machine.
-@pytest.mark.xfail(reason="the bound of verification is too narrow for huge quantised scores")
+# Scores in the hundreds: two evaluations that add in another order differ by more than either is
+# off, so one of them is no yardstick for the other.
 @pytest.mark.parametrize(
     ("text", "q_len", "kv_len", "hkv", "seed"),
-    [("kv_int8(residual=4)", 30, 62, 2, 0), ("int8(rotate=true)", 5, 39, 1, 1)],
+    [
+        ("kv_int8(residual=4)", 30, 62, 2, 0),
+        ("int8(rotate=true)", 5, 39, 1, 1),
+        ("fp8(kind='e5m2', pv=false)", 17, 33, 4, 3),
+    ],
 )
 def test_scores_in_the_hundreds(text, q_len, kv_len, hkv, seed):
     site = make_site(

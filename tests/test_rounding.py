@@ -7,10 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from attn_rewrite.backends.torch.lower import lower
 from attn_rewrite.cascade.attention import QK, SoftmaxAttention, softmax_cascade
 from attn_rewrite.cascade.expr import KV, B, H, Q, Read, call
 from attn_rewrite.cascade.ir import TensorDecl
+from attn_rewrite.cascade.staged import as_staged, staged_cascade
 from attn_rewrite.chunked import oracle
+from attn_rewrite.conditioning import score_rounding
 from attn_rewrite.driver import lowered
 from attn_rewrite.errors import VerifyError
 from attn_rewrite.passes.canonicalize import canonicalize
@@ -83,3 +86,94 @@ def test_a_wrong_kernel_is_still_caught(policy: str) -> None:
     assert check.implementation.max_abs <= check.implementation_bound
     with pytest.raises(VerifyError, match="more than rounding"):
         check_sites(host, args, {}, [Candidate(site, cascade, Off(kernel, 1 + 1e-5))])
+
+
+# What rounding the scores may change
+
+
+def test_two_keys_of_one_score_by_hand():
+    """p = 1/2 each, v = +1 and -1: the output moves by what the scores may be off."""
+    q = torch.full((1, 1, 1, 4), 3.0)
+    k = torch.full((1, 1, 2, 4), 2.0)
+    v = torch.tensor([1.0, -1.0]).view(1, 1, 2, 1)
+    cascade = softmax_cascade(SoftmaxAttention(score=QK * 0.25))
+    unit = 2.0**-24
+    # A product of 4 terms of 6 each, scaled: sqrt(4) * 24 / 4; a score of 6 at the row maximum.
+    off = unit * (2 * 24 / 4 + 6 + 0 + 2)
+    found = score_rounding(cascade, {"Q": q, "K": k, "V": v})
+    assert found == pytest.approx(off, rel=1e-6)
+    # Equal values move nothing, whatever the scores.
+    assert score_rounding(cascade, {"Q": q, "K": k, "V": v.abs()}) == 0
+    # In float64 it is that much less.
+    wide = {"Q": q.double(), "K": k.double(), "V": v.double()}
+    assert score_rounding(cascade, wide) == pytest.approx(off * 2.0**-29, rel=1e-6)
+
+
+@pytest.mark.parametrize("limit", [1 << 28, 20_000], ids=["whole", "sliced"])
+def test_moved_scores_stay_below_what_they_may_change(limit: int) -> None:
+    torch.manual_seed(1)
+    inputs = {n: torch.randn(2, 4 if n == "Q" else 2, 33, 16) * 3 for n in "QKV"}
+    inputs |= {"M": torch.randn(2, 33), "W": torch.randn(4), "L": torch.randn(4)}
+    cascade = softmax_cascade(FORM)
+    bound = score_rounding(cascade, inputs, limit)
+    assert bound == pytest.approx(score_rounding(cascade, inputs), rel=1e-9)
+    wide = {n: t.double() for n, t in inputs.items()}
+    exact = oracle(cascade, wide)
+    worst = 0.0
+    for seed in range(8):
+        g = torch.Generator().manual_seed(seed)
+        off = {
+            n: wide[n] * (1 + (torch.rand(wide[n].shape, generator=g).double() - 0.5) * 2**-23)
+            for n in "QK"
+        }
+        worst = max(worst, float((oracle(cascade, {**wide, **off}) - exact).abs().max()))
+    assert worst < bound < 100 * worst
+
+
+def test_a_row_that_one_key_decides_moves_by_nothing():
+    q = torch.tensor([[[[1000.0]]]])
+    k = torch.tensor([1.0, -1.0]).view(1, 1, 2, 1)
+    v = torch.tensor([1.0, -1.0]).view(1, 1, 2, 1)
+    cascade = softmax_cascade(SoftmaxAttention(score=QK))
+    assert score_rounding(cascade, {"Q": q, "K": k, "V": v}) == 0
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "int8", "fp8(kind='e5m2', pv=false)", "int8(rotate=true)", "clipped_softmax",
+    ],
+)  # fmt: skip
+def test_huge_scores_are_no_cover_for_a_wrong_kernel(policy: str) -> None:
+    """Scores in the hundreds: the right kernel passes, one with a scale wrong by 1e-3 does not.
+
+    A tenth of that is what rounding leaves: float32 holds such a score to 3e-5, and what decides a
+    probability is the difference of two of them.
+    """
+    torch.manual_seed(3)
+    q, k = (10 * torch.randn(1, 2, 40, 16) for _ in range(2))
+    args = (q, k, torch.randn(1, 2, 40, 16))
+    host = canonicalize(capture(Module(PLAIN["sdpa"]), args))
+    findings = find(host)
+    (site,) = findings.sites
+    cascade = rewritten(site, *make_plan(findings, Policy.parse(policy)).steps)
+    kernel = lowered(site, cascade).kernel
+    (check,) = check_sites(host, args, {}, [Candidate(site, cascade, kernel)])
+    assert check.implementation.max_abs <= check.implementation_bound
+    off = Scaled(cascade, 1 + 1e-3)
+    with pytest.raises(VerifyError, match="more than rounding"):
+        check_sites(host, args, {}, [Candidate(site, cascade, off)])
+
+
+class Scaled:
+    """A kernel of the same cascade with its score multiplied: codes stay what they are."""
+
+    name = "scaled"
+
+    def __init__(self, cascade, factor: float) -> None:
+        staged = as_staged(cascade)
+        form = replace(staged.form, score=staged.form.score * factor)
+        self.kernel = lower(staged_cascade(replace(staged, form=form)))
+
+    def emit(self, build, inputs):
+        return self.kernel.emit(build, inputs)

@@ -588,3 +588,63 @@ def test_passes_of_the_library_are_frozen():
     (found,) = (s for s in program.stages if isinstance(s, Pass))
     assert {s.name for s in found.states} == {"RGM", "RSD", "RSNV"}
     assert hash(program) == hash(read_program(fused(cascade_of("dense"), "kv")))
+
+
+# Quantised operands
+
+
+def quantised(text, **facts):
+    from attn_rewrite.policy_text import parse_pipeline
+    from tests.sites import make_site
+
+    site = make_site(d_qk=64, d_v=64, q_len=1024, kv_len=1024, **facts)
+    (transform,) = parse_pipeline(text)
+    return transform.apply(site.cascade, site)
+
+
+def test_a_golden_source_over_codes(golden):
+    kernel = lower(quantised("int8(pv=true)"), extents={"d": 64, "f": 64})
+    golden("triton/int8-pv.py.txt", kernel.source)
+
+
+def test_what_a_quantised_kernel_says_of_itself():
+    one, two = (lower(quantised(t), extents={"d": 64, "f": 64}) for t in ("int8", "int8(pv=true)"))
+    assert one.why.startswith("generated with 1 pass over the keys")
+    assert two.why.startswith("generated with 2 passes over the keys")
+    assert "codes and scales are made before it" in one.why
+
+
+@pytest.mark.parametrize("target", ["cuda:80", "hip:gfx942"])
+def test_targets_without_these_8_bit_floats_refuse(target):
+    for text in ("fp8", "int8(pv='fp8')"):
+        found = lower(quantised(text), device=parse_target(target))
+        assert isinstance(found, Refusal)
+        assert found.code == "triton-fp8"
+        assert target in found.reason
+    assert not isinstance(lower(quantised("int8"), device=parse_target(target)), Refusal)
+
+
+CODES = [("cuda:90", "int8(pv=true)"), ("cuda:90", "fp8"), ("hip:gfx942", "int8")]
+CODES_SLOWLY = [
+    ("cuda:80", "int8"), ("cuda:80", "int8(pv=true)"), ("cuda:100", "int8(pv=true)"),
+    ("cuda:100", "fp8"), ("cuda:90", "int8(pv='fp8', granularity='thread')"),
+    ("hip:gfx942", "int8(pv=true)"), ("cuda:90", "fp8(kind='e5m2', pv=false)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("target", "text"), [*CODES, *(pytest.param(*c, marks=pytest.mark.slow) for c in CODES_SLOWLY)]
+)
+def test_kernels_over_codes_compile(target, text):
+    from attn_rewrite.backends.triton.bundle import fit
+
+    lanes = {"d": 64, "f": 64}
+    kernel = lower(quantised(text), extents=lanes, device=parse_target(target))
+    assert not isinstance(kernel, Refusal), kernel
+    (source,) = kernel.sources
+    _, binary = fit(source, target, "bfloat16", lanes)
+    assert binary.resources.spilled == 0
+    if target.startswith("cuda"):
+        ptx = binary.files["ptx"].decode()
+        integer = "s32.s8.s8" in ptx or "kind::i8" in ptx
+        assert integer == ("int" in text), "products of codes run on tensor cores as integers"

@@ -30,7 +30,10 @@ POINTERS = {
 }  # fmt: skip
 _NARROW = ("float8_e4m3fn", "float8_e5m2", "int8")
 _NUMBERS = {"dropout": "fp32"}
-_DECLARED = {"bool": "bool", "i64": "int64", "i32": "int32", "i8": "int8", "f32": "float32"}
+_DECLARED = {
+    "bool": "bool", "i64": "int64", "i32": "int32", "i8": "int8", "f32": "float32",
+    "f8e4m3": "float8_e4m3fn", "f8e5m2": "float8_e5m2",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ _BINDING = {
 class Value:
     """Source text of a value over ``axes``; ``kind`` is ``float``, ``int`` or ``bool``.
 
-    ``raw`` marks a tile in the type it is stored in, which matrix products take as it is.
+    ``raw`` marks a tile in the type it is stored in, which matrix products take as it is;
+    ``narrow`` one that was computed and rounded to an 8-bit float.
     """
 
     text: str
@@ -34,6 +35,7 @@ class Value:
     kind: str = "float"
     binding: int = ATOM
     raw: bool = False
+    narrow: bool = False
 
     def atom(self) -> str:
         """The text, in parentheses unless it is an atom."""
@@ -235,7 +237,7 @@ def bare(text: str) -> str:
 
 def as_number(value: Value) -> Value:
     """A tile in its stored type as float32; anything else as it is."""
-    if not value.raw or value.kind != "float":
+    if not (value.raw or value.narrow) or value.kind != "float":
         return value
     return Value(f"{value.atom()}.to(tl.float32)", value.axes, "float")
 
@@ -264,11 +266,19 @@ _CASTS = {
 }  # fmt: skip
 
 
+_EIGHT_BITS = {"f8e4m3": ("float8e4nv", "448.0"), "f8e5m2": ("float8e5", "57344.0")}
+
+
 def _cast(dtype: str, text: str, axes: tuple[str, ...]) -> Value:
     if dtype in ("f32", "f64"):
         return Value(f"({bare(text)} + 0.0)" if text.isdigit() else text, axes)
     if dtype == "bool":
         return Value(f"{text} != 0", axes, "bool", 0)
+    if dtype in _EIGHT_BITS:
+        # Half to even, and no infinity: the largest number stays one.
+        kind, largest = _EIGHT_BITS[dtype]
+        held = f"tl.clamp({bare(text)}, -{largest}, {largest})"
+        return Value(f"{held}.to(tl.{kind}, fp_downcast_rounding='rtne')", axes, narrow=True)
     narrowed = f"{text}.to(tl.{_CASTS[dtype]})"
     if dtype in ("f16", "bf16"):
         return Value(f"{narrowed}.to(tl.float32)", axes)

@@ -14,6 +14,7 @@ from torch import Tensor
 from attn_rewrite.backends.triton.build import is_interpreted, kernel_of
 from attn_rewrite.backends.triton.emit import Source
 from attn_rewrite.backends.triton.frame import Parameter
+from attn_rewrite.backends.triton.interpreted import exact_conversions
 from attn_rewrite.backends.triton.schedule import padded_side
 from attn_rewrite.errors import LowerError, ToolError
 
@@ -137,7 +138,8 @@ def last_line(error: Exception) -> str:
 def _interpret(kernel: Any, grid: tuple[Any, ...], source: Source, call: Call) -> None:
     """Run in Triton's interpreter, which has no products of bfloat16: they are float32 there."""
     wide = {n: t.float() for n, t in call.tensors.items() if t.dtype == torch.bfloat16}
-    kernel[grid](**arguments(source, replace(call, tensors={**call.tensors, **wide})))
+    with exact_conversions():
+        kernel[grid](**arguments(source, replace(call, tensors={**call.tensors, **wide})))
     for output in source.outputs:
         if output.name in wide:
             call.tensors[output.name].copy_(wide[output.name])
@@ -190,12 +192,13 @@ def without_gradients(name: str, inputs: Mapping[str, Tensor]) -> None:
 
 
 def result_dtype(operands: Iterable[Tensor]) -> torch.dtype:
-    """The type of outputs with a head dimension: that of the first floating operand.
+    """The type of outputs with a head dimension: of the first floating operand wider than 8 bits.
 
-    bfloat16 where that has 8 bits: a result rounded to 8 bits is of no use.
+    bfloat16 where all have 8 bits: a result rounded to 8 bits is of no use.
     """
-    first = next((t.dtype for t in operands if t.is_floating_point()), torch.float32)
-    return torch.bfloat16 if first.itemsize == 1 else first
+    floating = [t.dtype for t in operands if t.is_floating_point()]
+    wide = next((d for d in floating if d.itemsize > 1), None)
+    return wide or (torch.bfloat16 if floating else torch.float32)
 
 
 def run(

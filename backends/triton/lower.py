@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
+from attn_rewrite.backends.torch.emit import cast, dtype_of
 from attn_rewrite.backends.torch.lower import Kernel
 from attn_rewrite.backends.triton.choose import choose_schedule
 from attn_rewrite.backends.triton.emit import Source, emit
 from attn_rewrite.backends.triton.prepare import DROPOUT, with_lse
 from attn_rewrite.backends.triton.schedule import Device, to_text
+from attn_rewrite.backends.triton.staged import emit_codes, refused, split
 from attn_rewrite.backends.triton.staging import stages_of
 from attn_rewrite.cascade.attention import POINT, as_softmax, softmax_cascade
 from attn_rewrite.cascade.expr import Read
@@ -22,6 +24,7 @@ from attn_rewrite.graph import Builder, aten
 from attn_rewrite.passes.transform import Exactness
 from attn_rewrite.site import Refusal
 
+_CODES = "; codes and scales are made before it"
 # The extents a text is shown for where the graph does not fix them.
 _SHOWN = {"d": 64, "e": 64, "f": 64}
 
@@ -58,10 +61,13 @@ def lower(
         if isinstance(randomised, Refusal):
             return randomised
         cascade = randomised
-    found = stages_of(with_lse(cascade))
+    held = split(cascade)
+    core = cascade if held is None else held.core
+    wrong = refused(cascade, device or Device())
+    found = wrong or stages_of(with_lse(core))
     if isinstance(found, Refusal):
         return found
-    text = str(cascade)
+    text = str(core)
     sources = []
     for stage in found:
         lanes = {r: known.get(r) or _SHOWN.get(r, 64) for r in stage.program.roles.lanes}
@@ -77,13 +83,18 @@ def lower(
     def run(build: Builder, inputs: Sequence[Any]) -> Any:
         seed = _seed(build, inputs[0]) if dropout else None
         op = torch.ops.attn_rewrite.triton_cascade.default
-        result = build.call(op, list(inputs), seed, text, "", dropout)
-        return build.call(_first, result, 0)
+        operands = list(inputs)
+        if held is not None:
+            operands = emit_codes(build, held, cascade.inputs, inputs)
+        result = build.call(op, operands, seed, text, "", dropout)
+        out = build.call(_first, result, 0)
+        kind = dtype_of(inputs[0])
+        return out if held is None or kind is None else cast(build, out, kind)
 
     # Registered here, so that a program can be built before anything is launched.
     import attn_rewrite.backends.triton.ops  # noqa: F401
 
-    why = _why(sources[-1])
+    why = _why(sources[-1]) + (_CODES if held is not None else "")
     contract = {
         "dtypes": "float16, bfloat16, float32, float8",
         "head dims": "16 to 256 in registers; larger ones compile, and may spill",

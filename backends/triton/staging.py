@@ -7,11 +7,12 @@ they are inputs of the next.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from attn_rewrite.backends.triton.program import Program, read_program
-from attn_rewrite.cascade.expr import Rank, tensors_of
+from attn_rewrite.cascade.expr import Call, Expr, Rank, Read, call, tensors_of, transform, where
 from attn_rewrite.cascade.ir import Cascade, Einsum, TensorDecl
 from attn_rewrite.site import Refusal
 
@@ -57,7 +58,28 @@ def fused(cascade: Cascade, along: str) -> Cascade:
     from attn_rewrite.passes.cascade import fuse_reductions
 
     found = fuse_reductions(cascade, along)
-    return cascade if isinstance(found, Refusal) else found.cascade
+    return finite(cascade) if isinstance(found, Refusal) else found.cascade
+
+
+def finite(cascade: Cascade) -> Cascade:
+    """``cascade`` with 0 in the place of a maximum that nothing entered, where it is subtracted.
+
+    Exact: a kernel computes exponentials of masked scores too, and -inf less -inf is no number.
+    The same object where nothing is subtracted.
+    """
+    empty = {t.name for t in cascade.tensors if t.default == -math.inf}
+
+    def rule(node: Expr) -> Expr | None:
+        match node:
+            case Call("exp", (Call("sub", (x, Read(name) as top)),)) if name in empty:
+                return call("exp", x - where(call("isneginf", top), 0.0, top))
+        return None
+
+    body = tuple(
+        replace(e, expr=transform(e.expr, rule)) if isinstance(e, Einsum) else e
+        for e in cascade.body
+    )
+    return cascade if body == cascade.body else replace(cascade, body=body)
 
 
 def _crosses(e: Einsum, row: str, along: str) -> bool:

@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from attn_rewrite.backends.triton.expressions import Value, as_number, bare, joined
 from attn_rewrite.backends.triton.frame import Frame, Parameter
 from attn_rewrite.backends.triton.program import Step
-from attn_rewrite.cascade.expr import TRUE, Call, Const, Expr, Read, call
+from attn_rewrite.cascade.expr import FLOAT8, TRUE, Call, Const, Expr, Read, call
 from attn_rewrite.cascade.infer import IDENTITY
 from attn_rewrite.errors import LowerError
 
 _PRECISION = Parameter("PRECISION", "block")
+# Terms of a product of 8-bit floats that tensor cores may add up before float32 takes the sum.
+_IMPRECISE = 64
 _FOLD = {"add": "tl.sum", "max": "tl.max", "min": "tl.min"}
 
 
@@ -53,7 +55,7 @@ class Steps:
         value = self._folded(step) if step.reduce else frame.expressions.emit(step.expr)
         target = name or frame.names.of(step.name)
         frame.body.line(f"{target} = {bare(value.text)}")
-        made = Value(target, value.axes, value.kind)
+        made = Value(target, value.axes, value.kind, narrow=value.narrow)
         self._mask_default(step, made)
         frame.values[step.name] = made
         return made
@@ -69,18 +71,23 @@ class Steps:
         if have is not None and have == step.default:
             self.outside[step.name] = step.default
         elif step.guard != TRUE or step.default != 0.0:
-            self._where(made.text, made.axes, step.guard, step.default)
+            self._where(made, step.guard, step.default)
             self.outside[step.name] = step.default
         elif have is not None:
             self.outside[step.name] = have
 
-    def _where(self, name: str, axes: Sequence[str], guard: Expr, default: float) -> None:
-        body = self.frame.body
+    def _where(self, made: Value, guard: Expr, default: float) -> None:
+        body, name, axes = self.frame.body, made.text, made.axes
         keep = self._keep(guard)
         if not set(keep.axes) <= set(axes):
             raise LowerError(f"{name} is masked along a rank that it does not have")
         other = f"float('{default}')" if math.isinf(default) else repr(default)
-        line = f"{name} = tl.where({bare(keep.over(axes))}, {name}, {other})"
+        held, after = name, ""
+        if made.kind == "int" and math.isfinite(default):
+            other = str(int(default))
+        elif made.narrow:  # no arithmetic in 8 bits; there and back changes nothing
+            held, after = f"{name}.to(tl.float32)", f".to({name}.dtype)"
+        line = f"{name} = tl.where({bare(keep.over(axes))}, {held}, {other}){after}"
         if not self.masking.condition:
             body.line(line)
             return
@@ -126,7 +133,11 @@ class Steps:
                 return first if first == -math.inf and not self._is_tile(b) else None
             case Call("mul", (a, b)):
                 return 0.0 if 0.0 in (self._value_outside(a), self._value_outside(b)) else None
-            case Call("div", (a, _)):
+            case Call("clip", (a, Const(low), Const(high))) if low <= 0 <= high:
+                return 0.0 if self._value_outside(a) == 0.0 else None
+            case Call("div", (a, _)) | Call("round" | "floor" | "abs" | "sign", (a,)):
+                return 0.0 if self._value_outside(a) == 0.0 else None
+            case Call(op, (a,)) if op.startswith("cast_"):
                 return 0.0 if self._value_outside(a) == 0.0 else None
         return None
 
@@ -157,8 +168,9 @@ class Steps:
             return value
         name = self.frame.names.of(f"{step.name}_in", "mask")
         self.frame.body.line(f"{name} = {bare(value.text)}")
-        self._where(name, value.axes, step.guard, identity)
-        return Value(name, value.axes, value.kind)
+        made = Value(name, value.axes, value.kind, narrow=value.narrow)
+        self._where(made, step.guard, identity)
+        return made
 
     def _within_lanes(self, step: Step, value: Value) -> Value:
         """The identity in lanes beyond the head dimension: a computed value is not 0 there."""
@@ -188,7 +200,7 @@ class Steps:
             raise LowerError(f"{step.text} is no product of two matrices")
         first = self._operand(step, left, (x, folded))
         second = self._operand(step, right, (folded, y))
-        return self._scaled(self._dot(first, second, (x, y), left, right), after)
+        return self._scaled(self._dot(first, second, (x, folded, y), left, right), after)
 
     def _operand(self, step: Step, factors: Sequence[Expr], axes: tuple[str, str]) -> Value:
         """One side of a product: a stored tile as it is, or a computed one, neutral outside."""
@@ -212,34 +224,48 @@ class Steps:
         self,
         first: Value,
         second: Value,
-        axes: tuple[str, str],
+        axes: tuple[str, str, str],
         left: Sequence[Expr],
         right: Sequence[Expr],
     ) -> Value:
+        """``first @ second`` over ``axes``, the second of which is folded."""
         frame = self.frame
+        x, folded, y = axes
         texts = [bare(first.text), bare(second.text)]
         stored = [v for v in (first, second) if v.raw]
+        integer = all(v.kind == "int" for v in (first, second))
         narrow = [
             bool(frame.schedule.widen & {r.tensor for r in side if isinstance(r, Read)})
             for side in (left, right)
         ]
-        if len(stored) == 1 and narrow[1]:
-            texts = [f"{v.atom()}.to(tl.float16)" for v in (first, second)]
-        elif len(stored) == 1:
-            kind = f"{stored[0].text.removeprefix('tl.trans(').removesuffix(')')}.dtype"
-            texts = [t if v.raw else f"{v.atom()}.to({kind})" for t, v in
-                     zip(texts, (first, second), strict=True)]  # fmt: skip
-        elif len(stored) == 2 and narrow[0] != narrow[1]:
+        uneven = len(stored) == 2 and narrow[0] != narrow[1]
+        eight = not uneven and all(v.raw or v.narrow for v in (first, second))
+        if uneven:
             # Keys of 8 bits beside queries that are wider: their values are exact in 16 bits.
             wide = (first, second)[narrow.index(False)]
             kind = f"{wide.text.removeprefix('tl.trans(').removesuffix(')')}.dtype"
             texts = [f"{v.atom()}.to({kind})" if n else t for t, v, n in
                      zip(texts, (first, second), narrow, strict=True)]  # fmt: skip
+        elif integer or eight:
+            pass  # both are stored, or rounded to a type that products take
+        elif len(stored) == 1 and narrow[1]:
+            texts = [f"{v.atom()}.to(tl.float16)" for v in (first, second)]
+        elif len(stored) == 1:
+            kind = f"{stored[0].text.removeprefix('tl.trans(').removesuffix(')')}.dtype"
+            texts = [t if v.raw else f"{v.atom()}.to({kind})" for t, v in
+                     zip(texts, (first, second), strict=True)]  # fmt: skip
         frame.parameter(_PRECISION)
-        integer = all(v.kind == "int" for v in (first, second))
         options = ", out_dtype=tl.int32" if integer else ", input_precision=PRECISION"
+        if eight and self._stored_as_float8((*left, *right)):
+            # Tensor cores add 8-bit products with 22 bits: hand them on to float32 in time.
+            options += f", max_num_imprecise_acc=min({_IMPRECISE}, {frame.side(folded)})"
         text = f"tl.dot({texts[0]}, {texts[1]}{options})"
-        return Value(text + (".to(tl.float32)" if integer else ""), axes)
+        return Value(text + (".to(tl.float32)" if integer else ""), (x, y))
+
+    def _stored_as_float8(self, factors: Sequence[Expr]) -> bool:
+        known = self.frame.inputs
+        names = {f.tensor for f in factors if isinstance(f, Read)} & known.keys()
+        return any(known[n].dtype in FLOAT8 for n in names)
 
     def _scaled(self, value: Value, after: Sequence[Expr]) -> Value:
         """The product times what the folded rank has no part in."""

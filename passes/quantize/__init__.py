@@ -5,6 +5,7 @@ SCHEMES: tuple[str, ...] = (
     "int8:Int8",
     "int8:Int4",
     "fp8:Fp8",
+    "fp4:Fp4",
     "dgq:Dgq",
     "kv_cache:KvInt8",
     "kv_cache:KvInt4",

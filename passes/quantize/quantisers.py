@@ -5,7 +5,8 @@ A quantiser knows its range, its rounding and the formulas of scale, code and va
 oracle, the placement rule, the fusion analysis and every backend read the same formulas.
 
 Formulas: Zhang et al. 2025 (SageAttention, section 3), Liu et al. 2024 (KIVI, section 3.2),
-Micikevicius et al. 2022 (8-bit floats), Ryu et al. 2025 (DGQ, section 4.2).
+Micikevicius et al. 2022 (8-bit floats), Zhang et al. 2025c (SageAttention3, section 3),
+Ryu et al. 2025 (DGQ, section 4.2).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from attn_rewrite.cascade.expr import FLOAT8, Expr, Rank, call, where
+from attn_rewrite.cascade.expr import FLOAT8, Const, Expr, Rank, call, where
 
 # No scale is smaller than this over the largest code: a block of zeros has codes of 0, not 0 / 0.
 EPSILON = 1e-30
@@ -93,6 +94,35 @@ class Float8:
     def clipped(self, x: Expr) -> Expr:
         """A number in the type."""
         return call(f"cast_{self.dtype}", x)
+
+
+# Where the magnitude of a 4-bit float begins, and whether a tie goes up to it (to an even code).
+_E2M1 = ((0.25, 0.5, False), (0.75, 1.0, True), (1.25, 1.5, False), (1.75, 2.0, True),
+         (2.5, 3.0, False), (3.5, 4.0, True), (5.0, 6.0, False))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Float4:
+    """4-bit floats E2M1 (0, 0.5, 1, 1.5, 2, 3, 4, 6) with an E4M3 scale for a group (NVFP4).
+
+    A group whose largest element is under 6 * 2^-10 has a scale of 0 and is lost.
+    """
+
+    limit: float = 6.0
+    dtype: str = "float"  # no backend stores these codes: they become numbers again at once
+
+    def scale(self, x: Expr) -> Expr:
+        """The scale that one element asks for, rounded to E4M3; that of a group is the largest."""
+        return call("cast_f8e4m3", call("abs", x) / self.limit)
+
+    def code(self, x: Expr, scale: Expr) -> Expr:
+        """The code of ``x``: nearest, ties to the even one, saturating."""
+        smallest = 2.0**-9  # of E4M3: nothing is divided by a scale of 0
+        size = call("abs", x) / call("max", scale, smallest)
+        code: Expr = Const(0.0)
+        for begin, value, up in _E2M1:
+            code = where(size >= begin if up else size > begin, value, code)
+        return call("sign", x) * code
 
 
 @dataclass(frozen=True)

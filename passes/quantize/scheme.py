@@ -34,10 +34,17 @@ from attn_rewrite.cascade.expr import (
 from attn_rewrite.cascade.ir import Einsum, RankDecl, TensorDecl
 from attn_rewrite.cascade.staged import PV, ROW, SD, SN, StagedAttention
 from attn_rewrite.passes.quantize.invariance import drops_row_constants
-from attn_rewrite.passes.quantize.quantisers import Float8, Granularity, Integer, rounded
+from attn_rewrite.passes.quantize.quantisers import (
+    Float4,
+    Float8,
+    Granularity,
+    Integer,
+    rounded,
+)
 from attn_rewrite.passes.transform import outside
 
 Code = Integer | Float8
+Stored = Integer | Float8 | Float4
 CODE_OF = {"q": "QI", "k": "KI", "v": "VI"}
 
 
@@ -46,12 +53,14 @@ class Coding:
     """How one operand is quantised: a number format and which elements share a scale.
 
     ``static`` fixes the scale of every head in advance (calibrated); None computes it from the
-    operand itself.
+    operand itself.  ``expanded``: codes become numbers again before the product (microscaling), so
+    their scales may differ along the summed rank.
     """
 
-    quantiser: Code
+    quantiser: Stored
     granularity: Granularity
     static: tuple[float, ...] | None = None
+    expanded: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,8 +97,9 @@ def quantised(
     q = writer.queries() if scheme.q else staged.q
     k = writer.keys() if scheme.k else staged.k
     score = inline_scores(form.score, writer.product())
-    if scheme.p is not None or scheme.v is not None:
-        v = writer.values() if scheme.v else staged.v
+    if scheme.v is not None:
+        v = writer.values()
+    if scheme.p is not None or (scheme.v is not None and not scheme.v.expanded):
         probability = writer.probability(SN if probability is None else probability)
         output = writer.output(PV / SD if output is None else output)
         writer.declare_probability()
@@ -187,6 +197,8 @@ class _Writer:
             bound, reduce = _chosen(coding.static, head), ()
         self.add(Read(scales, index), bound, reduce)
         code = coding.quantiser.code(x, Read(scales, index))
+        if coding.expanded:
+            code = code * Read(scales, index)
         self.add(Read(name, space), self.only(head, code, Read(whole, space)))
         self.tensors += [
             TensorDecl(
@@ -194,14 +206,14 @@ class _Writer:
                 sign="positive",
             ),
             TensorDecl(
-                name, tuple(r.name for r in space), scale=scales,
+                name, tuple(r.name for r in space), scale=None if coding.expanded else scales,
                 dtype=coding.quantiser.dtype if self.heads is None else "float",
             ),
         ]  # fmt: skip
         here = tuple(substitute(i, {self.staged.head: self.staged.kv_head}) for i in index)
         if operand != "q":
             index = here
-        if operand != "v":
+        if operand != "v" and not coding.expanded:
             owner = H if operand == "q" else self.staged.kv_head
             self.factors.append(self.only(owner, Read(scales, index), 1.0))
         return name
@@ -284,7 +296,7 @@ class _Writer:
         if self.scheme.p is not None:
             value = value / self.only(H, Const(self.scheme.p.limit), 1.0)
         group: dict[Expr, Expr] = {self.staged.head: self.staged.kv_head}
-        if self.scheme.v is not None:
+        if self.scheme.v is not None and not self.scheme.v.expanded:
             index = self.scheme.v.granularity.index(self.staged.kv_head, KV, F)
             value = value * self.only(H, Read(self.name("VS"), index), 1.0)
         if self.scheme.smooth_v:

@@ -208,6 +208,17 @@ def attention_form(cascade: Cascade) -> SoftmaxAttention | None:
     return None if staged is None else staged.form
 
 
+def shares_scales(cascade: Cascade) -> bool:
+    """Does a stage, or a statistic of the probabilities, fold heads into one number?"""
+    from attn_rewrite.cascade.reordered import in_order
+
+    staged = as_staged(in_order(cascade))
+    if staged is None:
+        return False
+    folds = (*staged.stages, *(() if staged.peak is None else (staged.peak,)))
+    return any(rank in ("h", "hkv") for e in folds for rank, _ in e.reduce)
+
+
 def stages_of(staged: StagedAttention, name: str = "stages") -> Cascade:
     """The stages alone: their outputs are the tensors that the rest of the attention reads."""
     wanted = read_stages(staged)
