@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -142,7 +143,17 @@ class _Machine:
         for decl in self.cascade.inputs:
             for dim, rank in enumerate(decl.ranks):
                 found.setdefault(rank, size(self.build, self.inputs[decl.name], dim))
+        for whole in (r for r in self.cascade.ranks if len(r.parts) == 2 and r.name in found):
+            outer, inner = whole.parts
+            if outer not in found and isinstance(found.get(inner), int):
+                found[outer] = self._tiles(found[whole.name], found[inner])
         return found
+
+    def _tiles(self, whole: Any, tile: int) -> Any:
+        """How many tiles cover a dynamic extent; the last one may be cut."""
+        return self.build.call(
+            operator.floordiv, self.build.call(operator.add, whole, tile - 1), tile
+        )
 
     def _counted(self) -> dict[str, tuple[int, ...]]:
         """Dimensions of each tensor written here that a loop counts."""
@@ -265,11 +276,13 @@ class _Machine:
         folded = [r for r in frame if r not in kept]
         operators = dict(e.reduce)
         mask = None if guard == TRUE else emitter.truth(guard)
-        factors = _factors(e.expr)
+        factors, default = _factors(e.expr), self.defaults.get(e.out.tensor, 0.0)
         if folded and len(factors) > 1 and set(operators.values()) <= {"add"}:
-            return self._contracted(factors, emitter, frame, kept, mask)
+            if mask is None or ranks_of(guard) & set(folded):
+                return self._contracted(factors, emitter, frame, kept, mask)
+            value = self._contracted(factors, emitter, frame, kept, None)
+            return self._filled(value, self._without(mask, frame, kept), default)
         value = self._full(emitter.tensor(e.expr), frame)
-        default = self.defaults.get(e.out.tensor, 0.0)
         if mask is not None:
             fill = _REDUCTIONS[_first(folded, operators)][1] if folded else default
             value = self._filled(value, mask, fill)
@@ -370,9 +383,11 @@ class _Machine:
         for rank in self.cascade.ranks:
             if len(rank.parts) == 2 and set(rank.parts) <= set(frame):
                 outer, inner = rank.parts
-                if self.extents[outer] * self.extents[inner] != self.extents[rank.name]:
-                    whole = Rank(outer) * self.extents[inner] + Rank(inner)
-                    terms.append(call("lt", whole, self.extents[rank.name]))
+                extents = [self.extents[r] for r in (outer, inner, rank.name)]
+                fixed = all(isinstance(n, int) for n in extents)
+                if not fixed or extents[0] * extents[1] != extents[2]:
+                    whole = Rank(outer) * Extent(inner) + Rank(inner)
+                    terms.append(call("lt", whole, Extent(rank.name)))
         return conjunction(tuple(terms))
 
 
