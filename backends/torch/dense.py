@@ -103,10 +103,19 @@ class DenseSpace:
                 case (Call("floordiv", (Rank(r), Const(n))), Call("mod", (Rank(other), Const(m)))):
                     if r == other and r in self.frame and n == m == value_of(tensor).shape[dim + 1]:
                         flat = self.build.call(aten.flatten.using_ints, tensor, dim, dim + 1)
-                        end = self.extents[r]  # the last block may be cut
-                        cut = self.build.call(aten.slice.Tensor, flat, dim, 0, end)
+                        cut = self._first(flat, dim, self.extents[r])
                         return cut, (*index[:dim], Rank(r), *index[dim + 2 :])
         return tensor, index
+
+    def _first(self, tensor: Any, dim: int, count: Any) -> Any:
+        """The first entries along ``dim``: the last block may be cut.
+
+        A copy where lengths are dynamic: whether a view is contiguous would depend on them.
+        """
+        if isinstance(count, int):
+            return self.build.call(aten.slice.Tensor, tensor, dim, 0, count)
+        line = self.build.call(aten.arange.default, count, dtype=torch.int64, device=self.device)
+        return self.build.call(aten.index_select.default, tensor, dim, line)
 
     def _selected(self, tensor: Any, index: Sequence[Expr], dim: int, emitter: Emitter) -> Any:
         """Whole slices along ``dim``: far cheaper than an index for every element."""

@@ -74,6 +74,11 @@ class Combiner(Transform):
         if problem := _no_matrix(layout):
             raise ValueError(f"combiner: {problem}")
 
+    @property
+    def wants_layout(self) -> bool:
+        """Does it ask what positions mean?"""
+        return self.kind == "axial"
+
     def apply(self, cascade: Cascade, site: Site) -> Cascade | Refusal:
         """The cascade of direct tokens and summaries."""
         form = as_softmax(cascade)
