@@ -21,14 +21,14 @@ BLOCK = 16
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-class Interrupted(Exception):
+class SwitchedOffError(Exception):
     """What stands for a machine that was switched off."""
 
 
 def interrupt(done: int, total: int, what: str) -> None:
     """Stop after the first Site of the first call."""
     print(f"calibrating {what}: {done} of {total}")
-    raise Interrupted
+    raise SwitchedOffError
 
 
 def samples(frames: int, count: int) -> list[Inputs]:
@@ -55,7 +55,7 @@ def main(frames: int, density: float) -> None:
         state = Path(folder, "state")
         try:
             ar.optimize(model, policy, inputs, calibration=ar.Calibration(calls, state, interrupt))
-        except Interrupted:
+        except SwitchedOffError:
             print(f"interrupted; {len(list(state.iterdir()))} file was written")
         told: list[str] = []
         going_on = ar.Calibration(calls, state, lambda done, total, what: told.append(what))

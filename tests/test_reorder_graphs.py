@@ -40,13 +40,14 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Three blocks; the middle one may differ."""
+    """A plain block at either end, and one for each of ``betweens``."""
 
-    def __init__(self, between: Between | None = None, causal: bool = False) -> None:
+    def __init__(self, *betweens: Between | None, causal: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.places = nn.Parameter(torch.randn(TOKENS, WIDTH))
-        self.blocks = nn.ModuleList([Block(), Block(between, causal), Block()])
+        inner = [Block(between, causal) for between in betweens or (None,)]
+        self.blocks = nn.ModuleList([Block(), *inner, Block()])
         self.head = nn.Linear(WIDTH, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -159,9 +160,9 @@ DECOYS: dict[str, Between] = {
 }
 
 
-@pytest.mark.parametrize("name", DECOYS)
-def test_operators_that_see_the_order_see_the_models(name: str) -> None:
-    reordered(Model(DECOYS[name]), tokens())
+@pytest.mark.parametrize("first", range(0, len(DECOYS), 5))
+def test_operators_that_see_the_order_see_the_models(first: int) -> None:
+    reordered(Model(*list(DECOYS.values())[first : first + 5]), tokens())
 
 
 # The same for every token: the order may stay.
@@ -174,9 +175,9 @@ TOKEN_WISE: dict[str, Between] = {
 }
 
 
-@pytest.mark.parametrize("name", TOKEN_WISE)
-def test_operators_that_do_not_see_the_order_keep_it(name: str) -> None:
-    found = reordered(Model(TOKEN_WISE[name]), tokens()).gathers
+def test_operators_that_do_not_see_the_order_keep_it() -> None:
+    found = reordered(Model(*TOKEN_WISE.values()), tokens()).gathers
+    assert found["at_sites"] == 4 * (2 + len(TOKEN_WISE))
     assert found["left"] == 2
 
 

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from attn_rewrite.cascade.attention import QK, SoftmaxAttention, as_softmax
 from attn_rewrite.cascade.combined import Shared, axial, fixed, logsparse
-from attn_rewrite.cascade.expr import KV, TRUE, Const, Q, conjuncts, ranks_of, substitute, tensors_of
+from attn_rewrite.cascade.expr import (
+    KV,
+    TRUE,
+    Const,
+    Q,
+    conjuncts,
+    ranks_of,
+    substitute,
+    tensors_of,
+)
 from attn_rewrite.cascade.simplify import simplify
 from attn_rewrite.errors import PolicyError
 from attn_rewrite.passes.sparse.laid_out import LaidOut
@@ -135,7 +144,9 @@ class Combiner(Transform):
             return self.refuse(site, f"combiner-{site.family}", reason)
         own = site.kind == "self" or site.kind in named_kinds or self.layout is not None
         if not own or site.kind == "pooling":
-            reason = f"combiner groups the tokens of one sequence, but this is {site.kind} attention"
+            reason = (
+                f"combiner groups the tokens of one sequence, but this is {site.kind} attention"
+            )
             return self.refuse(site, f"combiner-{site.kind}", reason)
         if site.offset != "0" or str(site.q_len) != str(site.kv_len):
             reason = (
@@ -157,5 +168,3 @@ def _no_matrix(layout: TokenLayout) -> str | None:
     if len(layout.grid) == 2 and layout.q_len == layout.kv_len == layout.tokens:
         return None
     return f"the axial form wants rows x columns and nothing else, but the layout is {layout}"
-
-
