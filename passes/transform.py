@@ -155,6 +155,11 @@ class Transform:
         ]
         return f"{self.name}({', '.join(written)})" if written else self.name
 
+    @property
+    def wants_layout(self) -> bool:
+        """Does it have a ``layout``, and use it?"""
+        return any(f.name == "layout" for f in fields(self))
+
     def apply(self, cascade: Cascade, site: Site) -> Cascade | Refusal:
         """Rewrite ``cascade``; the same object if nothing changes."""
         raise TypeError(f"{type(self).__name__} must define apply()")

@@ -28,7 +28,7 @@ from attn_rewrite.backends.torch.statistics import HeadMap, block_statistics, ro
 from attn_rewrite.cascade.ir import Cascade
 from attn_rewrite.cascade.reordered import as_reordered
 from attn_rewrite.cascade.staged import as_staged
-from attn_rewrite.errors import PolicyError
+from attn_rewrite.errors import PolicyError, ToolError
 from attn_rewrite.passes.keep import Exact
 from attn_rewrite.passes.reorder.reorder import Reorder
 from attn_rewrite.passes.sparse.blocks import Blocks
@@ -197,8 +197,9 @@ class _Store:
         try:
             with safe_open(self.path, "numpy") as file:
                 found = dict(file.metadata() or {})
-            header = {"run": found["run"], "calls": json.loads(found["calls"])}
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            calls = [int(number) for number in json.loads(found["calls"])]
+            header = {"run": found["run"], "calls": calls}
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise PolicyError(f"{self.path} cannot be read: {error}; remove the folder") from None
         if header["run"] != self.run:
             raise PolicyError(
@@ -222,11 +223,16 @@ class _Store:
         if self.folder is None:
             self.held = arrays
             return
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
         part = self.path.with_suffix(".partial")
-        save_file(arrays, part, metadata={"run": self.run, "calls": json.dumps(self.calls)})
-        os.replace(part, self.path)
+        metadata = {"run": self.run, "calls": json.dumps(self.calls)}
+        try:
+            save_file(arrays, part, metadata=metadata)
+            os.replace(part, self.path)
+        except (OSError, SafetensorError) as error:
+            raise ToolError(f"{self.path} cannot be written: {error}") from None
 
 
 @dataclass(frozen=True)

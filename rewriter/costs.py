@@ -82,4 +82,6 @@ def _cost(
     cost = site_cost(
         cascade, extents, for_device(value.device.type), dtype=value.dtype, tile_fraction=fraction
     )
-    return WorkCost(cost.flops, cost.dram_bytes if fused else cost.unfused_bytes, tiles)
+    # A cascade of summaries has no scores of pairs, hence no tiles of them.
+    shown = None if cascade is not site.cascade and attention_form(cascade) is None else tiles
+    return WorkCost(cost.flops, cost.dram_bytes if fused else cost.unfused_bytes, shown)

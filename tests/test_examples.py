@@ -16,6 +16,7 @@ SHORT = (
     "add_a_pattern.py",
     "video_radial.py",
     "long_context_streaming.py",
+    "paro_calibrate.py",
 )
 # demo.py runs demo_embeddings.py, and both read the texts of demo_texts.py.
 DEMO = ("demo.py", "demo_embeddings.py", "demo_texts.py")

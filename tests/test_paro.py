@@ -33,7 +33,7 @@ from attn_rewrite.cascade.expr import KV, TRUE, Expr, Q
 from attn_rewrite.cascade.ir import Cascade, TensorDecl
 from attn_rewrite.cascade.oracle import interpret
 from attn_rewrite.cascade.text import parse_expr
-from attn_rewrite.errors import PolicyError
+from attn_rewrite.errors import PolicyError, ToolError
 from attn_rewrite.plan import Plan, Step, rewritten
 from attn_rewrite.policy_text import parse_pipeline
 from attn_rewrite.site import Refusal
@@ -512,9 +512,19 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     assert not list(state.glob("*.partial"))
     with pytest.raises(PolicyError, match="another policy, model or inputs"):
         calibrated("paro(density=0.4, block=16)", calibration=ar.Calibration(given, state))
-    next(state.glob("site-*")).write_bytes(b"nothing")
-    with pytest.raises(PolicyError, match="cannot be read"):
-        calibrated("paro(density=0.3, block=16)", calibration=ar.Calibration(given, state))
+    (file,) = state.glob("site-*")
+    whole_file = file.read_bytes()
+    for broken in (b"nothing", whole_file[:-5], whole_file.replace(b"[0, 1, 2]", b"{0, 1, 2}")):
+        file.write_bytes(broken)
+        with pytest.raises(PolicyError, match="cannot be read"):
+            calibrated("paro(density=0.3, block=16)", calibration=ar.Calibration(given, state))
+
+
+def test_a_state_that_cannot_be_written(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    (state / "site-0000.partial").mkdir(parents=True)
+    with pytest.raises(ToolError, match="cannot be written"):
+        calibrated("paro(density=0.3, block=16)", calibration=ar.Calibration(calls(1), state))
 
 
 def test_a_state_folder_that_cannot_be_made(tmp_path: Path) -> None:

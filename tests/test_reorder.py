@@ -73,6 +73,13 @@ def test_patches_of_draft_attention() -> None:
     assert order[at].tolist() == [0, 15, 32, 239, 16, 255, 256, 511]
 
 
+def test_tiles_of_a_small_grid() -> None:
+    """Structured-sparse, section 11, NA-8."""
+    assert tile_order(TokenLayout((4, 6)), (2, 3)).indices(24).tolist() == [
+        0, 1, 2, 6, 7, 8, 3, 4, 5, 9, 10, 11, 12, 13, 14, 18, 19, 20, 15, 16, 17, 21, 22, 23,
+    ]  # fmt: skip
+
+
 @given(
     grid=st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple),
     text=st.integers(0, 3),

@@ -151,6 +151,11 @@ def test_masks_are_counted(capfd: pytest.CaptureFixture[str]) -> None:
     assert counts["blocks_kept"] == counts["blocks_full"] == 83_728
     assert counts["blocks_total"] == 291_600
     assert counts["block_density"] == counts["element_density"] == pytest.approx(0.28713, abs=5e-6)
+    # Frame after frame of one place stand together in the order hwf: a diagonal of blocks.
+    moved = count(
+        "reorder(order='hwf') | chunked(size=4)", "--layout", "grid=4x2x2", "--block", "4"
+    )
+    assert moved["blocks_kept"] == moved["blocks_full"] == 4
     text = count("clear(radius=3)", "--layout", "grid=8x8", "--text", "2", "--block", "16")
     assert text["element_density"] * 66**2 == pytest.approx(1416)
 
@@ -165,6 +170,11 @@ def test_masks_are_counted(capfd: pytest.CaptureFixture[str]) -> None:
         (["mask", "radial", "--layout", "frames=4"], "layout"),
         (["mask", "radial", "--layout", "frames=4,tokens=8"], "128"),
         (["mask", "streaming(recent=4)", "--layout", "length=64"], "not causal"),
+        (["mask", "combiner", "--layout", "length=64"], "no mask"),
+        (["mask", "combiner(kind='axial')", "--layout", "grid=8x8"], "no mask"),
+        (["mask", "combiner(kind='axial')", "--layout", "grid=2x8x8"], "rows x columns"),
+        (["mask", "reorder(order='xyz')", "--layout", "grid=2x8x8"], "no order of the grid"),
+        (["mask", "blocks(table='paro')", "--layout", "length=64"], "a plan holds"),
     ],
 )
 def test_bad_arguments_are_one_sentence(

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attn_rewrite.cascade.attention import as_softmax
+from attn_rewrite.cascade.attention import as_softmax, usual_length
 from attn_rewrite.cascade.counting import block_pairs
 from attn_rewrite.cascade.cover import Cover, block_counts, block_cover
 from attn_rewrite.cascade.expr import KV, Const, Expr, Extent, H, Q, Read, call, eq, substitute
@@ -404,6 +404,27 @@ def test_s2_known_answers() -> None:
         check(policy, "length=30", keep, heads=4, causal=True, block=4)
 
 
+def s2_lists(blocks: int, heads: int, local: int, vertical: int) -> list[list[list[int]]]:
+    """Key blocks of each block row of each head, offset as in Phi-3-small and ONNX Runtime."""
+    policy = f"s2(local={local}, vertical={vertical}, block=2)"
+    mask = mask_of(policy, TokenLayout((2 * blocks,)), heads=heads, causal=True)
+    size = {"q_len": 2 * blocks, "kv_len": 2 * blocks, "block_q": 2, "block_kv": 2}
+    cells = [block_cover(mask, head=h, **size) > 0 for h in range(heads)]
+    return [[np.flatnonzero(row).tolist() for row in c] for c in cells]
+
+
+def test_s2_lists_of_phi_3_and_onnx_runtime() -> None:
+    first, *_, last = s2_lists(8, 4, 2, 4)
+    assert first == [[0], [0, 1], [1, 2], [2, 3], [3, 4], [3, 4, 5], [3, 5, 6], [3, 6, 7]]
+    assert last == [
+        [0], [0, 1], [0, 1, 2], [0, 2, 3], [0, 3, 4], [0, 4, 5], [0, 4, 5, 6], [0, 4, 6, 7],
+    ]  # fmt: skip
+    assert s2_lists(4, 2, 2, 2) == [
+        [[0], [0, 1], [1, 2], [1, 2, 3]],
+        [[0], [0, 1], [0, 1, 2], [0, 2, 3]],
+    ]
+
+
 def test_s2_heads_cover_the_text_and_forget_for_good() -> None:
     mask = mask_of("s2(local=1, vertical=8, block=2, offset=0)", TokenLayout((32,)), heads=8,
                    causal=True)  # fmt: skip
@@ -541,6 +562,20 @@ def test_no_closed_form_is_said(mask: Expr) -> None:
     assert result is None or result.sum() == dense(mask, 5000, 5000).sum()
 
 
+def test_blocks_of_causal_and_sliding_masks() -> None:
+    """Spec, section 11, BM-1 and BM-2; cut blocks at the end count as full where all is kept."""
+
+    def counts(mask: Expr, length: int) -> tuple[list[int], list[int]]:
+        cells = block_cover(mask, q_len=length, kv_len=length, block_q=128, block_kv=128)
+        return (cells == Cover.PARTIAL).sum(1).tolist(), (cells == Cover.FULL).sum(1).tolist()
+
+    assert counts(KV <= Q, 512) == ([1, 1, 1, 1], [0, 1, 2, 3])
+    assert counts(KV <= Q, 500) == ([1, 1, 1, 1], [0, 1, 2, 3])
+    for reach in (256, 257):  # different masks, the same blocks
+        window = (Q - KV >= 0) & (reach > Q - KV)
+        assert counts(window, 1024) == ([1, 1, 2, 2, 2, 2, 2, 2], [0, 1, 1, 1, 1, 1, 1, 1])
+
+
 @pytest.mark.parametrize(
     ("text", "shape"),
     [
@@ -605,6 +640,59 @@ def test_policies_print_and_parse() -> None:
     ):
         (transform,) = parse_pipeline(policy)
         assert parse_pipeline(str(transform)) == (transform,)
+
+
+@pytest.mark.parametrize(
+    ("policy", "facts"),
+    [
+        ("streaming(recent=8, sinks=2)", {"causal": True}),
+        ("s2(local=2, vertical=4, block=4)", {"causal": True, "hkv": 2}),
+        ("longlora(size=8)", {"causal": True}),
+        ("gna(window=[3, 4], stride=[1, 2], layout='grid=4x8')", {}),
+        ("sta(window=[2, 4], tile=[2, 2], layout='grid=4x8')", {}),
+        ("swin(window=[2, 4], shift=[1, 2], layout='grid=4x8')", {}),
+        ("clear(radius=3, layout='grid=4x7,text=4')", {}),
+        ("radial(rule='paper', layout='frames=4,tokens=8')", {}),
+        ("tile(references=1, layout='frames=4,tokens=8')", {}),
+        ("longformer(window=6, global_tokens=2)", {}),
+        ("bigbird(block=4)", {}),
+        ("blocks(table='paro', block=8, semantics='post-mask')", {}),
+        ("reorder(order=['wh', 'hw', 'wh', 'wh'], layout='grid=4x8')", {}),
+        ("reorder(order='wh', layout='grid=4x8') | window(size=4)", {}),
+    ],
+)
+def test_golden_cascades(
+    golden: Callable[[str, str], None], policy: str, facts: dict[str, Any]
+) -> None:
+    site = make_site(**facts)
+    cascade = site.cascade
+    for transform in parse_pipeline(policy):
+        after = transform.apply(cascade, site)
+        assert not isinstance(after, Refusal)
+        cascade, site = after, transform.after(site)
+    name = "-".join(part.strip().partition("(")[0] for part in policy.split("|"))
+    golden(f"sparse/{name}.txt", f"{make_site(**facts).cascade}\n\n-- {policy}\n\n{cascade}\n")
+
+
+def test_a_layout_says_nothing_of_other_lengths() -> None:
+    """Where the length may change, the mask holds at the length of the layout alone."""
+
+    class Length:  # what a dynamic length shows of itself
+        node = type("Node", (), {"hint": 32})()
+
+    policy = "neighborhood(window=[3, 3], layout='grid=4x8')"
+    (transform,) = parse_pipeline(policy)
+    site = make_site(q_len=Length(), kv_len=Length())
+    mask = transform.mask(site)  # type: ignore[attr-defined]
+    fixed = transform.mask(make_site())  # type: ignore[attr-defined]
+    assert usual_length(mask) == 32
+    assert usual_length(fixed) is None
+    np.testing.assert_array_equal(dense(mask, 32, 32), dense(fixed, 32, 32))
+    assert dense(mask, 40, 40).all()
+    other = make_site(q_len=40, kv_len=40)
+    refused = transform.apply(other.cascade, other)
+    assert isinstance(refused, Refusal)
+    assert refused.code == "layout-misfit"
 
 
 def test_causality_becomes_a_guard() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy.typing as npt
 
 from attn_rewrite.backends.torch.ops import tile_counts
+from attn_rewrite.cascade.attention import usual_length
 from attn_rewrite.cascade.expr import TRUE
 from attn_rewrite.cascade.ir import Cascade
 from attn_rewrite.cascade.staged import attention_form
@@ -31,7 +32,8 @@ def choose_block(
     form = attention_form(cascade)
     if form is None or form.guard == TRUE:
         return SIDES[0]
-    kv_len = extents.get("kv") or max(_TYPICAL_LENGTH, extents.get("q") or 0)
+    known = extents.get("kv") or usual_length(form.guard)
+    kv_len = known or max(_TYPICAL_LENGTH, extents.get("q") or 0)
     q_len = extents.get("q") or kv_len
     heads = extents.get("h") or form.group
     best, work = SIDES[0], float("inf")

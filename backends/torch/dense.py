@@ -11,6 +11,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from attn_rewrite.backends.torch.form import (
     mentions_product,
 )
 from attn_rewrite.cascade.attention import QK, SoftmaxAttention
-from attn_rewrite.cascade.expr import TRUE, Const, Expr, Rank, Read
+from attn_rewrite.cascade.expr import TRUE, Call, Const, Expr, Rank, Read, ranks_of
 from attn_rewrite.cascade.staged import A
 from attn_rewrite.graph import Builder, aten
 
@@ -84,17 +85,63 @@ class DenseSpace:
 
     def _indexed(self, tensor: Any, index: Sequence[Expr], emitter: Emitter) -> Any:
         """Read at computed indices, clamped: points outside the guard may be outside the tensor."""
-        at = []
-        for dim, expr in enumerate(index):
-            last = self.build.call(operator.sub, size(self.build, tensor, dim), 1)
-            here = emitter.as_tensor(0 if last == 0 else emitter.emit(expr))
-            here = cast(self.build, here, torch.int64)
-            if last != 0 and not isinstance(expr, Const):
-                here = self.build.call(aten.clamp.default, here, 0, last)
-            at.append(here)
-        if not at:
-            return tensor
-        return self.build.call(aten.index.Tensor, tensor, at)
+        tensor, index = self._joined(tensor, index)
+        computed = [d for d, i in enumerate(index) if not isinstance(i, Rank)]
+        plain = [i.name for i in index if isinstance(i, Rank)]
+        if set(plain) <= set(self.frame) and len(set(plain)) == len(plain):
+            if not computed and plain:
+                return self.placed(tensor, plain)
+            if len(computed) == 1 and not ranks_of(index[computed[0]]) & set(plain):
+                return self._selected(tensor, index, computed[0], emitter)
+        places = [self._place(tensor, dim, expr, emitter) for dim, expr in enumerate(index)]
+        return self.build.call(aten.index.Tensor, tensor, places) if places else tensor
+
+    def _place(self, tensor: Any, dim: int, expr: Expr, emitter: Emitter) -> Any:
+        """Coordinates along one dimension, over the frame."""
+        last = self.build.call(operator.sub, size(self.build, tensor, dim), 1)
+        here = emitter.as_tensor(0 if last == 0 else emitter.emit(expr))
+        here = cast(self.build, here, torch.int64)
+        if last == 0 or isinstance(expr, Const):
+            return here
+        return self.build.call(aten.clamp.default, here, 0, last)
+
+    def _joined(self, tensor: Any, index: Sequence[Expr]) -> tuple[Any, Sequence[Expr]]:
+        """Two dimensions read at ``r // n`` and ``r % n`` are one that is read at r."""
+        for dim, pair in enumerate(pairwise(index)):
+            match pair:
+                case (Call("floordiv", (Rank(r), Const(n))), Call("mod", (Rank(other), Const(m)))):
+                    if r == other and r in self.frame and n == m == value_of(tensor).shape[dim + 1]:
+                        flat = self.build.call(aten.flatten.using_ints, tensor, dim, dim + 1)
+                        cut = self._first(flat, dim, self.extents[r])
+                        return cut, (*index[:dim], Rank(r), *index[dim + 2 :])
+        return tensor, index
+
+    def _first(self, tensor: Any, dim: int, count: Any) -> Any:
+        """The first entries along ``dim``: the last block may be cut.
+
+        A copy where lengths are dynamic: whether a view is contiguous would depend on them.
+        """
+        if isinstance(count, int):
+            return self.build.call(aten.slice.Tensor, tensor, dim, 0, count)
+        line = self.build.call(aten.arange.default, count, dtype=torch.int64, device=self.device)
+        return self.build.call(aten.index_select.default, tensor, dim, line)
+
+    def _selected(self, tensor: Any, index: Sequence[Expr], dim: int, emitter: Emitter) -> Any:
+        """Whole slices along ``dim``: far cheaper than an index for every element."""
+        used = [r for r in self.frame if r in ranks_of(index[dim])]
+        extents = [self.extents[r] for r in used]
+        here = self._place(tensor, dim, index[dim], emitter)
+        if used:
+            over = [self.extents[r] if r in used else 1 for r in self.frame]
+            here = self.build.call(aten.expand.default, here, over)
+        here = self.build.call(aten.reshape.default, here, [-1])
+        taken = self.build.call(aten.index_select.default, tensor, dim, here)
+        sizes = [size(self.build, tensor, d) for d in range(len(index))]
+        taken = self.build.call(
+            aten.reshape.default, taken, [*sizes[:dim], *extents, *sizes[dim + 1 :]]
+        )
+        names = [i.name if isinstance(i, Rank) else "" for i in index]
+        return self.placed(taken, [*names[:dim], *used, *names[dim + 1 :]])
 
 
 def size(build: Builder, value: Any, dim: int) -> Any:

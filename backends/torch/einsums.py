@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,7 +29,7 @@ from attn_rewrite.cascade.expr import (
 )
 from attn_rewrite.cascade.extents import extents as solve_extents
 from attn_rewrite.cascade.extents import largest
-from attn_rewrite.cascade.ir import Cascade, Einsum, Loop
+from attn_rewrite.cascade.ir import Cascade, Einsum, Loop, RankDecl
 from attn_rewrite.cascade.simplify import simplify
 from attn_rewrite.graph import Builder, EagerBuilder, aten
 
@@ -150,7 +151,17 @@ class _Machine:
         for decl in self.cascade.inputs:
             for dim, rank in enumerate(decl.ranks):
                 found.setdefault(rank, size(self.build, self.inputs[decl.name], dim))
+        for whole in (r for r in self.cascade.ranks if len(r.parts) == 2 and r.name in found):
+            outer, inner = whole.parts
+            if outer not in found and isinstance(found.get(inner), int):
+                found[outer] = self._tiles(found[whole.name], found[inner])
         return found
+
+    def _tiles(self, whole: Any, tile: int) -> Any:
+        """How many tiles cover a dynamic extent; the last one may be cut."""
+        return self.build.call(
+            operator.floordiv, self.build.call(operator.add, whole, tile - 1), tile
+        )
 
     def _counted(self) -> dict[str, tuple[int, ...]]:
         """Dimensions of each tensor written here that a loop counts."""
@@ -275,11 +286,13 @@ class _Machine:
         folded = [r for r in frame if r not in kept]
         operators = dict(e.reduce)
         mask = None if guard == TRUE else emitter.truth(guard)
-        factors = _factors(e.expr)
+        factors, default = _factors(e.expr), self.defaults.get(e.out.tensor, 0.0)
         if folded and len(factors) > 1 and set(operators.values()) <= {"add"}:
-            return self._contracted(factors, emitter, frame, kept, mask)
+            if mask is None or ranks_of(guard) & set(folded):
+                return self._contracted(factors, emitter, frame, kept, mask)
+            value = self._contracted(factors, emitter, frame, kept, None)
+            return self._filled(value, self._without(mask, frame, kept), default)
         value = self._full(emitter.tensor(e.expr), frame)
-        default = self.defaults.get(e.out.tensor, 0.0)
         if mask is not None:
             fill = _REDUCTIONS[_first(folded, operators)][1] if folded else default
             value = self._filled(value, mask, fill)
@@ -377,15 +390,16 @@ class _Machine:
         for rank in self.cascade.ranks:
             if len(rank.parts) != 2 or rank.name in frame:
                 continue
-            outer, inner = rank.parts
             whole = self._coordinate(rank.name, frame)
-            if (
-                whole is None
-                or self.extents[outer] * self.extents[inner] == self.extents[rank.name]
-            ):
-                continue
-            terms.append(simplify(call("lt", whole, self.extents[rank.name])))
+            if whole is not None and not self._divides(rank):
+                terms.append(simplify(call("lt", whole, Extent(rank.name))))
         return conjunction(tuple(terms))
+
+    def _divides(self, rank: RankDecl) -> bool:
+        """True if the parts of a split rank are known to have no points beyond its extent."""
+        outer, inner, whole = (self.extents[r] for r in (*rank.parts, rank.name))
+        fixed = all(isinstance(n, int) for n in (outer, inner, whole))
+        return fixed and outer * inner == whole
 
     def _coordinate(self, rank: str, frame: tuple[str, ...]) -> Expr | None:
         """The coordinate of a rank from the loop and the sub-ranks that are iterated."""
@@ -399,7 +413,7 @@ class _Machine:
         outer, inner = (self._coordinate(p, frame) for p in parts)
         if outer is None or inner is None:
             return None
-        whole: Expr = outer * self.extents[parts[1]] + inner
+        whole: Expr = outer * Extent(parts[1]) + inner
         return whole
 
 

@@ -33,7 +33,12 @@ from attn_rewrite.backends.torch.ops import tiled_attention
 from attn_rewrite.backends.torch.reordered import emit_in_order
 from attn_rewrite.backends.torch.schedule import block_tables, make_schedule
 from attn_rewrite.backends.torch.staged import emit_mapped, emit_prepared, prepared, rounds
-from attn_rewrite.cascade.attention import SoftmaxAttention, as_softmax, softmax_cascade
+from attn_rewrite.cascade.attention import (
+    SoftmaxAttention,
+    as_softmax,
+    softmax_cascade,
+    usual_length,
+)
 from attn_rewrite.cascade.expr import TRUE, Expr, ranks_of, tensors_of, walk
 from attn_rewrite.cascade.ir import Cascade
 from attn_rewrite.cascade.reordered import Reordered, as_reordered
@@ -281,7 +286,8 @@ def _skipped(form: SoftmaxAttention, extents: Mapping[str, int | None], block: i
     """Share of blocks the guard leaves out; at a typical length where lengths are dynamic."""
     if block_tables(form.guard):
         return 1.0  # block lists are made to leave blocks out; they are known when the kernel runs
-    kv_len = extents.get("kv") or max(_TYPICAL_LENGTH, extents.get("q") or 0)
+    known = extents.get("kv") or usual_length(form.guard)
+    kv_len = known or max(_TYPICAL_LENGTH, extents.get("q") or 0)
     q_len = extents.get("q") or kv_len
     heads = extents.get("h") or form.group
     schedule = make_schedule(

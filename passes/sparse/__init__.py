@@ -19,6 +19,7 @@ PATTERNS: tuple[str, ...] = (
     "bigbird:BigBird",
     "blocks:Blocks",
     "paro:Paro",
+    "combiner:Combiner",
     "union:Union",
     "union:Intersection",
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from attn_rewrite.cascade.expr import KV, Const, Expr, Extent, call
 from attn_rewrite.errors import PolicyError
@@ -39,8 +39,9 @@ class LaidOut(SparsePattern):
     """A pattern over the grid of a `TokenLayout`; text sees everything and is seen by all.
 
     Without ``layout`` the grid is taken from the captured graph (patch embeddings, windows), and a
-    pattern of one axis takes a plain text.  Subclasses give `between`, and the number of `axes`
-    they want where they know it.
+    pattern of one axis takes a plain text.  Where the length may change, the pattern holds at the
+    length of the layout, and other lengths are dense.  Subclasses give `between`, and the number of
+    `axes` they want where they know it.
     """
 
     layout: Annotated[
@@ -82,14 +83,20 @@ class LaidOut(SparsePattern):
         layout = layout.frames() if self.framed else layout
         extents = tuple(Const(n) for n in layout.grid)
         inside = self.between(Grid(layout.axes(q), layout.axes(KV), extents, layout), site)
-        return inside if isinstance(inside, Refusal) else layout.around_grid(q, KV, inside)
+        if isinstance(inside, Refusal):
+            return inside
+        mask = layout.around_grid(q, KV, inside)
+        if isinstance(site.q_len, int) and isinstance(site.kv_len, int):
+            return mask
+        # Another length has another layout, which nobody gave: there, every pair is kept.
+        return mask | call("ne", Extent("kv"), layout.kv_len)
 
     def token_layout(self, site: Site) -> TokenLayout | Refusal | None:
         """The layout given, else found, else None for a plain text."""
         given = None if self.layout is None else TokenLayout.parse(self.layout)
         wanted = self.axes()
         if given is not None:
-            problem = given.misfit(site.q_len, site.kv_len)
+            problem = given.misfit(_example(site.q_len), _example(site.kv_len))
             if problem is None and wanted not in (None, len(given.grid)):
                 problem = f"the layout {given} has {len(given.grid)} axes, expected {wanted}"
             return given if problem is None else self.refuse(site, "layout-misfit", problem)
@@ -119,6 +126,11 @@ class LaidOut(SparsePattern):
     def misfit(self, site: Site, reason: str) -> Refusal:
         """A Refusal because the options do not fit the grid."""
         return self.refuse(site, f"{self.name}-misfit", f"{self.name}: {reason}")
+
+
+def _example(size: Any) -> Any:
+    """A length, or what a dynamic one was on the example inputs."""
+    return size if isinstance(size, int) else getattr(getattr(size, "node", None), "hint", size)
 
 
 def per_axis(value: PerAxis, axes: int) -> tuple[int, ...]:

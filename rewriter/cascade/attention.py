@@ -17,9 +17,11 @@ from attn_rewrite.cascade.expr import (
     KV,
     TRUE,
     B,
+    Call,
     Const,
     D,
     Expr,
+    Extent,
     F,
     H,
     Q,
@@ -29,6 +31,7 @@ from attn_rewrite.cascade.expr import (
     conjunction,
     conjuncts,
     substitute,
+    walk,
 )
 from attn_rewrite.cascade.ir import Cascade, Einsum, RankDecl, TensorDecl
 from attn_rewrite.cascade.simplify import simplify
@@ -186,3 +189,12 @@ def edit_score(cascade: Cascade, score: Expr) -> Cascade:
 def inline_scores(expr: Expr, value: Expr) -> Expr:
     """Replace the raw product `QK` in ``expr``."""
     return substitute(expr, {QK: value})
+
+
+def usual_length(guard: Expr) -> int | None:
+    """The number of keys that a guard is about, where it keeps everything at any other."""
+    for node in walk(guard):
+        match node:
+            case Call("ne", (Extent("kv"), Const(int(length)))):
+                return length
+    return None

@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
-from attn_rewrite.cascade.attention import QK, SoftmaxAttention, as_softmax, softmax_cascade
+from attn_rewrite.cascade.attention import QK, SoftmaxAttention, softmax_cascade
 from attn_rewrite.cascade.cover import BlockCounts, block_counts, heads_differ
-from attn_rewrite.cascade.expr import KV, TRUE, Expr, Q
+from attn_rewrite.cascade.expr import KV, TRUE, Expr, Q, tensors_of
 from attn_rewrite.cascade.simplify import simplify
+from attn_rewrite.cascade.staged import attention_form
 from attn_rewrite.errors import PolicyError
 from attn_rewrite.passes.transform import SparsePattern, Transform
 from attn_rewrite.policy_text import parse_pipeline
@@ -67,7 +68,10 @@ def count_mask(
 
 
 def mask_of(policy: str, layout: TokenLayout, *, heads: int = 1, causal: bool = False) -> Expr:
-    """The pairs kept by ``policy`` on an attention over ``layout``, over ``h, q, kv``."""
+    """The pairs kept by ``policy`` on an attention over ``layout``, over ``h, q, kv``.
+
+    After a ``reorder`` these are positions of the new order.
+    """
     site = stand_in(layout, heads=heads, causal=causal)
     cascade = site.cascade
     for transform in with_layout(parse_pipeline(policy), layout):
@@ -75,10 +79,12 @@ def mask_of(policy: str, layout: TokenLayout, *, heads: int = 1, causal: bool = 
         result = refusal if refusal is not None else transform.apply(cascade, site)
         if isinstance(result, Refusal):
             raise PolicyError(f"{transform}: {result.reason}")
-        cascade = result
-    form = as_softmax(cascade)
+        cascade, site = result, transform.after(site)
+    form = attention_form(cascade)
     if form is None:
-        raise PolicyError(f"{policy} leaves no mask to count")
+        raise PolicyError(f"{policy} leaves no mask to count: it does not keep or drop pairs")
+    if tables := tensors_of(form.guard):
+        raise PolicyError(f"{policy} keeps what the table {tables[0]} lists, which a plan holds")
     return form.guard
 
 
@@ -91,11 +97,14 @@ def _laid_out(transform: Transform, layout: TokenLayout) -> Transform:
     given: dict[str, Any] = {}
     for field in fields(transform):
         value = getattr(transform, field.name)
-        if field.name == "layout" and value is None:
+        if field.name == "layout" and value is None and transform.wants_layout:
             given["layout"] = str(layout)
         elif isinstance(value, tuple) and any(isinstance(v, SparsePattern) for v in value):
             given[field.name] = with_layout(value, layout)
-    return replace(transform, **given) if given else transform
+    try:
+        return replace(transform, **given) if given else transform
+    except ValueError as error:  # what it names is not in this layout
+        raise PolicyError(str(error)) from None
 
 
 def stand_in(layout: TokenLayout, *, heads: int = 1, causal: bool = False) -> Site:
