@@ -17,7 +17,8 @@ from torch import Tensor
 
 from attn_rewrite.backends.torch.emit import Emitter
 from attn_rewrite.backends.torch.form import depends_only_on_distance, linear_score
-from attn_rewrite.backends.torch.lanes import run_in_lanes
+from attn_rewrite.backends.torch.fused import FusedKernel, Unit, fits, units
+from attn_rewrite.backends.torch.lanes import Task, run_in_lanes
 from attn_rewrite.backends.torch.schedule import Span
 from attn_rewrite.backends.torch.tiles import Job, Problem, gather_size, jobs, keys_of, queries_of
 from attn_rewrite.cascade.attention import QK
@@ -38,27 +39,48 @@ def attend(problem: Problem, dtype: torch.dtype) -> Tensor:
     out = torch.zeros(shape, dtype=dtype, device=problem.q.device)
     if 0 in (*shape, problem.k.shape[2]):
         return out
-    planned = list(jobs(problem))
-
-    def make() -> Callable[[Sequence[Job]], None]:
-        kernel = _Kernel(problem, planned)
-
-        def run(row: Sequence[Job]) -> None:
-            for job in row:
-                _store(problem, job, out, kernel)
-
-        return run
-
     lanes = _lanes(problem)
-    rows = _by_row(planned, lanes)
-    if lanes > 1:
-        run_in_lanes(rows, make, lanes)
-        return out
-    with torch.no_grad(), torch.autocast(out.device.type, enabled=False):
-        run = make()
-        for row in rows:
-            run(row)
+    if fits(problem):
+        rows = units(problem, lanes)
+        _work_off(rows, lambda: _run_rows(problem, rows, out), lanes, out.device)
+    else:
+        planned = list(jobs(problem))
+        tiles = _by_row(planned, lanes)
+        _work_off(tiles, lambda: _run_tiles(problem, planned, out), lanes, out.device)
     return out
+
+
+def _run_rows(problem: Problem, planned: Sequence[Unit], out: Tensor) -> Callable[[Unit], None]:
+    kernel = FusedKernel(problem, planned)
+    return lambda unit: kernel.run(unit, out)
+
+
+def _run_tiles(
+    problem: Problem, planned: Sequence[Job], out: Tensor
+) -> Callable[[Sequence[Job]], None]:
+    kernel = _Kernel(problem, planned)
+
+    def run(row: Sequence[Job]) -> None:
+        for job in row:
+            _store(problem, job, out, kernel)
+
+    return run
+
+
+def _work_off(
+    tasks: Sequence[Task],
+    make: Callable[[], Callable[[Task], None]],
+    lanes: int,
+    device: torch.device,
+) -> None:
+    """Run every task, in lanes where there are several; ``make`` gives each lane its own memory."""
+    if lanes > 1:
+        run_in_lanes(tasks, make, lanes)
+        return
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        run = make()
+        for task in tasks:
+            run(task)
 
 
 def _lanes(problem: Problem) -> int:
