@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from attn_rewrite.site import Site
 
 _GUARD = "Guard failed:"
-Rebuild = Callable[[nn.Module], "OptimizedModule"]
+Rebuild = Callable[..., "OptimizedModule"]  # of a source module; cached= for its later steps
 
 
 class OptimizedModule(nn.Module):
@@ -108,6 +108,19 @@ class OptimizedModule(nn.Module):
                 f"the inputs do not fit the captured graph, which needs {needed}; optimize the "
                 "model with example inputs and dynamic_shapes= of the sizes you run"
             ) from error
+
+    def with_cache(self) -> OptimizedModule:
+        """The same rewriting of a decoder's later steps: its forward takes ``past_key_values`` and
+        returns the present ones.
+
+        Captured again, with a past that the source module computes from the first half of the
+        example.  Raises `PolicyError` where the model has no such forward.
+        """
+        if self._source is None or self._rebuild is None:
+            raise AttnRewriteError(
+                "a cache needs the source module, which is not held here: optimize the original"
+            )
+        return self._rebuild(self._source, cached=True)  # type: ignore[no-any-return]
 
     @property
     def form(self) -> CallForm | None:

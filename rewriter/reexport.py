@@ -10,6 +10,7 @@ from torch import fx
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
+from attn_rewrite.apply import SITE_KEY
 from attn_rewrite.errors import CaptureError
 from attn_rewrite.graph import copy_graph, op_name
 
@@ -43,10 +44,24 @@ def export_again(graph: fx.GraphModule, original: ExportedProgram) -> ExportedPr
                 dynamic_shapes=_dynamic(original, args, kwargs),
                 strict=False,
             )
-            return _without_strides(program)
+            return _with_sites(_without_strides(program), bare)
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CaptureError(f"the rewritten graph cannot be exported again: {first}") from error
+
+
+def _with_sites(program: ExportedProgram, graph: fx.GraphModule) -> ExportedProgram:
+    """``program`` with the names that `splice` left on the nodes of ``graph``.
+
+    torch traces the graph anew and says of every node which one it came from.
+    """
+    names = {n.name: n.meta[SITE_KEY] for n in graph.graph.nodes if SITE_KEY in n.meta}
+    for node in program.graph.nodes:
+        sources = node.meta.get("from_node") or ()
+        name = next((names[s.name] for s in sources if s.name in names), None)
+        if name is not None:
+            node.meta[SITE_KEY] = name
+    return program
 
 
 def _without_strides(program: ExportedProgram) -> ExportedProgram:
@@ -58,6 +73,8 @@ def _without_strides(program: ExportedProgram) -> ExportedProgram:
     for node in program.graph.nodes:
         if node.target is torch.ops.aten.view.default:
             node.target = torch.ops.aten.reshape.default
+        elif op_name(node) == "lift_fresh_copy":  # the empty tensors that a new cache starts with
+            node.target = torch.ops.aten.clone.default
     program.graph_module.recompile()
     return program
 
