@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.export import Dim, ShapesCollection
 from torch.utils import _pytree as pytree
 
 from attn_rewrite.capture import Captured, capture_model
 from attn_rewrite.containers import make_known
-from attn_rewrite.errors import CaptureError, PolicyError
+from attn_rewrite.errors import PolicyError
 
 PAST = "past_key_values"
 _SLICED = ("position_ids", "token_type_ids")
@@ -29,16 +28,25 @@ def capture_step(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     """Capture ``model`` at a step that goes on from a past; raises as `step_inputs` and
     `capture_model` do."""
     step = step_inputs(model, args, kwargs)
-    if step["input_ids"].shape[0] == 1:  # a size of 1 cannot be dynamic
-        step = pytree.tree_map_only(torch.Tensor, _twice, step)
+    handle = model.register_forward_pre_hook(_one_past, with_kwargs=True)
     try:
-        return capture_model(model, (), step, dynamic_shapes=step_shapes(step))
-    except CaptureError:  # a model that keeps one of these sizes, or pasts of other lengths
         return capture_model(model, (), step)
+    finally:
+        handle.remove()
 
 
-def _twice(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.cat([tensor, tensor])
+def _one_past(_model: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+    """Say while tracing that all layers have one past, and that everything has one batch.
+
+    A mask made from the past of the first layer fits the keys of the next one only where both
+    lengths are known to be equal.
+    """
+    first, *others = pytree.tree_leaves(kwargs[PAST])
+    for tensor in others:
+        torch._check(tensor.shape[2] == first.shape[2])
+    for value in (*others, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            torch._check(value.shape[0] == first.shape[0])
 
 
 def step_inputs(
@@ -123,21 +131,3 @@ def _past(model: nn.Module, first: dict[str, Any]) -> Any:
     make_known(cache)
     return cache
 
-
-def step_shapes(step: Mapping[str, Any]) -> ShapesCollection:
-    """Which sizes of a step are dynamic, and which of them are one: all layers have one past.
-
-    A mask that is made from the past of the first layer fits the keys of the next one only where
-    both lengths are known to be equal.
-    """
-    batch, sequence, past = map(Dim, ("batch", "sequence", "past"))
-    total = Dim("total", min=_NEEDED)
-    shapes = ShapesCollection()  # type: ignore[no-untyped-call]
-    for name, value in step.items():
-        if name == PAST:
-            for tensor in pytree.tree_leaves(value):
-                shapes[tensor] = {0: batch, 2: past}
-        elif isinstance(value, torch.Tensor):
-            length = total if name == "attention_mask" else sequence
-            shapes[value] = {0: batch, 1: length}
-    return shapes

@@ -43,7 +43,7 @@ class OptimizedModule(nn.Module):
         sites: tuple[Site, ...] = (),
         source: nn.Module | None = None,
         rebuild: Rebuild | None = None,
-        program: Callable[[fx.GraphModule], ExportedProgram] | None = None,
+        program: Callable[..., ExportedProgram] | None = None,
         form: CallForm | None = None,
     ) -> None:
         super().__init__()
@@ -140,6 +140,13 @@ class OptimizedModule(nn.Module):
                 raise AttnRewriteError("this module holds no program: it was captured just in time")
             self._hold("_program", self._make_program(self._graph))
         return self._program  # type: ignore[no-any-return]
+
+    def at_one_length(self) -> ExportedProgram:
+        """The rewritten model as a program whose lengths are those of the example, its batch as
+        dynamic as before: what depends on the lengths can be computed when it is exported."""
+        if self._make_program is None:
+            raise AttnRewriteError("this module holds no graph to export again")
+        return self._make_program(self._graph, lengths=False)  # type: ignore[no-any-return]
 
     def _apply(
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True

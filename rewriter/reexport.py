@@ -15,10 +15,13 @@ from attn_rewrite.errors import CaptureError
 from attn_rewrite.graph import copy_graph, op_name
 
 
-def export_again(graph: fx.GraphModule, original: ExportedProgram) -> ExportedProgram:
+def export_again(
+    graph: fx.GraphModule, original: ExportedProgram, *, lengths: bool = True
+) -> ExportedProgram:
     """Export ``graph`` with the example inputs and the dynamic dimensions of ``original``.
 
-    Parameters are shared.  Raises `CaptureError` when the rewritten graph cannot be exported.
+    ``lengths`` False leaves only the first dimension of a tensor, its batch, dynamic.  Parameters
+    are shared.  Raises `CaptureError` when the rewritten graph cannot be exported.
     """
     if original.example_inputs is None:
         raise CaptureError(
@@ -41,7 +44,7 @@ def export_again(graph: fx.GraphModule, original: ExportedProgram) -> ExportedPr
                 bare.train(was_training),
                 args,
                 kwargs,
-                dynamic_shapes=_dynamic(original, args, kwargs),
+                dynamic_shapes=_dynamic(original, args, kwargs, lengths),
                 strict=False,
             )
             return _with_sites(_without_strides(program), bare)
@@ -79,8 +82,9 @@ def _without_strides(program: ExportedProgram) -> ExportedProgram:
     return program
 
 
-def _dynamic(original: ExportedProgram, args: Any, kwargs: Any) -> Any:
-    """Every dimension that is symbolic in ``original`` is dynamic again."""
+def _dynamic(original: ExportedProgram, args: Any, kwargs: Any, lengths: bool) -> Any:
+    """Every dimension that is symbolic in ``original`` is dynamic again, without ``lengths`` only
+    the first of a tensor."""
     leaves = pytree.tree_leaves((args, kwargs))
     names = list(original.graph_signature.user_inputs)
     values = {n.name: n.meta.get("val") for n in original.graph.nodes if n.op == "placeholder"}
@@ -90,7 +94,11 @@ def _dynamic(original: ExportedProgram, args: Any, kwargs: Any) -> Any:
         value = values.get(name) if isinstance(name, str) else None
         if not isinstance(leaf, torch.Tensor) or not isinstance(value, torch.Tensor):
             continue
-        free = {i: Dim.AUTO for i, size in enumerate(value.shape) if not isinstance(size, int)}
+        free = {
+            i: Dim.AUTO
+            for i, size in enumerate(value.shape)
+            if not (isinstance(size, int) or (i and not lengths))
+        }
         if free:
             shapes[leaf] = free
             some = True

@@ -81,7 +81,8 @@ def why_not(form: SoftmaxAttention, inputs: Sequence[ir.Value]) -> str | None:
     if padding_of(form) is None:
         return f"{OPERATOR} takes a causal mask and padding, and this mask is another"
     linear = linear_score(form.score)
-    if linear is None or linear.bias is not None or form.weight is not None or form.sink:
+    parts = (form.weight, form.sink, linear and linear.bias)
+    if linear is None or any(part is not None for part in parts):
         return f"{OPERATOR} holds all scores where the score is more than a multiple of QK"
     caches = [cache_of(x) for x in inputs[1:3]]
     q, k, v = inputs[:3]

@@ -13,7 +13,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +54,9 @@ def export_onnx(
     takes operators of ``com.microsoft`` where they express a site exactly and are faster on the
     CPU, and says for every site why (`SiteLowering.choice`).  ``opset`` is 20
     unless asked otherwise (18 to 24); the IR version is 10.  Batch and lengths that are dynamic in
-    the program stay dynamic under readable names.
+    the program stay dynamic under readable names.  Where a sparse site has no band of fixed width
+    the lengths become those of the example (``attn_rewrite.lengths`` of the metadata says so), so
+    that only the blocks its mask keeps are in the file.
 
     ``cache`` ("float" or "int8") writes the later steps of a decoder instead: the file takes
     ``past_key_values.0.key`` [batch, heads, past, width] and so on (of length 0 at the first call)
@@ -72,33 +74,24 @@ def export_onnx(
     number = check_options(target, opset, cache)
     require_exporter()
     optimized = optimized if cache is None else _step_of(optimized)
-    import onnx_ir.passes.common as common
-
     from attn_rewrite.backends.onnx.artifact import OnnxArtifact
-    from attn_rewrite.backends.onnx.names import (
-        axis_names,
-        output_names,
-        rename_axes,
-        rename_inputs,
-        rename_outputs,
-    )
-    from attn_rewrite.backends.onnx.sites import expand, site_names
     from attn_rewrite.portable import plain_program
 
-    program = plain_program(getattr(optimized, "program", optimized))
-    with _quiet():
-        model = _translate(program, number)
-        common.InlinePass()(model)  # the only functions of the file are its rewritten sites
-        codes = _quantised(model, program, number) if cache == "int8" else None
-        sites = expand(model, number, site_names(program), target)
-        rename_inputs(model)
-        rename_outputs(model, output_names(program))
-        _finish(model, number)
-        rename_axes(model, axis_names(program))
-    _check_sparse(optimized, sites)
+    program = getattr(optimized, "program", optimized)
+    made = _lowered(plain_program(program), number, target, cache)
+    dense = _dense_though_sparse(optimized, made.sites)
+    if dense and hasattr(optimized, "at_one_length") and cache is None:
+        # Which blocks to run is known once the lengths are.
+        made = _lowered(plain_program(optimized.at_one_length()), number, target, cache)
+        dense = _dense_though_sparse(optimized, made.sites)
+        made = replace(made, fixed=True)
+    _refuse_dense(dense)
+    model, sites, codes = made.model, made.sites, made.codes
     census = node_census(model)
     _check_census(census, target)
     metadata = _metadata(optimized, target, number, [s.to_json() for s in sites])
+    if made.fixed:
+        metadata["attn_rewrite.lengths"] = "those of the example: a mask has no band of fixed width"
     if cache is not None:
         metadata["attn_rewrite.cache"] = cache
     if codes is not None:
@@ -113,10 +106,39 @@ def export_onnx(
         sites=sites,
         bytes=0,
         metadata=metadata,
-        source=program,
+        source=made.program,
         codes=codes,
     )
     return _write(model, draft, verify)
+
+
+@dataclass(frozen=True, eq=False)
+class _Lowered:
+    """A program as ONNX; ``fixed`` where its lengths were made those of the example."""
+
+    program: ExportedProgram
+    model: ir.Model
+    sites: tuple[SiteLowering, ...]
+    codes: Codes | None
+    fixed: bool = False
+
+
+def _lowered(program: ExportedProgram, number: int, target: str, cache: str | None) -> _Lowered:
+    import onnx_ir.passes.common as common
+
+    from attn_rewrite.backends.onnx import names
+    from attn_rewrite.backends.onnx.sites import expand, site_names
+
+    with _quiet():
+        model = _translate(program, number)
+        common.InlinePass()(model)  # the only functions of the file are its rewritten sites
+        codes = _quantised(model, program, number) if cache == "int8" else None
+        sites = expand(model, number, site_names(program), target)
+        names.rename_inputs(model)
+        names.rename_outputs(model, names.output_names(program))
+        _finish(model, number)
+        names.rename_axes(model, names.axis_names(program))
+    return _Lowered(program, model, sites, codes)
 
 
 def _quantised(model: ir.Model, program: ExportedProgram, opset: int) -> Codes:
@@ -275,13 +297,19 @@ def node_census(model: ir.Model) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def _check_sparse(optimized: Any, sites: tuple[SiteLowering, ...]) -> None:
-    """A site that the plan makes sparse never leaves as a dense mask, or as its causal half."""
+def _dense_though_sparse(
+    optimized: Any, sites: tuple[SiteLowering, ...]
+) -> tuple[SiteLowering, ...]:
+    """Sites that the plan makes sparse and that would leave as a dense mask, or its causal half."""
     from attn_rewrite.passes.transform import SparsePattern
 
     steps = getattr(getattr(optimized, "plan", None), "steps", ())
     sparse = {s.site for s in steps if any(isinstance(t, SparsePattern) for t in s.transforms)}
-    dense = [s for s in sites if s.name in sparse and s.form in ("dense mask", "half")]
+    return tuple(s for s in sites if s.name in sparse and s.form in ("dense mask", "half"))
+
+
+def _refuse_dense(dense: tuple[SiteLowering, ...]) -> None:
+    """A site that the plan makes sparse never leaves as a dense mask, or as its causal half."""
     if dense:
         reason = f"the plan makes it sparse, and here it would compute {dense[0].detail}"
         raise LowerError(
