@@ -25,6 +25,7 @@ from attn_rewrite.passes.reorder.settle import Gathers, count_gathers, settle_or
 from attn_rewrite.site import Site
 from attn_rewrite.tables import Table
 
+SITE_KEY = "attn_rewrite_site"  # in the meta of the nodes that are built for a site
 _PROVENANCE = ("nn_module_stack", "stack_trace", "torch_fn")
 
 
@@ -66,7 +67,7 @@ def splice(host: fx.GraphModule, replacements: Iterable[Replacement]) -> fx.Grap
         provenance = {
             k: item.site.anchor.meta[k] for k in _PROVENANCE if k in item.site.anchor.meta
         }
-        build.at(output, attn_rewrite_site=item.site.name, **provenance)
+        build.at(output, **{SITE_KEY: item.site.name}, **provenance)
         result = compute(build, item, twins)
         output.replace_all_uses_with(result)
         relax_views(result)

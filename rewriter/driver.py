@@ -319,8 +319,12 @@ def _again(
     plan: Plan | None,
     backend: str,
     calibration: Any,
+    cached: bool = False,
 ) -> OptimizedModule:
-    """Capture and rewrite a source that moved: example inputs follow its device and dtype."""
+    """Capture and rewrite a source that moved: example inputs follow its device and dtype.
+
+    ``cached``: a step with a past instead, lowered for ONNX, which has no other use for it.
+    """
     from torch.utils import _pytree as pytree
 
     probe = next(t for t in (*source.parameters(), *source.buffers()) if t.is_floating_point())
@@ -340,6 +344,15 @@ def _again(
         given = Calibration.of(calibration)
         calibration = replace(given, inputs=pytree.tree_map(follow, given.inputs))
     args, kwargs = pytree.tree_map(follow, (captured.args, captured.kwargs))
+    if cached:
+        from attn_rewrite.decoding import capture_step
+
+        watch = Stopwatch()
+        with watch.stage("capture"):
+            later = capture_step(source, args, kwargs)
+        return optimize_captured(
+            later, policy, watch, plan=plan, verify=True, source=None, rebuild=None, backend="onnx",
+        )  # fmt: skip
     return optimize(
         source, policy, args, kwargs, dynamic_shapes=dynamic_shapes, plan=plan, backend=backend,
         calibration=calibration,

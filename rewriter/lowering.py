@@ -5,10 +5,14 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from attn_rewrite.backends.torch.blocks import choose_block
-from attn_rewrite.backends.torch.lower import Kernel, in_new_order, lower
+from attn_rewrite.backends.torch.form import is_causal_with_offset
+from attn_rewrite.backends.torch.lower import Kernel, emit_tiled, in_new_order, lower
+from attn_rewrite.cascade.attention import as_softmax
+from attn_rewrite.cascade.expr import conjuncts
 from attn_rewrite.cascade.ir import Cascade
 from attn_rewrite.cascade.reordered import as_reordered
 from attn_rewrite.errors import LowerError, PolicyError
@@ -49,8 +53,10 @@ def lower_site(
 ) -> tuple[Kernel | Refusal, int]:
     """The kernel for the place of ``site``, and the side of its tiles.
 
-    ``auto``: torch, unless the operands are on a GPU, the kernel is not one of PyTorch's own fused
-    ones, and the Triton backend can lower it.  ``triton`` refuses what it cannot lower.
+    ``onnx`` (for programs that only leave as files) is torch, but a mask that follows the length
+    of a cache stays an expression.  ``auto``: torch, unless the operands are on a GPU, the kernel
+    is not one of PyTorch's own fused ones, and the Triton backend can lower it.  ``triton`` refuses
+    what it cannot lower.
     """
     extents = {n: v if isinstance(v, int) else None for n, v in site.extents().items()}
     block = choose_block(cascade, extents, tables)
@@ -58,6 +64,8 @@ def lower_site(
     if backend == "triton":
         return _triton(site, cascade, extents, operand), block
     kernel = lower(cascade, dropout=site.dropout, block=block, extents=extents)
+    if backend == "onnx":
+        return _with_its_cascade(kernel, cascade, block), block
     on_gpu = operand.device.type == "cuda" and importlib.util.find_spec("triton") is not None
     if backend == "torch" or not on_gpu or (isinstance(kernel, Kernel) and kernel.name == "sdpa"):
         return kernel, block
@@ -65,6 +73,17 @@ def lower_site(
     if isinstance(generated, Refusal):
         return _without_triton(kernel, generated), block
     return generated, block
+
+
+def _with_its_cascade(kernel: Kernel | Refusal, cascade: Cascade, block: int) -> Kernel | Refusal:
+    """Queries at the end of a cache as the operator that holds its cascade, not as a mask."""
+    form = as_softmax(cascade)
+    if isinstance(kernel, Refusal) or form is None or kernel.name != "sdpa":
+        return kernel
+    if not any(map(is_causal_with_offset, conjuncts(form.guard))):
+        return kernel
+    emit = partial(emit_tiled, str(cascade), block)
+    return replace(kernel, name="tiled", why="causal, at the end of a cache", _emit=emit)
 
 
 def _without_triton(kernel: Kernel | Refusal, refusal: Refusal) -> Kernel | Refusal:

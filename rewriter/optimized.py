@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from attn_rewrite.site import Site
 
 _GUARD = "Guard failed:"
-Rebuild = Callable[[nn.Module], "OptimizedModule"]
+Rebuild = Callable[..., "OptimizedModule"]  # of a source module; cached= for its later steps
 
 
 class OptimizedModule(nn.Module):
@@ -43,7 +43,7 @@ class OptimizedModule(nn.Module):
         sites: tuple[Site, ...] = (),
         source: nn.Module | None = None,
         rebuild: Rebuild | None = None,
-        program: Callable[[fx.GraphModule], ExportedProgram] | None = None,
+        program: Callable[..., ExportedProgram] | None = None,
         form: CallForm | None = None,
     ) -> None:
         super().__init__()
@@ -109,6 +109,19 @@ class OptimizedModule(nn.Module):
                 "model with example inputs and dynamic_shapes= of the sizes you run"
             ) from error
 
+    def with_cache(self) -> OptimizedModule:
+        """The same rewriting of a decoder's later steps: its forward takes ``past_key_values`` and
+        returns the present ones.
+
+        Captured again, with a past that the source module computes from the first half of the
+        example.  Raises `PolicyError` where the model has no such forward.
+        """
+        if self._source is None or self._rebuild is None:
+            raise AttnRewriteError(
+                "a cache needs the source module, which is not held here: optimize the original"
+            )
+        return self._rebuild(self._source, cached=True)  # type: ignore[no-any-return]
+
     @property
     def form(self) -> CallForm | None:
         """How the original model is called, where its signature names every argument."""
@@ -127,6 +140,13 @@ class OptimizedModule(nn.Module):
                 raise AttnRewriteError("this module holds no program: it was captured just in time")
             self._hold("_program", self._make_program(self._graph))
         return self._program  # type: ignore[no-any-return]
+
+    def at_one_length(self) -> ExportedProgram:
+        """The rewritten model as a program whose lengths are those of the example, its batch as
+        dynamic as before: what depends on the lengths can be computed when it is exported."""
+        if self._make_program is None:
+            raise AttnRewriteError("this module holds no graph to export again")
+        return self._make_program(self._graph, lengths=False)  # type: ignore[no-any-return]
 
     def _apply(
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True

@@ -106,6 +106,22 @@ def portable_program(program: ExportedProgram) -> ExportedProgram:
     return _rebuilt(program, plain, kept)
 
 
+def plain_program(program: ExportedProgram) -> ExportedProgram:
+    """``program`` taking and returning plain containers; the same object where it does already.
+
+    A container that is made while a graph is traced may leave traces of its own: an empty cache of
+    transformers is made of empty tensors.
+    """
+    call, out_spec = program.call_spec, program.call_spec.out_spec
+    in_spec, plain = _plain_spec(call.in_spec), _plain_spec(out_spec)
+    if in_spec is call.in_spec and plain is out_spec:
+        return program
+    examples = program.example_inputs
+    if examples is not None:
+        examples = pytree.tree_unflatten(pytree.tree_leaves(examples), in_spec)
+    return _rebuilt(program, plain, examples, in_spec)
+
+
 def output_tree(program: ExportedProgram) -> str | None:
     """The output containers as text for `with_outputs`, None when they are plain already."""
     out_spec = program.call_spec.out_spec
@@ -172,11 +188,14 @@ def _is_plain(value: Any) -> bool:
     return value is None or type(value) in (torch.Tensor, torch.nn.Parameter, bool, int, float, str)
 
 
-def _rebuilt(program: ExportedProgram, out_spec: Any, examples: Any) -> ExportedProgram:
-    """``program`` with another output tree and other example inputs."""
+def _rebuilt(
+    program: ExportedProgram, out_spec: Any, examples: Any, in_spec: Any = None
+) -> ExportedProgram:
+    """``program`` with another output tree, other example inputs and maybe another input tree."""
     entry = program.module_call_graph[0]
     assert entry.signature is not None, "the root of an exported program has a signature"
-    root = ModuleCallEntry(entry.fqn, replace(entry.signature, out_spec=out_spec))
+    trees = {"out_spec": out_spec, "in_spec": in_spec or entry.signature.in_spec}
+    root = ModuleCallEntry(entry.fqn, replace(entry.signature, **trees))
     return ExportedProgram(
         root=program.graph_module,
         graph=program.graph,

@@ -10,14 +10,18 @@ from torch import fx
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
+from attn_rewrite.apply import SITE_KEY
 from attn_rewrite.errors import CaptureError
 from attn_rewrite.graph import copy_graph, op_name
 
 
-def export_again(graph: fx.GraphModule, original: ExportedProgram) -> ExportedProgram:
+def export_again(
+    graph: fx.GraphModule, original: ExportedProgram, *, lengths: bool = True
+) -> ExportedProgram:
     """Export ``graph`` with the example inputs and the dynamic dimensions of ``original``.
 
-    Parameters are shared.  Raises `CaptureError` when the rewritten graph cannot be exported.
+    ``lengths`` False leaves only the first dimension of a tensor, its batch, dynamic.  Parameters
+    are shared.  Raises `CaptureError` when the rewritten graph cannot be exported.
     """
     if original.example_inputs is None:
         raise CaptureError(
@@ -40,13 +44,27 @@ def export_again(graph: fx.GraphModule, original: ExportedProgram) -> ExportedPr
                 bare.train(was_training),
                 args,
                 kwargs,
-                dynamic_shapes=_dynamic(original, args, kwargs),
+                dynamic_shapes=_dynamic(original, args, kwargs, lengths),
                 strict=False,
             )
-            return _without_strides(program)
+            return _with_sites(_without_strides(program), bare)
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CaptureError(f"the rewritten graph cannot be exported again: {first}") from error
+
+
+def _with_sites(program: ExportedProgram, graph: fx.GraphModule) -> ExportedProgram:
+    """``program`` with the names that `splice` left on the nodes of ``graph``.
+
+    torch traces the graph anew and says of every node which one it came from.
+    """
+    names = {n.name: n.meta[SITE_KEY] for n in graph.graph.nodes if SITE_KEY in n.meta}
+    for node in program.graph.nodes:
+        sources = node.meta.get("from_node") or ()
+        name = next((names[s.name] for s in sources if s.name in names), None)
+        if name is not None:
+            node.meta[SITE_KEY] = name
+    return program
 
 
 def _without_strides(program: ExportedProgram) -> ExportedProgram:
@@ -58,12 +76,15 @@ def _without_strides(program: ExportedProgram) -> ExportedProgram:
     for node in program.graph.nodes:
         if node.target is torch.ops.aten.view.default:
             node.target = torch.ops.aten.reshape.default
+        elif op_name(node) == "lift_fresh_copy":  # the empty tensors that a new cache starts with
+            node.target = torch.ops.aten.clone.default
     program.graph_module.recompile()
     return program
 
 
-def _dynamic(original: ExportedProgram, args: Any, kwargs: Any) -> Any:
-    """Every dimension that is symbolic in ``original`` is dynamic again."""
+def _dynamic(original: ExportedProgram, args: Any, kwargs: Any, lengths: bool) -> Any:
+    """Every dimension that is symbolic in ``original`` is dynamic again, without ``lengths`` only
+    the first of a tensor."""
     leaves = pytree.tree_leaves((args, kwargs))
     names = list(original.graph_signature.user_inputs)
     values = {n.name: n.meta.get("val") for n in original.graph.nodes if n.op == "placeholder"}
@@ -73,7 +94,11 @@ def _dynamic(original: ExportedProgram, args: Any, kwargs: Any) -> Any:
         value = values.get(name) if isinstance(name, str) else None
         if not isinstance(leaf, torch.Tensor) or not isinstance(value, torch.Tensor):
             continue
-        free = {i: Dim.AUTO for i, size in enumerate(value.shape) if not isinstance(size, int)}
+        free = {
+            i: Dim.AUTO
+            for i, size in enumerate(value.shape)
+            if not (isinstance(size, int) or (i and not lengths))
+        }
         if free:
             shapes[leaf] = free
             some = True

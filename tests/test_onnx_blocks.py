@@ -28,7 +28,7 @@ from attn_rewrite.errors import LowerError
 from attn_rewrite.passes.sparse.window import Window
 from attn_rewrite.plan import Plan, Step
 from attn_rewrite.policy import Policy, Rule, Where
-from tests.test_onnx import Sdpa, Tiled, bound, capture, reference, tokens
+from tests.test_onnx import WIDTH, Sdpa, Tiled, bound, capture, reference, tokens
 from tests.test_onnx_window import HQ, D, F, dense, evaluate
 
 EPS = float(np.finfo(np.float32).eps)
@@ -273,3 +273,21 @@ def test_a_sparse_site_is_never_a_dense_mask(tmp_path: Path) -> None:
         export_onnx(SimpleNamespace(program=program, plan=plan), tmp_path / "m.onnx")
     assert caught.value.refusals[0].code == "onnx-dense-mask"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_mask_without_bands_leaves_as_blocks_of_the_length_it_was_shown(tmp_path: Path) -> None:
+    model, x = Sdpa().eval(), tokens(2, 250)
+    done = ar.optimize(model, "longformer(window=16, global_tokens=2)", (x,))
+    artifact = export_onnx(done, tmp_path / "m.onnx")
+    (site,) = artifact.sites
+    assert (site.name, site.form, site.skips) == (done.sites[0].name, "blocks", True)
+    assert artifact.inputs[0].shape == ("batch", 250, WIDTH)
+    assert "example" in artifact.metadata["attn_rewrite.lengths"]
+    at = np.arange(250)
+    near = np.abs(at[:, None] - at) <= 8
+    keep = near | (at < 2) | (at[:, None] < 2)
+    for b in (1, 3):
+        x = tokens(b, 250, seed=b)
+        wanted = reference(model, x, keep)
+        error = np.abs(artifact.run({"x": x.numpy()})["output"] - wanted).max()
+        assert error <= bound(done, (x,), wanted)

@@ -16,6 +16,8 @@ from attn_rewrite.errors import ToolError, VerifyError
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
+    from attn_rewrite.backends.onnx.codes import Codes
+
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
 
@@ -34,7 +36,9 @@ class OnnxArtifact:
 
     ``bytes`` counts the file and its external data.  ``sites`` says for every attention whether the
     file really skips work (`SiteLowering.skips`) or applies a dense mask.  ``errors`` holds the
-    largest error per output that the check at export found; ``source`` the program it came from.
+    largest error per output that the check at export found; ``source`` the program it came from;
+    ``codes`` what the numbers of an int8 cache stand for, ``approximation`` the relative root mean
+    square of what they change in every output of the example.
     """
 
     path: Path
@@ -47,6 +51,8 @@ class OnnxArtifact:
     errors: Mapping[str, float] = field(default_factory=dict, compare=False)
     metadata: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     source: ExportedProgram | None = field(default=None, compare=False, repr=False)
+    approximation: Mapping[str, float] = field(default_factory=dict, compare=False)
+    codes: Codes | None = field(default=None, compare=False, repr=False)
 
     def session(self, providers: Sequence[str] | None = None, *, threads: int = 2) -> Any:
         """An ``onnxruntime.InferenceSession`` (CPU unless ``providers`` says otherwise).
@@ -106,11 +112,30 @@ class OnnxArtifact:
         if reference is None:
             if self.source is None:
                 raise ValueError(f"{self.path.name} is not held with its program: give reference=.")
-            from attn_rewrite.backends.onnx.oracle import expected
-
-            found = expected(self.source, inputs)
-            reference, bound = found.outputs, found.bounds
+            got = self.run(inputs, in_child=in_child)
+            return against_program(self.path.name, self.source, self.codes, inputs, got)
         return compare(self.path.name, self.run(inputs, in_child=in_child), reference, bound)
+
+
+def against_program(
+    what: str, program: ExportedProgram, codes: Codes | None, inputs: Arrays, got: Arrays
+) -> dict[str, float]:
+    """Errors of a file's outputs ``got`` for ``inputs`` against ``program``, by output.
+
+    Codes of an int8 cache have to be the nearest ones, within the rounding of the program's own
+    types (their errors are in steps); everything else is compared with what the program makes of
+    the file's own codes.  Raises `VerifyError` as `compare` does.
+    """
+    from attn_rewrite.backends.onnx.oracle import expected
+
+    if codes is None:
+        found = expected(program, inputs)
+        return compare(what, got, found.outputs, found.bounds)
+    held = codes.numbers({n: a for n, a in got.items() if n.startswith("present.")})
+    found = expected(program, codes.numbers(inputs), held)
+    rest = {n: a for n, a in found.outputs.items() if n not in held}
+    errors = compare(what, got, rest, found.bounds)
+    return errors | codes.check(got, found.appended, found.bounds)
 
 
 def compare(

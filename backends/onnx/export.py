@@ -13,7 +13,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,9 +27,11 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from attn_rewrite.backends.onnx.artifact import OnnxArtifact
+    from attn_rewrite.backends.onnx.codes import Codes
     from attn_rewrite.backends.onnx.sites import SiteLowering
 
 TARGETS = ("portable", "onnxruntime")
+CACHES = (None, "float", "int8")
 DEFAULT_OPSET, IR_VERSION = 20, 10
 OPSETS = range(18, 25)
 # Weights above this go to a file of their own: a protobuf is held in memory twice while it is
@@ -44,6 +46,7 @@ def export_onnx(
     target: str = "portable",
     opset: int | None = None,
     verify: bool = True,
+    cache: str | None = None,
 ) -> OnnxArtifact:
     """Write ``optimized`` (an `OptimizedModule`, or an ``ExportedProgram``) as ONNX.
 
@@ -51,7 +54,15 @@ def export_onnx(
     takes operators of ``com.microsoft`` where they express a site exactly and are faster on the
     CPU, and says for every site why (`SiteLowering.choice`).  ``opset`` is 20
     unless asked otherwise (18 to 24); the IR version is 10.  Batch and lengths that are dynamic in
-    the program stay dynamic under readable names.
+    the program stay dynamic under readable names.  Where a sparse site has no band of fixed width
+    the lengths become those of the example (``attn_rewrite.lengths`` of the metadata says so), so
+    that only the blocks its mask keeps are in the file.
+
+    ``cache`` ("float" or "int8") writes the later steps of a decoder instead: the file takes
+    ``past_key_values.0.key`` [batch, heads, past, width] and so on (of length 0 at the first call)
+    and returns ``present.0.key``.  ``optimized`` has to hold its source module then.  An int8 cache
+    is approximate: codes by scales per head and channel, measured on the example inputs; what that
+    does to the other outputs is measured too (`OnnxArtifact.approximation`).
 
     With ``verify`` the file is opened in ONNX Runtime and compared with the program on its example
     inputs, and at another batch size and length where those are dynamic, before it gets its name.
@@ -60,31 +71,31 @@ def export_onnx(
     form, `ToolError` where a package is missing or a tool fails, `VerifyError` where the numbers
     disagree; no file is left behind then.
     """
-    number = check_options(target, opset)
+    number = check_options(target, opset, cache)
     require_exporter()
-    import onnx_ir.passes.common as common
-
+    optimized = optimized if cache is None else _step_of(optimized)
     from attn_rewrite.backends.onnx.artifact import OnnxArtifact
-    from attn_rewrite.backends.onnx.names import (
-        axis_names,
-        output_names,
-        rename_axes,
-        rename_outputs,
-    )
-    from attn_rewrite.backends.onnx.sites import expand, site_names
+    from attn_rewrite.portable import plain_program
 
     program = getattr(optimized, "program", optimized)
-    with _quiet():
-        model = _translate(program, number)
-        common.InlinePass()(model)  # the only functions of the file are its rewritten sites
-        sites = expand(model, number, site_names(program), target)
-        rename_outputs(model, output_names(program))
-        _finish(model, number)
-        rename_axes(model, axis_names(program))
-    _check_sparse(optimized, sites)
+    made = _lowered(plain_program(program), number, target, cache)
+    dense = _dense_though_sparse(optimized, made.sites)
+    if dense and hasattr(optimized, "at_one_length") and cache is None:
+        # Which blocks to run is known once the lengths are.
+        made = _lowered(plain_program(optimized.at_one_length()), number, target, cache)
+        dense = _dense_though_sparse(optimized, made.sites)
+        made = replace(made, fixed=True)
+    _refuse_dense(dense)
+    model, sites, codes = made.model, made.sites, made.codes
     census = node_census(model)
     _check_census(census, target)
     metadata = _metadata(optimized, target, number, [s.to_json() for s in sites])
+    if made.fixed:
+        metadata["attn_rewrite.lengths"] = "those of the example: a mask has no band of fixed width"
+    if cache is not None:
+        metadata["attn_rewrite.cache"] = cache
+    if codes is not None:
+        metadata["attn_rewrite.cache_scales"] = codes.to_text()
     model.metadata_props.update(metadata)
     draft = OnnxArtifact(
         path=Path(path),
@@ -95,18 +106,70 @@ def export_onnx(
         sites=sites,
         bytes=0,
         metadata=metadata,
-        source=program,
+        source=made.program,
+        codes=codes,
     )
     return _write(model, draft, verify)
 
 
-def check_options(target: str, opset: int | None = None) -> int:
+@dataclass(frozen=True, eq=False)
+class _Lowered:
+    """A program as ONNX; ``fixed`` where its lengths were made those of the example."""
+
+    program: ExportedProgram
+    model: ir.Model
+    sites: tuple[SiteLowering, ...]
+    codes: Codes | None
+    fixed: bool = False
+
+
+def _lowered(program: ExportedProgram, number: int, target: str, cache: str | None) -> _Lowered:
+    import onnx_ir.passes.common as common
+
+    from attn_rewrite.backends.onnx import names
+    from attn_rewrite.backends.onnx.sites import expand, site_names
+
+    with _quiet():
+        model = _translate(program, number)
+        common.InlinePass()(model)  # the only functions of the file are its rewritten sites
+        codes = _quantised(model, program, number) if cache == "int8" else None
+        sites = expand(model, number, site_names(program), target)
+        names.rename_inputs(model)
+        names.rename_outputs(model, names.output_names(program))
+        _finish(model, number)
+        names.rename_axes(model, names.axis_names(program))
+    return _Lowered(program, model, sites, codes)
+
+
+def _quantised(model: ir.Model, program: ExportedProgram, opset: int) -> Codes:
+    """The past inputs and present outputs of ``model`` turned into codes."""
+    from attn_rewrite.backends.onnx.codes import Codes, quantise_cache
+    from attn_rewrite.backends.onnx.oracle import example_inputs, own_outputs
+
+    codes = Codes.of(own_outputs(program, example_inputs(program)[0]))
+    quantise_cache(model, codes, opset)
+    return codes
+
+
+def _step_of(optimized: Any) -> Any:
+    """The later steps of a decoder; `PolicyError` where ``optimized`` is no rewritten module."""
+    if not hasattr(optimized, "with_cache"):
+        raise PolicyError(
+            f"cache= needs what optimize returned, got {type(optimized).__name__}: a program alone "
+            "does not say how its model takes a cache."
+        )
+    return optimized.with_cache()
+
+
+def check_options(target: str, opset: int | None = None, cache: str | None = None) -> int:
     """The opset to write for these options; `PolicyError` where they cannot be served.
 
     Needs no model, so that a command can ask before it loads one.
     """
     if target not in TARGETS:
         raise PolicyError(f"unknown ONNX target {target!r}; expected {' or '.join(TARGETS)}.")
+    if cache not in CACHES:
+        raise PolicyError(f"unknown cache {cache!r}; expected float or int8, or none.")
     number = DEFAULT_OPSET if opset is None else opset
     if number in OPSETS:
         return number
@@ -234,13 +297,19 @@ def node_census(model: ir.Model) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def _check_sparse(optimized: Any, sites: tuple[SiteLowering, ...]) -> None:
-    """A site that the plan makes sparse never leaves as a dense mask, or as its causal half."""
+def _dense_though_sparse(
+    optimized: Any, sites: tuple[SiteLowering, ...]
+) -> tuple[SiteLowering, ...]:
+    """Sites that the plan makes sparse and that would leave as a dense mask, or its causal half."""
     from attn_rewrite.passes.transform import SparsePattern
 
     steps = getattr(getattr(optimized, "plan", None), "steps", ())
     sparse = {s.site for s in steps if any(isinstance(t, SparsePattern) for t in s.transforms)}
-    dense = [s for s in sites if s.name in sparse and s.form in ("dense mask", "half")]
+    return tuple(s for s in sites if s.name in sparse and s.form in ("dense mask", "half"))
+
+
+def _refuse_dense(dense: tuple[SiteLowering, ...]) -> None:
+    """A site that the plan makes sparse never leaves as a dense mask, or as its causal half."""
     if dense:
         reason = f"the plan makes it sparse, and here it would compute {dense[0].detail}"
         raise LowerError(
@@ -335,29 +404,34 @@ def _write_into(model: ir.Model, draft: OnnxArtifact, folder: Path, verify: bool
     ir.save(model, temporary, external_data=data if external else None)
     size = sum(f.stat().st_size for f in folder.iterdir())
     written = replace(draft, path=temporary)
-    errors = _check(written, in_child=external) if verify else {}
+    errors, approximation = _check(written, in_child=external) if verify else ({}, {})
     if external:
         (folder / data).replace(place.with_name(data))
     temporary.replace(place)
     for stale in {other} | (set() if external else {data}):
         place.with_name(stale).unlink(missing_ok=True)
-    return replace(draft, bytes=size, errors=errors)
+    return replace(draft, bytes=size, errors=errors, approximation=approximation)
 
 
-def _check(written: OnnxArtifact, in_child: bool) -> dict[str, float]:
-    """The largest error per output over the program's example inputs; {} where it has none."""
-    from attn_rewrite.backends.onnx.artifact import compare
-    from attn_rewrite.backends.onnx.oracle import as_arrays, example_inputs, expected
+def _check(written: OnnxArtifact, in_child: bool) -> tuple[dict[str, float], dict[str, float]]:
+    """The largest error per output over the program's example inputs, and what codes of the cache
+    do to the first of them; {} where the program has none."""
+    from attn_rewrite.backends.onnx.artifact import against_program
+    from attn_rewrite.backends.onnx.oracle import as_arrays, example_inputs, own_outputs
 
     assert written.source is not None
-    runs = example_inputs(written.source)
-    if not runs:
+    plain = example_inputs(written.source)
+    if not plain:
         written.session()
-        return {}
-    outputs = written.run_all([as_arrays(inputs) for inputs in runs], in_child=in_child)
+        return {}, {}
+    codes, runs = written.codes, [as_arrays(inputs) for inputs in plain]
+    if codes is not None:
+        runs = [codes.encoded(inputs) for inputs in runs]
+    outputs = written.run_all(runs, in_child=in_child)
     worst: dict[str, float] = {}
     for inputs, got in zip(runs, outputs, strict=True):
-        wanted = expected(written.source, inputs)
-        errors = compare(written.path.name, got, wanted.outputs, wanted.bounds)
+        errors = against_program(written.path.name, written.source, codes, inputs, got)
         worst = {name: max(error, worst.get(name, 0.0)) for name, error in errors.items()}
-    return worst
+    if codes is None:
+        return worst, {}
+    return worst, codes.approximation(outputs[0], own_outputs(written.source, plain[0]))

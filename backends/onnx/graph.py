@@ -36,12 +36,21 @@ class Recorder:
         self, kind: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any
     ) -> ir.Value:
         """Record one node with one output."""
+        return self.ops(kind, *inputs, count=1, domain=domain, **attributes)[0]
+
+    def ops(
+        self, kind: str, *inputs: ir.Value | None, count: int, domain: str = "", **attributes: Any
+    ) -> tuple[ir.Value, ...]:
+        """Record one node with ``count`` outputs."""
         self._count[0] += 1
         name = f"{self.prefix}/{self._count[0]}_{kind}"
-        node = ir.node(kind, list(inputs), attributes or None, domain=domain, name=name)
-        node.outputs[0].name = f"{name}_out"
+        node = ir.node(
+            kind, list(inputs), attributes or None, domain=domain, name=name, num_outputs=count
+        )
+        for i, value in enumerate(node.outputs):
+            value.name = f"{name}_out" if i == 0 else f"{name}_out_{i}"
         self.nodes.append(node)
-        return node.outputs[0]
+        return tuple(node.outputs)
 
     def constant(self, array: np.ndarray[Any, Any]) -> ir.Value:
         """A constant of any type and shape."""

@@ -13,6 +13,8 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 _TAKEN_AXES = {0: "batch", 1: "sequence"}
+# What a cache of transformers is flattened to, and what runtimes call its parts.
+_CACHED = re.compile(r"past_key_values[._](key|value)_cache[._](\d+)")
 
 
 def _part(key: Any) -> str:
@@ -33,11 +35,23 @@ def _leaf_paths(spec: pytree.TreeSpec) -> list[str]:
     return [".".join(_part(key) for key in path) for path in paths]
 
 
+def input_name(placeholder: str) -> str:
+    """The file's name for an input of the program: ``past_key_values.0.key`` for a cache's."""
+    found = _CACHED.fullmatch(placeholder)
+    return f"past_key_values.{found[2]}.{found[1]}" if found else placeholder
+
+
+def is_past(name: str) -> bool:
+    """Whether an input of the file holds past keys or values."""
+    return name.startswith("past_key_values.")
+
+
 def output_names(program: ExportedProgram) -> list[str]:
     """Names of the tensor outputs: the keys of the returned tree, ``output`` for a single tensor.
 
     An index alone becomes ``output_0``; a name that an input or a weight has already gets the
-    suffix ``_output`` (a graph has one namespace).  Outputs that are no tensors have no name.
+    suffix ``_output`` (a graph has one namespace); a cache's are ``present.0.key`` and so on.
+    Outputs that are no tensors have no name.
     """
     paths = _leaf_paths(program.call_spec.out_spec)
     specs = [s for s in program.graph_signature.output_specs if s.kind == OutputKind.USER_OUTPUT]
@@ -46,8 +60,9 @@ def output_names(program: ExportedProgram) -> list[str]:
     for path, spec in zip(paths, specs, strict=True):
         if isinstance(spec.arg, ConstantArgument):
             continue
-        plain = path.replace(".", "_")
+        plain, cached = path.replace(".", "_"), _CACHED.fullmatch(path)
         name = f"output_{plain}" if plain[:1].isdigit() else plain or "output"
+        name = f"present.{cached[2]}.{cached[1]}" if cached else name
         while name in taken:
             name += "_output"
         taken.add(name)
@@ -56,14 +71,15 @@ def output_names(program: ExportedProgram) -> list[str]:
 
 
 def input_values(program: ExportedProgram) -> dict[str, Any]:
-    """The traced values (fake tensors, symbols) of the user's inputs by name, in order."""
+    """The traced values (fake tensors, symbols) of the user's inputs by the file's names, in
+    order."""
     wanted = [
         s.arg.name
         for s in program.graph_signature.input_specs
         if s.kind == InputKind.USER_INPUT and not isinstance(s.arg, ConstantArgument)
     ]
     nodes = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
-    return {name: nodes[name].meta["val"] for name in wanted}
+    return {input_name(name): nodes[name].meta["val"] for name in wanted}
 
 
 def sizes_of(value: object) -> tuple[object, ...]:
@@ -83,14 +99,20 @@ def axis_names(program: ExportedProgram) -> dict[str, str]:
     The first symbol met on axis 0 is ``batch``, and so is every later one of axis 0 that had the
     same size in the example (a mask's batch is a symbol of its own where the graph would broadcast
     it); the first on axis 1 is ``sequence``; others are called after their input and axis.  Derived
-    sizes are expressions in these names.
+    sizes are expressions in these names.  With a cache the lengths of the past and of its mask are
+    ``past_sequence`` and ``total_sequence``.
     """
     names: dict[str, str] = {}
     batch: int | None = None
-    for tensor_name, value in input_values(program).items():
+    values = input_values(program)
+    decodes = any(map(is_past, values))
+    for tensor_name, value in values.items():
         for axis, size in enumerate(sizes_of(value)):
             symbol = str(size)
             if isinstance(size, int) or not symbol.isidentifier() or symbol in names:
+                continue
+            if decodes and (known := _of_a_step(tensor_name, axis)):
+                names[symbol] = known
                 continue
             hint = _hint(size)
             common = _TAKEN_AXES.get(axis, "")
@@ -99,6 +121,19 @@ def axis_names(program: ExportedProgram) -> dict[str, str]:
             names[symbol] = common if free or again else f"{tensor_name}_{axis}"
             batch = hint if free and axis == 0 else batch
     return names
+
+
+def _of_a_step(tensor: str, axis: int) -> str | None:
+    """The name of an axis whose length is the past's, or the past's and the new tokens'."""
+    if is_past(tensor) and axis == 2:
+        return "past_sequence"
+    return "total_sequence" if (tensor, axis) == ("attention_mask", 1) else None
+
+
+def rename_inputs(model: ir.Model) -> None:
+    """Give the inputs the file's names."""
+    for value in model.graph.inputs:
+        value.name = input_name(value.name or "")
 
 
 def _values(model: ir.Model) -> Iterator[ir.Value]:

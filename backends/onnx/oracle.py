@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,32 +17,52 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from attn_rewrite.backends.onnx.names import input_values, output_names, sizes_of
+from attn_rewrite.backends.onnx.names import (
+    input_name,
+    input_values,
+    is_past,
+    output_names,
+    sizes_of,
+)
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 _CONTRACTIONS = ("mm", "bmm", "addmm", "baddbmm", "matmul", "linear", "einsum", "convolution")
 _ATTENTIONS = ("scaled_dot_product_attention", "tiled_attention")
+_FORWARDS = ("alias", "clone", "detach", "contiguous")
 CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
 @dataclass(frozen=True)
 class Expected:
-    """Outputs by name in float64, and the error allowed for each."""
+    """Outputs by name in float64, and the error allowed for each.
+
+    ``appended`` are the present keys and values that were replaced by given ones, as computed.
+    """
 
     outputs: Arrays
     bounds: Mapping[str, float]
+    appended: Arrays = field(default_factory=dict)
 
 
 class _Evaluation(torch.fx.Interpreter):
     """Runs a program's graph; with ``wide`` all floating-point arithmetic happens in float64.
 
     Weights are widened one operator at a time, so that no second copy of the model exists; every
-    other value is widened where it is made, so that writes in place reach it.
+    other value is widened where it is made, so that writes in place reach it.  ``held`` replaces
+    values by node name; what they were is kept in ``seen``.
     """
 
-    def __init__(self, program: ExportedProgram, wide: bool) -> None:
+    def __init__(self, program: ExportedProgram, wide: bool, held: Mapping[str, Any]) -> None:
         super().__init__(program.graph_module)
-        self.wide = wide
+        self.wide, self.held = wide, held
+        self.seen: dict[str, Any] = {}
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name not in self.held:
+            return value
+        self.seen[n.name] = value
+        return self.held[n.name].to(value.dtype)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if not self.wide:
@@ -66,7 +86,7 @@ def _arguments(program: ExportedProgram, inputs: Mapping[str, Any], wide: bool) 
         if isinstance(spec.arg, ConstantArgument):
             yield spec.arg.value
         elif spec.kind == InputKind.USER_INPUT:
-            value = inputs[spec.arg.name]
+            value = inputs[input_name(spec.arg.name)]
             value = torch.as_tensor(value) if isinstance(value, np.ndarray) else value
             yield _widened(value) if wide else value
         elif spec.target in program.state_dict:
@@ -75,9 +95,15 @@ def _arguments(program: ExportedProgram, inputs: Mapping[str, Any], wide: bool) 
             yield constants[spec.target]
 
 
-def _run(program: ExportedProgram, inputs: Mapping[str, Any], wide: bool) -> Arrays:
+def _run(
+    program: ExportedProgram, inputs: Mapping[str, Any], wide: bool, held: Arrays | None = None
+) -> tuple[Arrays, Arrays]:
+    """Outputs by name, and what the ``held`` ones (by output name) were before."""
+    nodes = _made_by(program) if held else {}
+    given = {nodes[name]: torch.as_tensor(array) for name, array in (held or {}).items()}
+    evaluation = _Evaluation(program, wide, given)
     with torch.no_grad():
-        results = _Evaluation(program, wide).run(*_arguments(program, inputs, wide))
+        results = evaluation.run(*_arguments(program, inputs, wide))
     specs = program.graph_signature.output_specs
     kept = [
         result
@@ -85,7 +111,33 @@ def _run(program: ExportedProgram, inputs: Mapping[str, Any], wide: bool) -> Arr
         if spec.kind == OutputKind.USER_OUTPUT and not isinstance(spec.arg, ConstantArgument)
     ]
     named = zip(output_names(program), kept, strict=True)
-    return {name: _array(value) for name, value in named}
+    outputs = {name: _array(value) for name, value in named}
+    return outputs, {name: _array(evaluation.seen[nodes[name]]) for name in held or ()}
+
+
+def _made_by(program: ExportedProgram) -> dict[str, str]:
+    """The node that makes every output, what only forwards it left out."""
+    nodes = {n.name: n for n in program.graph.nodes}
+    made = {}
+    for name, spec in zip(output_names(program), _tensor_outputs(program), strict=True):
+        node = nodes[spec.arg.name]
+        while str(getattr(node.target, "_opname", "")) in _FORWARDS:
+            node = node.all_input_nodes[0]
+        made[name] = node.name
+    return made
+
+
+def _tensor_outputs(program: ExportedProgram) -> list[Any]:
+    return [
+        s
+        for s in program.graph_signature.output_specs
+        if s.kind == OutputKind.USER_OUTPUT and not isinstance(s.arg, ConstantArgument)
+    ]
+
+
+def own_outputs(program: ExportedProgram, inputs: Mapping[str, Any]) -> Arrays:
+    """What ``program`` gives on ``inputs`` in its own types."""
+    return _run(program, inputs, False)[0]
 
 
 def _array(value: Any) -> np.ndarray[Any, Any]:
@@ -114,9 +166,15 @@ def _allowed(
     return float(max(2 * error, 4 * eps * math.sqrt(max(depth, 1)) * size))
 
 
-def expected(program: ExportedProgram, inputs: Mapping[str, Any]) -> Expected:
-    """What ``program`` gives on ``inputs`` (by placeholder name), and how far off a file may be."""
-    own, wide = _run(program, inputs, False), _run(program, inputs, True)
+def expected(
+    program: ExportedProgram, inputs: Mapping[str, Any], held: Arrays | None = None
+) -> Expected:
+    """What ``program`` gives on ``inputs`` (by the file's names), and how far off a file may be.
+
+    ``held`` gives outputs that are taken as they are, in all that is computed from them: the
+    numbers of a file's codes, which a rounding may turn to either side.
+    """
+    (own, near), (wide, appended) = (_run(program, inputs, w, held) for w in (False, True))
     depth = _contractions(program)
     outputs: Arrays = {}
     bounds: dict[str, float] = {}
@@ -125,18 +183,15 @@ def expected(program: ExportedProgram, inputs: Mapping[str, Any]) -> Expected:
         # An integer (an argmax) may differ in float64 where it is a near tie: it has to be the own.
         outputs[name] = wide[name] if floating else own[name]
         eps = torch.finfo(dtype).eps if floating and dtype is not None else 0.0
-        bounds[name] = _allowed(own[name], wide[name], depth, eps) if floating else 0.0
-    return Expected(outputs, bounds)
+        pair = (near[name], appended[name]) if name in appended else (own[name], wide[name])
+        bounds[name] = _allowed(*pair, depth, eps) if floating else 0.0
+    return Expected(outputs, bounds, appended)
 
 
 def _output_types(program: ExportedProgram) -> dict[str, torch.dtype | None]:
     """Element types of the outputs by name; None for plain numbers."""
     nodes = {n.name: n for n in program.graph.nodes}
-    kept = [
-        getattr(nodes[s.arg.name].meta["val"], "dtype", None)
-        for s in program.graph_signature.output_specs
-        if s.kind == OutputKind.USER_OUTPUT and not isinstance(s.arg, ConstantArgument)
-    ]
+    kept = [getattr(nodes[s.arg.name].meta["val"], "dtype", None) for s in _tensor_outputs(program)]
     return dict(zip(output_names(program), kept, strict=True))
 
 
@@ -144,14 +199,15 @@ def example_inputs(program: ExportedProgram) -> tuple[dict[str, Any], ...]:
     """The program's example inputs, and where axes are dynamic the same at other sizes.
 
     The second set has one more example in the batch and two thirds of the length, made by repeating
-    and cutting the first.  Empty where the program holds no example inputs.
+    and cutting the first.  A step with a cache is there without a past, and with one new token, as
+    well.  Empty where the program holds no example inputs.
     """
     if program.example_inputs is None:
         return ()
     leaves = pytree.tree_leaves(program.example_inputs, is_leaf=lambda x: x is None)
     specs = [s for s in program.graph_signature.input_specs if s.kind == InputKind.USER_INPUT]
     given = {
-        s.arg.name: leaf
+        input_name(s.arg.name): leaf
         for s, leaf in zip(specs, leaves, strict=True)
         if not isinstance(s.arg, ConstantArgument)
     }
@@ -159,7 +215,8 @@ def example_inputs(program: ExportedProgram) -> tuple[dict[str, Any], ...]:
     other = _other_sizes(program, traced, given)
     if not other:
         return (given,)
-    return given, {name: _resized(traced[name], value, other) for name, value in given.items()}
+    runs = [given, {name: _resized(traced[name], value, other) for name, value in given.items()}]
+    return (*runs, *_steps(given))
 
 
 def _other_sizes(
@@ -180,7 +237,35 @@ def _other_sizes(
             if allowed is not None and wanted > allowed.upper:  # the upper bound may be infinite
                 wanted = int(allowed.upper)
             sizes[expression] = wanted
-    return sizes
+    return sizes | _total(traced, sizes)
+
+
+def _total(traced: Mapping[str, Any], sizes: Mapping[Any, int]) -> dict[Any, int]:
+    """The length of a mask over past and new tokens, where the program holds it for a size of its
+    own."""
+    past = next((v.shape[2] for n, v in traced.items() if is_past(n)), None)
+    if past is None or "attention_mask" not in traced or "input_ids" not in traced:
+        return {}
+    parts = (past, traced["input_ids"].shape[1])
+    total = sum(n if isinstance(n, int) else int(n.node.expr.subs(sizes)) for n in parts)
+    mask = traced["attention_mask"].shape[1]
+    free = isinstance(mask, torch.SymInt) and mask.node.expr.is_symbol
+    return {mask.node.expr: total} if free else {}
+
+
+def _steps(given: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The first call, without a past, and a later one of a single token."""
+    past = next((v.shape[2] for n, v in given.items() if is_past(n)), None)
+    if past is None:
+        return
+    kept = {n: v[:, :, :0] if is_past(n) else v for n, v in given.items()}
+    if "attention_mask" in given:
+        kept["attention_mask"] = given["attention_mask"][:, past:]
+    yield kept
+    one = {n: v[..., :1] if n in ("input_ids", "position_ids") else v for n, v in given.items()}
+    if "attention_mask" in given:
+        one["attention_mask"] = given["attention_mask"][:, : past + 1]
+    yield one
 
 
 def _resized(traced: Any, value: Any, sizes: Mapping[Any, int]) -> Any:

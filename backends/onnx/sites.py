@@ -18,9 +18,12 @@ import torch
 from onnxscript import values
 
 from attn_rewrite.backends.onnx.blocks import BlockPlan
+from attn_rewrite.backends.onnx.cached import OPERATOR, Grouped, cache_of, padding_of
+from attn_rewrite.backends.onnx.cached import why_not as why_not_grouped
 from attn_rewrite.backends.onnx.contrib import DOMAIN, NOT_BLOCKS, emit_multi_head, why_not
 from attn_rewrite.backends.onnx.dense import SdpaOptions, causal_half, emit_sdpa, fits_tiles
 from attn_rewrite.backends.onnx.graph import Recorder
+from attn_rewrite.backends.onnx.repeats import keys_once
 from attn_rewrite.backends.onnx.tiles import (
     DEFAULT_ROWS,
     HeadPlan,
@@ -28,7 +31,7 @@ from attn_rewrite.backends.onnx.tiles import (
     choose_plan,
     emit_attention,
 )
-from attn_rewrite.cascade.attention import SoftmaxAttention, as_softmax
+from attn_rewrite.cascade.attention import SoftmaxAttention, as_softmax, softmax_cascade
 from attn_rewrite.errors import LowerError
 from attn_rewrite.site import Refusal
 
@@ -50,9 +53,10 @@ class SiteLowering:
     the one side that the mask bounds, as the upper half under a causal one), ``"blocks"`` (only the
     blocks of ``tiles``, executed and total over all heads, are computed), ``"dense mask"`` (every
     key is read and the mask applied: nothing is saved), ``"dense"`` (MatMul and Softmax over all
-    keys), ``"operators"`` (the graph's own) or the name of an operator.  ``detail`` says more in
-    words; ``rows`` and ``width`` are the queries and keys of a step of the tiled form; ``choice``
-    says, for the target ``onnxruntime``, why this form and not one of its own operators.
+    keys), ``"operators"`` (the graph's own) or the name of an operator
+    (``GroupQueryAttention`` skips what lies above the diagonal).  ``detail`` says more in words;
+    ``rows`` and ``width`` are the queries and keys of a step of the tiled form; ``choice`` says,
+    for the target ``onnxruntime``, why this form and not one of its own operators.
     """
 
     name: str
@@ -67,7 +71,7 @@ class SiteLowering:
     @property
     def skips(self) -> bool:
         """True where the lowering really leaves out what the mask excludes."""
-        return self.form in ("tiles", "half", "blocks")
+        return self.form in ("tiles", "half", "blocks", OPERATOR)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for metadata and reports."""
@@ -277,47 +281,130 @@ def _expand_one(
     model: ir.Model, node: ir.Node, name: str, prefix: str, opset: int, target: str
 ) -> SiteLowering:
     r = Recorder(prefix, opset)
+    _give_keys_once(node, name)
+    if node.op_type == "TiledAttention" and target == "onnxruntime":
+        form = _form_of(node, name)
+        reason = why_not_grouped(form, [i for i in node.inputs if i is not None])
+        if reason is None:
+            return _expand_grouped(model, r, node, name, form)
+    else:
+        form, reason = None, ""
     tiled = node.op_type == "TiledAttention"
     formal = _parameters(r, node) if tiled else []
     if tiled:
         value, lowering = _expand_tiled(r, node, name, target, formal)
+        if form is not None and padding_of(form) is not None:
+            lowering = replace(lowering, choice=str(reason))
     else:
         value, lowering = _expand_sdpa(r, node, name, target)
-    graph = node.graph
-    assert graph is not None
     if tiled:
-        function, nodes = _as_function(r, node, name, formal, value)
-        if function.identifier() in model.functions:  # "a.b" and "a_b" are one operator name
-            function.name = nodes[0].op_type = f"{function.name}_{prefix}"
-        model.functions[function.identifier()] = function
+        given = [i for i in node.inputs if i is not None]
+        nodes = [_as_function(model, r, node, name, (formal, given), (value,))]
         value = nodes[0].outputs[0]
     else:
         nodes = r.nodes
-    for new in nodes:
-        new.metadata_props["attn_rewrite.site"] = name
-        new.meta.update(node.meta)
-    ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, list(node.outputs), [value])
+    _replace(node, name, nodes, {node.outputs[0]: value})
     return lowering
 
 
-def _as_function(
-    r: Recorder, node: ir.Node, name: str, formal: list[ir.Value], value: ir.Value
-) -> tuple[ir.Function, list[ir.Node]]:
-    """What was recorded as a function of the model under the site's name, and the call of it.
+def _give_keys_once(node: ir.Node, name: str) -> None:
+    """Let the marker read keys and values before their heads were repeated, and say so in it."""
+    inputs, times = keys_once([i for i in node.inputs if i is not None])
+    if times == 1:
+        return
+    if node.op_type == "TiledAttention":
+        form = _form_of(node, name)
+        if form.group > 1:
+            return
+        cascade = softmax_cascade(replace(form, group=times))
+        node.attributes["cascade"] = ir.AttrString("cascade", str(cascade))
+    elif _attribute(node, "gqa") or any(x.shape is None or len(x.shape) != 4 for x in inputs[:3]):
+        return
+    else:
+        node.attributes["gqa"] = ir.AttrInt64("gqa", 1)
+    for index, value in enumerate(inputs):
+        node.replace_input_with(index, value)
 
-    A runtime that knows the operator may use its own kernel; every other one runs the body.
+
+def _replace(
+    node: ir.Node, name: str, nodes: list[ir.Node], values: Mapping[ir.Value, ir.Value]
+) -> None:
+    """``nodes`` in the place of ``node``, their ``values`` in that of the old ones."""
+    for new in nodes:
+        new.metadata_props["attn_rewrite.site"] = name
+        new.meta.update(node.meta)
+    assert node.graph is not None
+    ir.convenience.replace_nodes_and_values(
+        node.graph, node, [node], nodes, list(values), list(values.values())
+    )
+
+
+def _expand_grouped(
+    model: ir.Model, r: Recorder, node: ir.Node, name: str, form: SoftmaxAttention
+) -> SiteLowering:
+    """The site and the caches it extends as one function; the present caches become its results."""
+    q, k, v, *masks = [i for i in node.inputs if i is not None]
+    found = cache_of(k), cache_of(v)
+    assert found[0] is not None  # `why_not_grouped` was asked
+    assert found[1] is not None
+    given = [q, *(x for c in found if c for x in (c.past, c.new, c.scale) if x is not None), *masks]
+    formal = [
+        ir.Value(name=f"{r.prefix}/input_{i}", shape=x.shape, type=x.type)
+        for i, x in enumerate(given)
+    ]
+    mine = dict(zip(given, formal, strict=True))
+    caches = [
+        replace(c, past=mine[c.past], new=mine[c.new], scale=c.scale and mine[c.scale])
+        for c in found
+        if c is not None
+    ]
+    mask = mine[masks[0]] if masks else None
+    keys, numbers = caches
+    values, plan = Grouped(r, form, mine[q], keys, numbers, mask).emit()
+    call = _as_function(model, r, node, name, (formal, given), values)
+    present = [c.present for c in found if c is not None]
+    old = [node.outputs[0], *present]
+    for new, was in zip(call.outputs, old, strict=True):
+        new.shape, new.type = was.shape, was.type
+    _replace(node, name, [call], dict(zip(old, call.outputs, strict=True)))
+    why = "it appends to the cache and streams; padding, and several new tokens of several "
+    return SiteLowering(
+        name, "tiled_attention", OPERATOR, f"ONNX Runtime's operator, or by a run-time If {plan}",
+        plan.rows, choice=why + "examples after a past, take the tiles",
+    )  # fmt: skip
+
+
+def _as_function(
+    model: ir.Model,
+    r: Recorder,
+    node: ir.Node,
+    name: str,
+    inputs: tuple[list[ir.Value], list[ir.Value]],
+    outputs: tuple[ir.Value, ...],
+) -> ir.Node:
+    """What was recorded as a function of the model under the site's name; the call of it.
+
+    ``inputs`` are the function's own and the values given for them.  A runtime that knows the
+    operator may use its own kernel; every other one runs the body.
     """
-    body = ir.Graph(formal, [value], nodes=r.nodes, opset_imports={"": r.opset}, name=name)
+    formal, given = inputs
+    body = ir.Graph(formal, outputs, nodes=r.nodes, opset_imports={"": r.opset}, name=name)
     text = _attribute(node, "cascade")
     plain = re.sub(r"[^A-Za-z0-9_]", "_", name)
     operator = f"site_{plain}" if plain[:1].isdigit() else plain
     function = ir.Function(FUNCTION_DOMAIN, operator, "", graph=body, attributes=[])
+    if function.identifier() in model.functions:  # "a.b" and "a_b" are one operator name
+        function.name = f"{operator}_{r.prefix}"
     function.doc_string = text
     function.metadata_props["attn_rewrite.cascade"] = text
-    given = [i for i in node.inputs if i is not None]
-    call = ir.node(operator, given, domain=FUNCTION_DOMAIN, name=f"{r.prefix}/call")
-    call.outputs[0].name = f"{r.prefix}/output"
-    return function, [call]
+    model.functions[function.identifier()] = function
+    call = ir.node(
+        function.name, given, domain=FUNCTION_DOMAIN, name=f"{r.prefix}/call",
+        num_outputs=len(outputs),
+    )  # fmt: skip
+    for i, value in enumerate(call.outputs):
+        value.name = f"{r.prefix}/output" + (f"_{i}" if i else "")
+    return call
 
 
 def expand(
@@ -344,7 +431,7 @@ def expand(
     model.opset_imports.pop(MARKER_DOMAIN, None)
     if any(domain == FUNCTION_DOMAIN for domain, *_ in model.functions):
         model.opset_imports[FUNCTION_DOMAIN] = 1
-    if any(s.form == "MultiHeadAttention" for s in found):
+    if any(s.form in ("MultiHeadAttention", OPERATOR) for s in found):
         for owner in (model, *model.functions.values()):
             owner.opset_imports[DOMAIN] = 1
     marked = {s.name for s in found}

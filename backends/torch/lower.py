@@ -266,17 +266,18 @@ def _tiled(
     if form.guard == TRUE:
         listed = form.weight is not None and bool(block_tables(form.weight))
         why = "its factor is a list of blocks, which no whole map is needed for"
-        return _Plan("tiled", why, partial(_emit_tiled, str(cascade), block)) if listed else None
+        return _Plan("tiled", why, partial(emit_tiled, str(cascade), block)) if listed else None
     if is_causal_with_offset(form.guard) and _plain(form) is not None:
         return None  # queries at the end of a cache: mostly one, and SDPA is made for it
     share = _skipped(form, extents, block)
     if share < WORTHWHILE:
         return None
     why = f"the guard leaves out {share:.0%} of the blocks of {block}"
-    return _Plan("tiled", why, partial(_emit_tiled, str(cascade), block))
+    return _Plan("tiled", why, partial(emit_tiled, str(cascade), block))
 
 
-def _emit_tiled(text: str, block: int, build: Builder, inputs: Sequence[Any]) -> Any:
+def emit_tiled(text: str, block: int, build: Builder, inputs: Sequence[Any]) -> Any:
+    """Call the operator that computes the softmax attention ``text`` in blocks of ``block``."""
     q, k, v, *reads = inputs
     op = torch.ops.attn_rewrite.tiled_attention.default
     return build.call(op, q, k, v, reads, text, block)

@@ -52,9 +52,18 @@ class Rewriting:
     export: Annotated[
         list[str],
         typer.Option(
-            metavar="FORMAT", help="pt2, onnx[:portable] or triton:cuda:90; may be repeated."
+            metavar="FORMAT",
+            help="pt2, onnx[:portable|:onnxruntime] or triton:cuda:90; may be repeated.",
         ),
     ] = field(default_factory=list)
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="float or int8: ONNX files of a decoder take past_key_values of this type and "
+            "return the present ones.",
+        ),
+    ] = None
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier result in DIR.")] = (
         False
     )
@@ -68,6 +77,7 @@ class _Request:
     plan: Plan | None
     budget: Budget | None
     onnx: dict[str, str]  # file name -> target
+    cache: str | None
     triton: tuple[str, ...]  # targets, each once
 
 
@@ -86,7 +96,7 @@ def optimize(model: Model, rewriting: Rewriting, options: ModelOptions, terminal
         )  # fmt: skip
         with terminal.stage("writing model.pt2"):
             write_result(optimized, part, source=loaded)
-        artifacts = _export(optimized, part, request.onnx, terminal)
+        artifacts = _export(optimized, part, request, terminal)
         artifacts += _export_triton(optimized, part, request.triton, terminal)
         seal(part, source=loaded, training=optimized.training)
     document = {
@@ -173,12 +183,13 @@ def _read(rewriting: Rewriting) -> _Request:
         policy=read_policy(rewriting.policy),
         plan=read_plan(rewriting.plan),
         budget=read_budget(rewriting.budget),
-        onnx=_onnx_files(rewriting.export),
+        onnx=_onnx_files(rewriting.export, rewriting.cache),
+        cache=rewriting.cache,
         triton=tuple(dict.fromkeys(e.partition(":")[2] for e in rewriting.export if e in TRITON)),
     )
 
 
-def _onnx_files(exports: list[str]) -> dict[str, str]:
+def _onnx_files(exports: list[str], cache: str | None) -> dict[str, str]:
     """File name and target of every ONNX export; model.pt2 is always written."""
     from attn_rewrite.budget import suggest
     from attn_rewrite.errors import PolicyError
@@ -190,26 +201,28 @@ def _onnx_files(exports: list[str]) -> dict[str, str]:
         kind, _, target = text.partition(":")
         if kind == "onnx" and (target or "portable") not in targets:
             targets.append(target or "portable")
+    if cache is not None and not targets:
+        raise PolicyError("--cache is about ONNX files; give --export onnx as well")
     if targets:
         from attn_rewrite.backends.onnx.export import check_options
         from attn_rewrite.backends.onnx.runtime import require_exporter
 
         require_exporter()
         for target in targets:
-            check_options(target)
+            check_options(target, cache=cache)
     names = ["model.onnx", *(f"model.{target}.onnx" for target in targets[1:])]
     return dict(zip(names, targets, strict=False))
 
 
 def _export(
-    optimized: OptimizedModule, folder: Path, onnx: dict[str, str], terminal: Terminal
+    optimized: OptimizedModule, folder: Path, request: _Request, terminal: Terminal
 ) -> list[dict[str, Any]]:
     artifacts = []
-    for name, target in onnx.items():
+    for name, target in request.onnx.items():
         from attn_rewrite import export_onnx
 
         with terminal.stage(f"exporting {name} and comparing it in ONNX Runtime"):
-            artifact = export_onnx(optimized, folder / name, target=target)
+            artifact = export_onnx(optimized, folder / name, target=target, cache=request.cache)
         artifacts.append(_artifact(artifact, name))
     return artifacts
 
@@ -235,9 +248,11 @@ def _artifact(artifact: OnnxArtifact, name: str) -> dict[str, Any]:
     return {
         "file": name,
         "target": artifact.target,
+        "cache": artifact.metadata.get("attn_rewrite.cache"),
         "opset": artifact.opset,
         "bytes": artifact.bytes,
         "errors": dict(artifact.errors),
+        "approximation": dict(artifact.approximation),
         "sites": [site.to_json() for site in artifact.sites],
     }
 
@@ -262,6 +277,10 @@ def _view(
             f"largest error against the program {worst:.2g}",
             markup=False,
         )
+        for name, error in artifact["approximation"].items():
+            console.print(
+                f"  the int8 cache changes {name} by {error:.2g} (unbudgeted)", markup=False
+            )
     console.print(f"written to {output}", markup=False)
 
 

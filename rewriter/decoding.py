@@ -1,0 +1,133 @@
+"""The forward of a decoder that goes on from a cache: past keys and values in, present ones out.
+
+A decoder of transformers returns its keys and values on request and takes them at the next call.
+The inputs made here show one such call, in the middle of a text, so that capture sees the keys of
+the past and of the new tokens as tensors of their own lengths.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from attn_rewrite.capture import Captured, capture_model
+from attn_rewrite.containers import make_known
+from attn_rewrite.errors import PolicyError
+
+PAST = "past_key_values"
+_SLICED = ("position_ids", "token_type_ids")
+_NEEDED = 4  # two tokens of the past and two new ones: a length of 1 cannot be dynamic
+
+
+def capture_step(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
+    """Capture ``model`` at a step that goes on from a past; raises as `step_inputs` and
+    `capture_model` do."""
+    step = step_inputs(model, args, kwargs)
+    handle = model.register_forward_pre_hook(_one_past, with_kwargs=True)
+    try:
+        return capture_model(model, (), step)
+    finally:
+        handle.remove()
+
+
+def _one_past(_model: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+    """Say while tracing that all layers have one past, and that everything has one batch.
+
+    A mask made from the past of the first layer fits the keys of the next one only where both
+    lengths are known to be equal.
+    """
+    first, *others = pytree.tree_leaves(kwargs[PAST])
+    for tensor in others:
+        torch._check(tensor.shape[2] == first.shape[2])
+    for value in (*others, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            torch._check(value.shape[0] == first.shape[0])
+
+
+def step_inputs(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Keyword arguments of a call that goes on where the first half of the example ended.
+
+    The past is computed by ``model`` from the first half of ``input_ids`` [B, L]; the call has the
+    rest, the whole ``attention_mask`` where one was given, and ``use_cache=True``.  Raises
+    `PolicyError` where the model has no such call, or the example is too short for one.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    given = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+    for name, parameter in parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            given |= given.pop(name, {})
+    ids = given.get("input_ids")
+    reason = _why_not(model, parameters, ids)
+    if reason is not None or not isinstance(ids, torch.Tensor):
+        raise PolicyError(
+            f"{type(model).__name__} cannot be exported with its cache: {reason}; leave the cache "
+            "out, or name a decoder-only language model"
+        )
+    half = ids.shape[1] // 2
+    first, rest = _split(model, given, half)
+    return {**rest, PAST: _past(model, first), "use_cache": True}
+
+
+def _why_not(model: nn.Module, parameters: Mapping[str, Any], ids: Any) -> str | None:
+    config = getattr(model, "config", None)
+    if PAST not in parameters or "use_cache" not in parameters:
+        return f"its forward takes no {PAST}"
+    if getattr(config, "is_encoder_decoder", False):
+        return "it is an encoder with a decoder, whose second cache comes from the encoder"
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
+        return "its example has no input_ids of [batch, length]"
+    if ids.shape[1] < _NEEDED:
+        return f"its example has {ids.shape[1]} tokens, expected at least {_NEEDED}"
+    return None
+
+
+def _split(
+    model: nn.Module, given: Mapping[str, Any], half: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The example as two calls: its first ``half`` tokens, and those after them."""
+    first: dict[str, Any] = {}
+    rest: dict[str, Any] = {}
+    for name, value in given.items():
+        if name in ("use_cache", PAST):
+            continue
+        if not isinstance(value, torch.Tensor):
+            first[name] = rest[name] = value
+        elif name == "attention_mask" and value.dim() == 2:
+            first[name], rest[name] = value[:, :half], value
+        elif name == "input_ids" or name in _SLICED:
+            first[name], rest[name] = value[..., :half], value[..., half:].clone()
+        else:
+            raise PolicyError(
+                f"{type(model).__name__} cannot be exported with its cache: nothing is known of "
+                f"what {name} is at a later step; leave it out of the example"
+            )
+    return first, rest
+
+
+def _past(model: nn.Module, first: dict[str, Any]) -> Any:
+    """The cache after the call ``first``: whole keys and values of every layer.
+
+    A cache made without a configuration keeps all tokens, in layers with a window too.
+    """
+    from transformers import DynamicCache
+
+    with torch.no_grad():
+        cache = model(**first, **{PAST: DynamicCache(), "use_cache": True})[PAST]
+    layers = getattr(cache, "layers", ())
+    odd = [type(layer).__name__ for layer in layers if type(layer).__name__ != "DynamicLayer"]
+    if not isinstance(cache, DynamicCache) or odd or not layers:
+        kind = odd[0] if odd else type(cache).__name__
+        raise PolicyError(
+            f"{type(model).__name__} cannot be exported with its cache: it keeps a {kind}, expected"
+            " keys and values of every token; leave the cache out"
+        )
+    make_known(cache)
+    return cache
+
