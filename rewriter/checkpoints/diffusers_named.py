@@ -94,9 +94,9 @@ def _t5_text(recipe: Recipe, made: Made) -> torch.Tensor | None:
 
 def _patches(recipe: Recipe, made: Made) -> int:
     """Patches of the latents [B, C, H, W]."""
-    height, width = made["hidden_states"].shape[-2:]
     patch = int(recipe.setting("patch_size", default=1))
-    return (height // patch) * (width // patch)
+    height, width = (int(size) // patch for size in made["hidden_states"].shape[-2:])
+    return height * width
 
 
 def _prior_tokens(recipe: Recipe, made: Made) -> torch.Tensor:
@@ -230,8 +230,8 @@ def _frames(count: int) -> Maker:
 
 def _image_slots(recipe: Recipe, made: Made) -> torch.Tensor:
     """[B, T + N / 4]: text, then a slot for every four positions of the image."""
-    text, image = made["encoder_hidden_states"].shape[1], made["hidden_states"].shape[1]
-    return (torch.arange(text + image // 4) >= text).repeat(recipe.batch, 1)
+    text, image = (int(made[n].shape[1]) for n in ("encoder_hidden_states", "hidden_states"))
+    return torch.arange(text + image // 4).ge(text).repeat(recipe.batch, 1)
 
 
 def _clips(recipe: Recipe, made: Made) -> list[torch.Tensor]:
