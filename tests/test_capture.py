@@ -570,7 +570,7 @@ class Keeps(nn.Module):
         super().__init__()
         self.table = Table()
 
-    @functools.lru_cache(maxsize=8)  # noqa: B019: what libraries do
+    @functools.lru_cache(maxsize=8)  # noqa: B019
     def _row(self, length: int) -> Tensor:
         return torch.arange(float(length))
 

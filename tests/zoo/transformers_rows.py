@@ -64,7 +64,8 @@ _SMALLER: tuple[tuple[str, int], ...] = (
     (r"ffn|intermediate|d_ff|inner|mlp_dim|feed_forward|n_inner", 64),
     (_WIDTHS, 32),
     (r"mel_bins|num_queries|num_latents|num_query", 16),
-    (r"image_size$|input_size$", 64),
+    (r"image_size$|input_size$|^resolution$", 64),
+    (r"^base_channels$", 32),
 )  # fmt: skip
 
 
@@ -90,15 +91,13 @@ def smaller(default: Any, widths: str = "narrow") -> Any:
             out[name] = type(value)(min(v, 2) for v in value)
         elif name in _KEPT and now != value:
             out[name] = now  # what a model takes from its backbone
-        elif name == "use_pretrained_backbone":
-            out[name] = False
         elif name == "attention_types" and value and isinstance(value[0], list):
             out[name] = [[value[0][0], 1]]  # GPT-Neo: kinds of layers, and how often
         elif name in _MISSING and not now and not value and type(now) is not int:
             out[name] = _MISSING[name]
     if widths == "heads":
         out |= _wide(default)
-    out |= _layers(default, fields) | _tokens(fields)
+    out |= _layers(default, fields) | _fixed(fields)
     return _rope_axes(_ordinary_tokens(type(default)(**out)))
 
 
@@ -151,9 +150,11 @@ def _small(name: str, value: int, around: dict[str, Any]) -> int:
     return value
 
 
-def _tokens(fields: dict[str, Any]) -> dict[str, int]:
-    """Tokens that a configuration checks against its vocabulary as it is made."""
-    return {n: 98 for n in ("blank_token_id",) if isinstance(fields.get(n), int) and fields[n] > 98}
+def _fixed(fields: dict[str, Any]) -> dict[str, Any]:
+    """Weights that are not fetched, and a token that is checked against the vocabulary as the
+    configuration is made."""
+    out: dict[str, Any] = {"use_pretrained_backbone": False, "blank_token_id": 98}
+    return {n: v for n, v in out.items() if isinstance(fields.get(n), int) and fields[n] > v}
 
 
 def _rope_axes(config: Any) -> Any:
