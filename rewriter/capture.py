@@ -28,7 +28,7 @@ from attn_rewrite.axes import (
 )
 from attn_rewrite.containers import make_known
 from attn_rewrite.errors import CaptureError
-from attn_rewrite.tracing import masks_unread, quiet, untouched, user_line
+from attn_rewrite.tracing import caches_emptied, masks_unread, quiet, untouched, user_line
 
 _REMEDIES = (
     "try (1) example inputs of the sizes you run, with dynamic_shapes= that makes the dimension "
@@ -76,7 +76,7 @@ def capture_model(
         return _of_program(model, args, kwargs, dynamic_shapes, start)
     args, kwargs = tuple(args), dict(kwargs or {})
     inputs = _checked_inputs(model, args, kwargs)
-    with untouched(model), quiet(), masks_unread():
+    with quiet(), masks_unread():
         if dynamic_shapes is None:
             program, attempt = _climb_down(model, args, kwargs, inputs)
         else:
@@ -264,7 +264,8 @@ def _export(
 
     Every tensor goes in as an alias of its own.  torch takes one tensor passed as query and as key
     for one input, and a model that asks ``query is key`` would be captured as if it always were;
-    and torch leaves marks on the tensors of a failed attempt, which the next one would obey.
+    and torch leaves marks on the tensors of a failed attempt, which the next one would obey.  So
+    would what the model keeps of an attempt, which is put back after each.
     """
     args, kwargs = pytree.tree_map_only(torch.Tensor, _alias, (attempt.args, attempt.kwargs))
     if dynamic_shapes is None:
@@ -272,7 +273,10 @@ def _export(
     # The hook sees the output before torch flattens it, so its classes can be made known in time.
     handle = model.register_forward_hook(lambda _module, _inputs, output: make_known(output))
     try:
-        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+        with untouched(model), caches_emptied(model):
+            return torch.export.export(
+                model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
+            )
     except Exception as error:  # anything the model's own code may raise
         raise CaptureError(_failure_text(model, error)) from error
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import sys
 import sysconfig
@@ -21,8 +22,9 @@ _STDLIB = str(Path(sysconfig.get_path("stdlib")).resolve())
 
 @contextlib.contextmanager
 def untouched(model: torch.nn.Module) -> Iterator[None]:
-    """Undo what tracing does to the model's Python state (counters, caches of fake tensors)."""
-    before = [(vars(m), {k: (v, _copied(v)) for k, v in vars(m).items()}) for m in model.modules()]
+    """Undo what tracing does to the model's Python state (counters, caches of fake tensors): to
+    that of its modules and of the plain objects that these hold."""
+    before = [(state, {k: (v, _copied(v)) for k, v in state.items()}) for state in _states(model)]
     try:
         with torch.random.fork_rng(devices=[]):
             yield
@@ -32,6 +34,20 @@ def untouched(model: torch.nn.Module) -> Iterator[None]:
                 _refill(value, copy)
             state.clear()
             state.update({key: value for key, (value, _) in saved.items()})
+
+
+def _states(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """Attributes of the modules, then of the objects of the model's own classes in them."""
+    states = {id(vars(module)): vars(module) for module in model.modules()}
+    for held in [value for state in states.values() for value in state.values()]:
+        file = getattr(sys.modules.get(type(held).__module__), "__file__", None) or "<built-in>"
+        if (
+            not isinstance(held, torch.nn.Module)
+            and hasattr(held, "__dict__")
+            and is_user_code(file)
+        ):
+            states.setdefault(id(vars(held)), vars(held))
+    return list(states.values())
 
 
 @contextlib.contextmanager
@@ -53,6 +69,40 @@ def masks_unread() -> Iterator[None]:
         yield
     finally:
         module._detect_is_causal_mask = original
+
+
+@contextlib.contextmanager
+def caches_emptied(model: torch.nn.Module) -> Iterator[None]:
+    """Empty the function caches of the model's code that tracing filled.
+
+    ``functools.lru_cache`` on a method or a function of a module keeps what the function made while
+    it was traced, a fake tensor, and gives it to every later call of the model itself.
+    """
+    before = {cached: cached.cache_info().currsize for cached in _cached_functions(model)}
+    try:
+        yield
+    finally:
+        for cached, size in before.items():
+            if cached.cache_info().currsize != size:
+                cached.cache_clear()
+
+
+def _cached_functions(model: torch.nn.Module) -> set[functools._lru_cache_wrapper[Any]]:
+    """Functions with a cache in the classes of the model's modules and in the files of these."""
+    classes = {cls for module in model.modules() for cls in type(module).__mro__}
+    files = {sys.modules[cls.__module__] for cls in classes if cls.__module__ in sys.modules}
+    spaces = [vars(space) for space in (*classes, *files)]
+    return {
+        value
+        for space in spaces
+        for value in list(space.values())
+        if isinstance(value, functools._lru_cache_wrapper) and is_user_code(_file_of(value))
+    }
+
+
+def _file_of(function: Any) -> str:
+    code = getattr(getattr(function, "__wrapped__", None), "__code__", None)
+    return code.co_filename if code is not None else "<built-in>"
 
 
 def _copied(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import logging
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -543,6 +544,52 @@ def test_the_model_is_left_as_it_was(fails: bool, monkeypatch: pytest.MonkeyPatc
     assert torch.equal(model.linear.weight.grad, torch.ones(4, 4))
     assert list(model.linear._forward_hooks) == [handle.id]
     assert not model._forward_hooks
+
+
+class Table:
+    """Not a module, as the rotary tables of Z-Image are not."""
+
+    def __init__(self) -> None:
+        self.values: Tensor | None = None
+
+    def __call__(self, length: int) -> Tensor:
+        if self.values is None:
+            self.values = torch.arange(8.0)
+        return self.values[:length]
+
+
+@functools.lru_cache
+def _positions(length: int) -> Tensor:
+    return torch.arange(float(length))
+
+
+class Keeps(nn.Module):
+    """Keeps tensors in a plain object, in a cached method and in a cached function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = Table()
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019
+    def _row(self, length: int) -> Tensor:
+        return torch.arange(float(length))
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = int(x.shape[1])
+        return x + self.table(length) + self._row(length) + _positions(length)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_the_model_runs_after_a_capture_although_it_keeps_tensors(warm: bool) -> None:
+    _positions.cache_clear()
+    model, x = Keeps(), torch.ones(2, 4)
+    expected = 1 + 3 * torch.arange(4.0).expand(2, 4)
+    if warm:
+        model(x)
+    graph = capture_model(model, (x,), dynamic_shapes={}).graph
+    assert torch.equal(graph(x), expected)
+    assert torch.equal(model(x), expected)
+    assert type(model.table.values) is Tensor
 
 
 def test_parameters_and_buffers_are_shared_by_identity() -> None:

@@ -18,7 +18,9 @@ def transformers_inputs(recipe: Recipe) -> Iterator[tuple[str, Any]]:
     names = recipe.parameters
     if "input_ids" in names:
         yield from _text_inputs(recipe)
-    if "pixel_values" in names and not _images_are_optional(recipe):
+    if {"grid_thw", "target_sizes"} & names.keys() and "input_ids" not in names:
+        yield from _patches(recipe)
+    elif "pixel_values" in names and not _images_are_optional(recipe):
         yield "pixel_values", _images(recipe)
     if "pixel_values_videos" in names and "pixel_values" not in names:
         yield "pixel_values_videos", _videos(recipe)
@@ -26,10 +28,30 @@ def transformers_inputs(recipe: Recipe) -> Iterator[tuple[str, Any]]:
         yield from _sound(recipe)
     if "input_values" in names:
         yield "input_values", _waveform(recipe)
+    yield from _series(recipe)
     if _wants_decoder_ids(recipe):
         yield "decoder_input_ids", _token_ids(recipe, max(1, recipe.length // 2))
     if "use_cache" in names and caches(recipe.model):
         yield "use_cache", False
+
+
+def _series(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    """Embedded tokens [B, L, D], sound of Gemma [B, T, mel], numbers over time [B, T, channels]."""
+    names = recipe.parameters
+    embedded = names.get("inputs_embeds")
+    if embedded is not None and embedded.default is embedded.empty and "input_ids" not in names:
+        width = int(recipe.setting("hidden_size", default=1))
+        yield "inputs_embeds", recipe.floats(recipe.batch, recipe.length, width)
+    if "audio_mel" in names:  # the mask is True where there is no sound
+        frames = 8 * recipe.length
+        yield (
+            "audio_mel",
+            recipe.floats(recipe.batch, frames, int(recipe.setting("input_feat_size"))),
+        )
+        yield "audio_mel_mask", torch.zeros(recipe.batch, frames, dtype=torch.bool)
+    if "past_values" in names and (steps := recipe.setting("context_length")) is not None:
+        channels = int(recipe.setting("num_input_channels", "input_size", default=1))
+        yield "past_values", recipe.floats(recipe.batch, int(steps), channels)
 
 
 def _wants_decoder_ids(recipe: Recipe) -> bool:
@@ -82,11 +104,30 @@ def _token_ids(recipe: Recipe, length: int) -> torch.Tensor:
     return ids
 
 
+def _patches(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    """Flat patches [B * H * W, C * F * P * P] of images in one sequence, and their grids [B, 3]."""
+    side = 4 * int(recipe.setting("spatial_merge_size", default=1))
+    patch = int(recipe.setting("patch_size", default=14))
+    width = int(recipe.setting("in_channels", "num_channels", default=3)) * patch * patch
+    if "hidden_states" in recipe.parameters:  # frames are within a patch
+        width *= int(recipe.setting("temporal_patch_size", default=1))
+    name = "hidden_states" if "hidden_states" in recipe.parameters else "pixel_values"
+    if "target_sizes" in recipe.parameters:  # MiniCPM: patches side by side in one image
+        channels = int(recipe.setting("num_channels", default=3))
+        yield name, recipe.floats(1, channels, patch, recipe.batch * side * side * patch)
+        yield "target_sizes", torch.tensor([[side, side]] * recipe.batch)
+        return
+    yield name, recipe.floats(recipe.batch * side * side, width)
+    yield "grid_thw", torch.tensor([[1, side, side]] * recipe.batch)
+
+
 def _images(recipe: Recipe) -> torch.Tensor:
-    size = recipe.setting("image_size", "input_size", default=DEFAULT_IMAGE)
+    """[B, C, H, W], [B, F, C, H, W] of a clip, [B, 2, C, H, W] where two images are matched."""
+    size = recipe.setting("image_size", "input_size", "max_img_size", default=DEFAULT_IMAGE)
     height, width = size[-2:] if isinstance(size, list | tuple) else (size, size)
     channels = int(recipe.setting("num_channels", "in_channels", default=3))
-    frames = recipe.setting("num_frames")
+    pair = 2 if recipe.setting("fine_matching_slice_dim") is not None else None
+    frames = recipe.setting("num_frames", default=pair)
     video = (int(frames),) if frames is not None else ()
     return recipe.floats(recipe.batch, *video, channels, int(height), int(width))
 

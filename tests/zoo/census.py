@@ -4,10 +4,8 @@ A `TorchDispatchMode` marks tensors while the model runs eagerly.  The product o
 marked as *scores*; elementwise operators and views hand the mark on; a softmax of marked scores
 makes
 *probabilities*; a product of probabilities with another activation completes one attention.  The
-fused
-operators that PyTorch dispatches ``scaled_dot_product_attention`` and ``nn.MultiheadAttention`` to
-count
-one each.  A softmax over a sequence that no product precedes, but that is contracted with another
+fused operators that PyTorch dispatches ``scaled_dot_product_attention`` and
+``nn.MultiheadAttention`` to, and FlexAttention, count one each.  A softmax over a sequence that no product precedes, but that is contracted with another
 activation, is counted apart (``factorised``: attention without a score product, or a router).
 """
 
@@ -17,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._higher_order_ops.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -125,6 +124,13 @@ class Census(TorchDispatchMode):
         used = first ^ second if len(known) > 1 else first
         self.done |= used
         return Mark(scores=not used)
+
+
+@flex_attention.py_impl(Census)
+def _flexible(mode: Census, *args: Any, **kwargs: Any) -> Any:
+    """An operator with functions among its arguments, which no dispatch mode sees unasked."""
+    mode.fused += 1
+    return torch.compiler.disable(flex_attention)(*args, **kwargs)
 
 
 def census(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Census:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from attn_rewrite.checkpoints.inputs import generate_inputs
-from tests.zoo.rows import Row
+from tests.zoo.rows import NotOfferedError, Row
 
 HEADS = 2
 # Parameters; the reference takes eight bytes for each.
@@ -29,13 +29,28 @@ _SMALLER: tuple[tuple[str, int], ...] = (
     (r"experts$", 4),
     (r"experts_activated|num_activated", 2),
     (r"time_embed_dim$|time_dim$", 32),
+    (r"^projection_class_embeddings", 96),
+    (r"num_layers_per_block$", 1),
+    (r"_gist_tokens$", 4),
+    (r"motion_encoder_size$", 16),
     (r"ffn|ff_dim|ff_inner|intermediate|approximator_hidden|moe_", 64),
     (r"vocab_size$|codebook_size$", 99),
     (r"(text|caption|cap_|context|joint|pooled|cond|crossattn|encoder_hid|llm|image_embed|image_proj)"
      r".*(dim|channels|size)|^cross_attention_dim|proj_dim$|^motion_.*dim$", 32),
 )  # fmt: skip
 # Arguments that have no default and that a model cannot do without.
-_MISSING = {"in_channels": 8, "patch_size": 2, "sample_size": 8, "num_embeds_ada_norm": 10}
+_MISSING = {
+    "in_channels": 8,
+    "out_channels": 8,
+    "patch_size": 2,
+    "sample_size": 8,
+    "num_embeds_ada_norm": 10,
+    "num_kv_heads": HEADS,
+    "caption_channels": 32,
+    "llama_layers": [0, 0, 1, 1],  # one for each block
+}
+# Parts that are off by default although the forward needs them, and one that needs torchvision.
+_SWITCHES = {"has_image_proj": True, "has_clean_x_embedder": True, "concat_padding_mask": False}
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "nheads", "dit_heads")
 _WIDTHS = ("hidden_size", "dim", "model_dim", "embed_dim", "dit_dim", "token_dim")
 
@@ -49,6 +64,26 @@ def small_arguments(signature: inspect.Signature) -> dict[str, Any]:
         small = _small(name, value, default, widths)
         if small != value:
             out[name] = small
+    if isinstance(signature.parameters.get("caption_channels"), inspect.Parameter):
+        out |= _caption(signature.parameters["caption_channels"], default)
+    if default.get("rope_scaling", 0) is None and "original_max_position_embeddings" in default:
+        half = default["hidden_size"] // default["num_attention_heads"] // 2
+        out["rope_scaling"] = {n: [1.0] * half for n in ("short_factor", "long_factor")}
+    if default.get("time_embedding_type") == "fourier" and "extra_in_channels" in default:
+        # The first block takes the step as channels, and the library's default leaves none for it.
+        out["extra_in_channels"] = (
+            2 * out.get("block_out_channels", default["block_out_channels"])[0]
+        )
+    return out
+
+
+def _caption(parameter: inspect.Parameter, default: dict[str, Any]) -> dict[str, Any]:
+    """Of a text that is projected: its width, or two of them, and that which blocks then see."""
+    out: dict[str, Any] = {}
+    if parameter.default is None and "list" in str(parameter.annotation):
+        out["caption_channels"] = [32, 32]
+    if default.get("cross_attention_dim", 0) is None:
+        out["cross_attention_dim"] = HEADS * default["attention_head_dim"]
     return out
 
 
@@ -65,8 +100,9 @@ def _inner_widths(default: dict[str, Any]) -> dict[int, int]:
     heads = next((v for n, v in default.items() if n in _HEADS and isinstance(v, int)), None)
     axes = next((v for n, v in default.items() if re.search(r"axes_dim|rope_(axes_)?dim", n)), None)
     width = next((v for n, v in default.items() if n in _WIDTHS and isinstance(v, int)), None)
+    each = default.get("attention_head_dim")
     if width and heads:
-        out[width] = HEADS * (width // heads)
+        out[width] = HEADS * (each if isinstance(each, int) else width // heads)
     elif width and isinstance(axes, (list, tuple)):
         out[width] = HEADS * sum(axes)
     return out
@@ -75,6 +111,10 @@ def _inner_widths(default: dict[str, Any]) -> dict[int, int]:
 def _small(name: str, value: Any, default: dict[str, Any], widths: dict[int, int]) -> Any:
     if value is None:
         return _missing(name, default)
+    if name in _SWITCHES:
+        return _SWITCHES[name]
+    if name == "pad_token_id":
+        return 0
     if isinstance(value, (list, tuple)):
         return _small_list(name, value, default)
     if not isinstance(value, int) or isinstance(value, bool):
@@ -104,6 +144,11 @@ def _small_list(name: str, value: Any, default: dict[str, Any]) -> Any:
         return kind(HEADS for _ in value)
     if re.search(r"layers$|layer_ids$|_blocks$", name) and _numbers(value):
         return kind(v for v in value if v < 2) or kind([0])
+    rest = default.get("attention_head_dim", 0)
+    if name == "axes_dims_rope" and isinstance(rest, int) and 0 < sum(value) < rest:
+        return kind((rest - sum(value), *value))  # the axes of a head fill it
+    if name.endswith("num_layers_per_block") and _numbers(value):
+        return kind(1 for _ in value)
     return value
 
 
@@ -126,7 +171,7 @@ def build(kind: str, spelling: str, batch: int = 2, length: int = 16) -> Any:
         from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
         if {type(p) for p in model.attn_processors.values()} != {AttnProcessor2_0}:
-            raise ValueError(f"{kind} has no eager attention processor")
+            raise NotOfferedError(f"{kind} has no eager attention processor")
         model.set_attn_processor(AttnProcessor())
     for parameter in model.parameters():  # many a gate starts at zero and would hide the attention
         if not parameter.any():

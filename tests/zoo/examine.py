@@ -23,7 +23,7 @@ from tests.zoo.rows import NotOfferedError, Result, Row
 def examine(row: Row, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Result:
     """Everything about a row; exceptions become a stage and a reason."""
     result = Result(row.name)
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         model, args, kwargs = made(row)
         counted = census(model, args, kwargs)
@@ -44,7 +44,7 @@ def examine(row: Row, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Res
             result.stage, result.problem = "failed", _one_line(error)
         if result.stage != "done":
             break
-    result.seconds = time.perf_counter() - start
+    result.seconds = time.process_time() - start
     return result
 
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 EXCEPTIONS: dict[str, str] = {
     "vits": "the probabilities also weight embeddings of the distance, in a second product "
     "(relative positions of the values), so they are used in two places",
-    "NucleusMoEImageTransformer2DModel": "the library caches what it made while it was traced "
-    "(functools.lru_cache), so that the original does not run after a capture",
     "pocket_tts_audio_tokenizer_encoder": "the exported graph does not run: a padding depends on "
     "values that tracing could not tell",
     "sam3_lite_text": "not captured ahead of time: a size that the inputs decide is compared while "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.zoo.bench import Bench
 from tests.zoo.choice import chosen
 from tests.zoo.exceptions import EXCEPTIONS
-from tests.zoo.results import record, shown
+from tests.zoo.results import record, shown, write
 from tests.zoo.rows import Result
 
 
@@ -47,7 +49,43 @@ def test_the_table_is_large_enough() -> None:
     assert len({n.split("/")[1] for n in shown("transformers")}) >= 60
 
 
-@pytest.mark.zoo
+@pytest.mark.slow
 @pytest.mark.parametrize("name", chosen("slow"))
 def test_slow_row(bench: Bench, name: str) -> None:
+    _check(bench, name, ("float32",))
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", chosen("rest"))
+def test_every_other_row(bench: Bench, name: str) -> None:
     _check(bench, name, ("float32", "bfloat16"))
+
+
+def test_the_table_keeps_the_lines_of_rows_that_were_not_run_again(tmp_path: Path) -> None:
+    path = tmp_path / "table.md"
+    first = Result("timm/a:b/sdpa", expected=2, found=2, errors={"float32": (1.0, 2.0)})
+    second = Result("timm/c:d/sdpa", expected=3, found=1)
+    write([first, second], path)
+    before = path.read_text()
+    assert "| timm | 2 | 1 | 50.0% | 3 / 5 | 1 of 1 | 0 |" in before
+    write([], path)
+    assert path.read_text() == before
+    again = Result("timm/c:d/sdpa", expected=3, found=3, errors={"float32": (2.001, 2.0)})
+    build = Result("timm/e:f/eager", stage="build", problem="ImportError: no x | y")
+    write([again, build], path)
+    assert "| timm | 2 | 2 | 100.0% | 5 / 5 | 1 of 2 | 1 |" in path.read_text()
+    write([Result("timm/c:d/sdpa", stage="absent"), build], path)
+    assert "| timm | 1 | 1 | 100.0% | 2 / 2 | 1 of 1 | 1 |" in path.read_text()
+
+
+def test_a_row_with_more_sites_than_attentions_is_not_in_full(tmp_path: Path) -> None:
+    write([Result("timm/a:b/sdpa", expected=1, found=2)], tmp_path / "table.md")
+    assert "| timm | 1 | 0 | 0.0% | 1 / 1 | 0 of 0 | 0 |" in (tmp_path / "table.md").read_text()
+
+
+def test_every_row_is_run_by_one_test() -> None:
+    names = [name for speed in ("fast", "slow", "rest") for name in chosen(speed)]
+    assert len(names) == len(set(names))
+    assert {"torch", "transformers", "diffusers", "timm"} == {
+        name.partition("/")[0] for name in chosen("slow")
+    }

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
-import importlib.util
+import importlib
 import inspect
 import re
-import sys
 from collections.abc import Iterator
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from tests.zoo.rows import Row
+from tests.zoo.stand_in import import_timm
 
 _SIZES = (
     "test",
@@ -38,48 +35,9 @@ _SIZES = (
 LARGEST = 100_000_000
 
 
-class _Named(type):
-    """A class whose attributes are their own names (members of an enumeration)."""
-
-    def __getattr__(cls, name: str) -> str:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return name
-
-
-class _Stub(ModuleType):
-    """A module in which every name is a class that nothing calls."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Named(name, (torch.nn.Module,), {})
-
-
-class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds stubs of torchvision: timm imports it for data loading, its models run without it."""
-
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
-        if fullname.partition(".")[0] != "torchvision":
-            return None
-        return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
-
-    def create_module(self, spec: Any) -> ModuleType:
-        return _Stub(spec.name)
-
-    def exec_module(self, module: ModuleType) -> None:
-        """Nothing to run."""
-
-
-def _import_timm() -> Any:
-    if importlib.util.find_spec("torchvision") is None:
-        sys.meta_path.append(_Finder())
-    return importlib.import_module("timm")
-
-
 def build(name: str, spelling: str, batch: int = 2) -> Any:
     """(model, args, kwargs); ``eager`` turns timm's fused attention off."""
-    timm = _import_timm()
+    timm = import_timm()
     timm.layers.set_fused_attn(spelling == "sdpa")
     try:  # two blocks show every kind of block that a model of equal blocks has
         model = timm.create_model(name, pretrained=False, num_classes=8, depth=2).eval()
@@ -104,7 +62,7 @@ def smallest(names: list[str]) -> str:
 
 def rows() -> Iterator[Row]:
     """One architecture per file of ``timm.models`` whose source has attention."""
-    timm = _import_timm()
+    timm = import_timm()
 
     for family in timm.models.list_modules():
         source = inspect.getsource(importlib.import_module(f"timm.models.{family}"))

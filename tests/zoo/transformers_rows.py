@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
 import re
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,9 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from attn_rewrite.checkpoints.inputs import generate_inputs
 from tests.zoo.rows import NotOfferedError, Row
+from tests.zoo.stand_in import timm_for_transformers
+
+timm_for_transformers()
 
 _WIDTHS = (
     r"hidden_size|d_model|n_embd|embed_dim|embedding_size|^dim$|hidden_dim|projection_(dim|size)|"
@@ -34,11 +39,16 @@ _MISSING = {
     "num_experts_per_tok": 2,
     "n_group": 1,
     "topk_group": 1,
+    "projector_scale_factors": [1.0],
+    "vocabulary_map": {"<image>": 7, "IMGIMGA<eos>": 8},
 }
+# What a backbone is by name, and where it comes from.
+_KEPT = ("out_features", "out_indices", "backbone")
 
 # One rule for every configuration: (pattern of an attribute that is a number, its new value).
 # The first pattern that matches decides; a number smaller than the new one stays.
 _SMALLER: tuple[tuple[str, int], ...] = (
+    (r"^num_windows$", 16),  # of an image: a square
     (r"window|sliding", 8),
     (r"max.*position|n_positions|max_seq|max_source|max_target|context_length$|seq_length$", 256),
     (r"vocab_size$|num_embeddings$", 99),
@@ -54,7 +64,8 @@ _SMALLER: tuple[tuple[str, int], ...] = (
     (r"ffn|intermediate|d_ff|inner|mlp_dim|feed_forward|n_inner", 64),
     (_WIDTHS, 32),
     (r"mel_bins|num_queries|num_latents|num_query", 16),
-    (r"image_size$|input_size$", 64),
+    (r"image_size$|input_size$|^resolution$", 64),
+    (r"^base_channels$", 32),
 )  # fmt: skip
 
 
@@ -78,16 +89,16 @@ def smaller(default: Any, widths: str = "narrow") -> Any:
                 out[name] = _small(name, value, fields)
         elif name in ("depths", "num_layers") and isinstance(value, (list, tuple)):
             out[name] = type(value)(min(v, 2) for v in value)
-        elif name in ("out_features", "out_indices") and now != value:
+        elif name in _KEPT and now != value:
             out[name] = now  # what a model takes from its backbone
         elif name == "attention_types" and value and isinstance(value[0], list):
             out[name] = [[value[0][0], 1]]  # GPT-Neo: kinds of layers, and how often
-        elif name in _MISSING and now is None and value is None:
+        elif name in _MISSING and not now and not value and type(now) is not int:
             out[name] = _MISSING[name]
     if widths == "heads":
         out |= _wide(default)
-    out |= _layers(default, fields)
-    return _ordinary_tokens(type(default)(**out))
+    out |= _layers(default, fields) | _fixed(fields)
+    return _rope_axes(_ordinary_tokens(type(default)(**out)))
 
 
 def _argument(field: dataclasses.Field[Any]) -> Any:
@@ -137,6 +148,32 @@ def _small(name: str, value: int, around: dict[str, Any]) -> int:
                 small = max(small, 4 * around["patch_size"])
             return min(value, small) if value > 0 else value
     return value
+
+
+def _fixed(fields: dict[str, Any]) -> dict[str, Any]:
+    """Weights that are not fetched, and a token that is checked against the vocabulary as the
+    configuration is made."""
+    out: dict[str, Any] = {"use_pretrained_backbone": False, "blank_token_id": 98}
+    return {n: v for n, v in out.items() if isinstance(fields.get(n), int) and fields[n] > v}
+
+
+def _rope_axes(config: Any) -> Any:
+    """Of a rotary embedding over time, rows and columns: parts that fill a head, as the library's
+    own parts fill the library's heads."""
+    rope, own = vars(config).get("rope_parameters"), vars(config)
+    modeling = type(config).__module__.replace("configuration_", "modeling_")
+    if isinstance(rope, dict) and "mrope_section" in _source(modeling):
+        heads = own.get("num_attention_heads") or 1
+        width = own.get("head_dim") or own["hidden_size"] // heads
+        half = int(width * rope.get("partial_rotary_factor", 1.0)) // 2
+        part = half * 3 // 8
+        config.rope_parameters = {**rope, "mrope_section": [half - 2 * part, part, part]}
+    return config
+
+
+def _source(module: str) -> str:
+    found = importlib.util.find_spec(module)
+    return Path(found.origin).read_text() if found is not None and found.origin else ""
 
 
 def _ordinary_tokens(config: Any) -> Any:
