@@ -155,7 +155,7 @@ def test_accumulation_registers_are_counted_once():
 
 SPILLED = [
     ("cuda:90", "sinks", 72), ("cuda:100", "sinks", 72), ("cuda:80", "sinks", 72),
-    ("cuda:100", "sinks", 256), ("cuda:80", "causal", 120),
+    ("cuda:100", "sinks", 256), ("cuda:80", "causal", 120), ("cuda:80", "bias", 72),
 ]  # fmt: skip
 
 

@@ -31,21 +31,26 @@ def choose_schedule(
     base = default_schedule(lanes, item_bytes, device)
     more = _pair_tiles(program) or _score_products(program) > 1
     if more or len(program.passes()) > 1 or _accumulators(program) > 1:
-        # Another tile of scores, or a second accumulator, wants its registers.
-        base = base.with_(
-            block_rows=min(base.block_rows, 64),
-            block_along=min(base.block_along, 32),
-            stages=min(base.stages, 2),
-            # On sm_100 a thread of two warp groups has half the registers.
-            warps=4 if device.arch == 100 else base.warps,
-        )
-    wide = max(lanes.values(), default=0) > 128
-    if wide and _accumulators(program) > 1 and device.arch != 100:  # there they lie beside
-        base = base.with_(block_rows=32)
+        base = _lower_tiles(base, _accumulators(program), lanes, device)
     skipping, pack = choose_skipping(program), _packing(program, extents or {})
     if skipping == "lists" and base.block_rows % pack:
         pack = 1  # a list is made for whole positions
     return base.with_(skipping=skipping, pack=pack, random=random, widen=_widened(program))
+
+
+def _lower_tiles(
+    base: Schedule, accumulators: int, lanes: Mapping[str, int], device: Device
+) -> Schedule:
+    """Sides where another tile of scores, or a second accumulator, wants its registers."""
+    width = max(lanes.values(), default=0)
+    rows, along = min(base.block_rows, 64), min(base.block_along, 32)
+    if width > 128 and accumulators > 1 and device.arch != 100:  # there they lie beside registers
+        rows, along = 32, along if device.backend == "cuda" else 16
+    elif 64 < width <= 128 and any(n % 16 for n in lanes.values()) and device.arch == 80:
+        rows = 32  # addresses of rows that are not aligned take registers
+    # On sm_100 a thread of two warp groups has half the registers.
+    warps = 4 if device.arch == 100 else base.warps
+    return base.with_(block_rows=rows, block_along=along, stages=min(base.stages, 2), warps=warps)
 
 
 def choose_skipping(program: Program) -> str:
