@@ -12,8 +12,8 @@ from attn_rewrite.cascade.expr import TRUE
 from attn_rewrite.cascade.ir import Cascade
 from attn_rewrite.cascade.staged import attention_form
 
-# Cost of a score in tiles of each side, relative to the largest: measured on a CPU with a guard that
-# scatters its keys (examples/benchmarks/torch_tiles.py).
+# Cost of a score in tiles of each side, relative to the largest; measured on a CPU with a guard
+# that scatters its keys (examples/benchmarks/torch_tiles.py).
 PRICES = {128: 1.0, 64: 1.25, 32: 2.0}
 # A length at which guards of dynamic lengths are compared.
 _TYPICAL_LENGTH = 1024
