@@ -13,11 +13,11 @@ from attn_rewrite.cascade.expr import TRUE
 from attn_rewrite.cascade.ir import Cascade
 from attn_rewrite.cascade.staged import attention_form
 
-SIDES = (128, 64, 32)
+# Cost of a score in tiles of each side, relative to the largest; measured on a CPU with a guard
+# that scatters its keys (examples/benchmarks/torch_tiles.py).
+PRICES = {128: 1.0, 64: 1.25, 32: 2.0}
 # A length at which guards of dynamic lengths are compared.
 _TYPICAL_LENGTH = 1024
-# A smaller tile costs more per element: it must save this share of the larger one's work.
-_WORTH = 0.25
 
 
 def choose_block(
@@ -31,14 +31,14 @@ def choose_block(
     """
     form = attention_form(cascade)
     if form is None or form.guard == TRUE:
-        return SIDES[0]
+        return next(iter(PRICES))
     known = extents.get("kv") or usual_length(form.guard)
     kv_len = known or max(_TYPICAL_LENGTH, extents.get("q") or 0)
     q_len = extents.get("q") or kv_len
     heads = extents.get("h") or form.group
-    best, work = SIDES[0], float("inf")
-    for side in SIDES:
-        area = tile_counts(cascade, q_len, kv_len, side, heads, tables).executed * side * side
-        if area < (1 - _WORTH) * work:
-            best, work = side, area
-    return best
+
+    def price(side: int) -> float:
+        executed = tile_counts(cascade, q_len, kv_len, side, heads, tables).executed
+        return executed * side * side * PRICES[side]
+
+    return min(PRICES, key=price)

@@ -1,9 +1,10 @@
 """Block-sparse attention of the torch backend on the CPU against PyTorch's dense SDPA.
 
 Each mask runs as one call of ``attn_rewrite::tiled_attention`` in the same process as dense
-non-causal SDPA; the two take turns and the minimum of each is kept.  ``ratio`` is the time over
-(block fraction at 128 x 128) x (dense time): 1.0 means that skipped blocks cost nothing.  Extra
-memory is the peak of one call in a fresh process, beyond what it held before the call.
+non-causal SDPA and compiled FlexAttention; they take turns and the minimum of each is kept.
+``ratio`` is the time over (block fraction at 128 x 128) x (dense time): 1.0 means that skipped
+blocks cost nothing.  Extra memory is the peak of one call in a fresh process, output included,
+beyond what it held before the call.  Where FlexAttention does not compile its row says so.
 
     python examples/benchmarks/torch_tiles.py --length 8192 --threads 2 --repeat 7
 """
@@ -17,16 +18,19 @@ import multiprocessing
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import date
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attn_rewrite.backends.torch import tile_counts, tiled_attention
-from attn_rewrite.cascade.attention import QK, SoftmaxAttention, softmax_cascade
-from attn_rewrite.cascade.expr import KV, Expr, H, Q, Read, call, eq
+from attn_rewrite.backends.torch.blocks import choose_block
+from attn_rewrite.cascade.attention import QK, SoftmaxAttention, as_softmax, softmax_cascade
+from attn_rewrite.cascade.expr import KV, Call, Const, Expr, H, Q, Rank, Read, call, eq
 from attn_rewrite.cascade.ir import Cascade, TensorDecl
 
 BATCH, HEADS, WIDTH, BLOCK = 1, 8, 64, 128
@@ -44,6 +48,18 @@ def neighborhood(length: int) -> Expr:
         return (key >= start) & (key < start + window)
 
     return near(Q // 128, KV // 128, rows, 17) & near(Q % 128, KV % 128, columns, 33)
+
+
+def gna(length: int) -> Expr:
+    """2-D generalized neighborhood of 16 x 64, stride 8 x 32, on a grid 128 wide."""
+    rows, columns = length // 128, 128
+
+    def near(query: Expr, key: Expr, size: int, window: int, stride: int) -> Expr:
+        leader = call("min", query // stride * stride + stride // 2, size - 1)
+        start = call("clip", leader - window // 2, 0, max(0, size - window))
+        return (key >= start) & (key < start + window)
+
+    return near(Q // 128, KV // 128, rows, 16, 8) & near(Q % 128, KV % 128, columns, 64, 32)
 
 
 def radial() -> Expr:
@@ -72,6 +88,7 @@ def masks(length: int) -> dict[str, Case]:
         "window 1024, symmetric": (cascade(call("abs", distance) <= 512), []),
         "window 1024 and 4 sinks": (cascade(sinks), []),
         "neighborhood 17 x 33": (cascade(neighborhood(length)), []),
+        "GNA 16 x 64, stride 8 x 32": (cascade(gna(length)), []),
         "radial bands": (cascade(radial()), []),
         "random blocks, 25 %": (cascade(listed, decl), lists(1)),
         "random blocks, 25 %, per head": (cascade(listed, decl), lists(HEADS)),
@@ -90,31 +107,101 @@ def seconds(function: Callable[[], Tensor]) -> float:
     return time.perf_counter() - start
 
 
-def measure(case: Case, length: int, repeat: int) -> dict[str, float]:
-    """Times of both kernels, taking turns."""
+def predicate(guard: Expr, reads: Mapping[str, Tensor]) -> Callable[..., Tensor]:
+    """The guard as a ``mask_mod`` of FlexAttention: coordinates b, h, q, kv to a truth value."""
+    operators: dict[str, Callable[..., Any]] = {
+        "add": torch.add, "sub": torch.sub, "mul": torch.mul, "abs": torch.abs,
+        "lt": torch.lt, "le": torch.le, "gt": torch.gt, "ge": torch.ge, "eq": torch.eq,
+        "and": torch.logical_and, "or": torch.logical_or, "mod": torch.remainder,
+        "floordiv": partial(torch.div, rounding_mode="floor"), "clip": torch.clamp,
+        "min": lambda a, b: a.clamp(max=b),
+    }  # fmt: skip
+
+    def evaluate(expr: Expr, at: Mapping[str, Tensor]) -> Any:
+        match expr:
+            case Const(value):
+                return int(value)
+            case Rank(name):
+                return at[name]
+            case Read(tensor, index):
+                table = reads[tensor]
+                sizes = zip(index, table.shape, strict=True)
+                return table[tuple(evaluate(i, at) if n > 1 else 0 for i, n in sizes)]
+            case Call(op, arguments):
+                return operators[op](*(evaluate(a, at) for a in arguments))
+        raise TypeError(f"the guard holds {expr}, which has no FlexAttention form here")
+
+    def keep(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        found: Tensor = evaluate(guard, {"b": b, "h": h, "q": q, "kv": kv})
+        return found
+
+    return keep
+
+
+def flex(case: Case, length: int) -> tuple[Callable[[], Tensor] | None, dict[str, float | str]]:
+    """Compiled FlexAttention with the guard as block mask, and how long it took to get there."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    cascade, reads = case
+    form = as_softmax(cascade)
+    assert form is not None
+    keep = predicate(form.guard, dict(zip((t.name for t in form.reads), reads, strict=True)))
+    q, k, v = operands(length)
+    start = time.perf_counter()
+    try:
+        # Made head by head where heads differ, else once: an eager mask of all pairs is 64 MB.
+        heads = HEADS if reads and len(reads[0]) > 1 else None
+        blocks = create_block_mask(
+            keep, None, heads, length, length, device="cpu", BLOCK_SIZE=BLOCK
+        )
+        made = time.perf_counter()
+        compiled = torch.compile(flex_attention, dynamic=False)
+
+        def run() -> Tensor:
+            with torch.no_grad():
+                return compiled(q, k, v, block_mask=blocks, scale=WIDTH**-0.5)
+
+        run()
+    except Exception as error:  # whatever stops the peer belongs in the table
+        return None, {"flex_error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+    end = time.perf_counter()
+    return run, {"flex_mask_s": made - start, "flex_compile_s": end - made}
+
+
+def measure(case: Case, length: int, repeat: int, *, with_flex: bool) -> dict[str, float | str]:
+    """Times of the kernels, taking turns."""
     cascade, reads = case
     q, k, v = operands(length)
     text = str(cascade)
+    tables = {"L": reads[0].numpy()} if reads else {}
+    block = choose_block(cascade, {"q": length, "kv": length, "h": HEADS}, tables)
 
     def dense() -> Tensor:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
     def tiled() -> Tensor:
-        return tiled_attention(q, k, v, reads, text, BLOCK)
+        return tiled_attention(q, k, v, reads, text, block)
 
-    dense(), tiled()
-    pairs = [(seconds(dense), seconds(tiled)) for _ in range(repeat)]
-    tables = {"L": reads[0].numpy()} if reads else {}
+    peer, told = flex(case, length) if with_flex else (None, {})
+    functions = [dense, tiled, *([peer] if peer else [])]
+    outputs = [function() for function in functions]
+    if peer:
+        told["flex_difference"] = float((outputs[2] - outputs[1]).abs().max())
+    turns = [[seconds(function) for function in functions] for _ in range(repeat)]
     counts = tile_counts(cascade, length, length, BLOCK, HEADS, tables=tables)
-    slow, fast = (min(p[i] for p in pairs) for i in (0, 1))
+    slow, fast, *other = (min(t) for t in zip(*turns, strict=True))
+    if peer:
+        told |= {"flex_s": other[0], "flex_ratio": other[0] / (slow * counts.density)}
     return {
+        "block": block,
         "block_fraction": counts.density,
         "partial_fraction": 1 - counts.full / counts.executed,
         "dense_s": slow,
         "tiled_s": fast,
         "speedup": slow / fast,
         "ratio": fast / (slow * counts.density),
-        "ratio_median": statistics.median(f / s for s, f in pairs) / counts.density,
+        "ratio_median": statistics.median(t[1] / t[0] for t in turns) / counts.density,
+        **told,
     }
 
 
@@ -124,7 +211,7 @@ def _status(field: str) -> float:
     return float(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
 
 
-def _peak(name: str, length: int, answer: multiprocessing.Queue[float]) -> None:
+def _peak(name: str, length: int, threads: int, answer: multiprocessing.Queue[float]) -> None:
     """Peak of one call beyond what the process held before, in MB."""
     q, k, v = operands(length)
     short = [t[:, :, :BLOCK] for t in (q, k, v)]
@@ -134,8 +221,12 @@ def _peak(name: str, length: int, answer: multiprocessing.Queue[float]) -> None:
         if cascade is None:
             torch.nn.functional.scaled_dot_product_attention(*tensors)
         else:
-            tiled_attention(*tensors, reads, str(cascade), BLOCK)
+            size = tensors[0].shape[2]
+            tables = {"L": reads[0].numpy()} if reads else {}
+            block = choose_block(cascade, {"q": size, "kv": size, "h": HEADS}, tables)
+            tiled_attention(*tensors, reads, str(cascade), block)
 
+    torch.set_num_threads(threads)
     run(*short)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = _status("VmRSS")
@@ -143,10 +234,10 @@ def _peak(name: str, length: int, answer: multiprocessing.Queue[float]) -> None:
     answer.put(_status("VmHWM") - before)
 
 
-def extra_memory(name: str, length: int) -> float:
+def extra_memory(name: str, length: int, threads: int) -> float:
     context = multiprocessing.get_context("spawn")
     answer: multiprocessing.Queue[float] = context.Queue()
-    process = context.Process(target=_peak, args=(name, length, answer))
+    process = context.Process(target=_peak, args=(name, length, threads, answer))
     process.start()
     found = answer.get()
     process.join()
@@ -158,15 +249,23 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--only", default="", help="masks whose name has this in it")
+    parser.add_argument("--no-flex", action="store_true", help="leave FlexAttention out")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    length, threads = arguments.length, arguments.threads
     rows = {}
-    for name, case in masks(arguments.length).items():
-        rows[name] = measure(case, arguments.length, arguments.repeat)
-        rows[name]["extra_mb"] = extra_memory(name, arguments.length)
-        print(f"{name:32s}", "  ".join(f"{k} {v:.3f}" for k, v in rows[name].items()))
-    worst = max(row["ratio"] for row in rows.values())
+    for name, case in masks(length).items():
+        if arguments.only not in name:
+            continue
+        row = measure(case, length, arguments.repeat, with_flex=not arguments.no_flex)
+        rows[name] = {**row, "extra_mb": extra_memory(name, length, threads)}
+        told = (
+            f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[name].items()
+        )
+        print(f"{name:32s}", "  ".join(told), flush=True)
+    worst = max(float(row["ratio"]) for row in rows.values())
     print(f"worst ratio {worst:.2f} (limit {LIMIT})")
     record = {
         "date": date.today().isoformat(),
@@ -174,8 +273,8 @@ def main() -> None:
         "torch": torch.__version__,
         "threads": arguments.threads,
         "shape": [BATCH, HEADS, arguments.length, WIDTH],
-        "block": BLOCK,
-        "dense_extra_mb": extra_memory("dense", arguments.length),
+        "fraction_block": BLOCK,
+        "dense_extra_mb": extra_memory("dense", length, threads),
         "output_mb": math.prod((BATCH, HEADS, arguments.length, WIDTH)) * 4 / 2**20,
         "masks": rows,
     }

@@ -1,0 +1,189 @@
+"""Rows of tiled attention on PyTorch's fused CPU kernel, against dense float64 references."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attn_rewrite.backends.torch import fused, patterns
+from attn_rewrite.backends.torch import kernel as kernel_module
+from attn_rewrite.backends.torch.blocks import choose_block
+from attn_rewrite.backends.torch.ops import tiled_attention
+from attn_rewrite.cascade.attention import QK
+from attn_rewrite.cascade.expr import KV, B, H, Q, Read, call
+from attn_rewrite.cascade.ir import TensorDecl
+from tests.test_torch_backend import (
+    GUARDS,
+    _eager,
+    assert_close,
+    attention,
+    keep_of,
+    operands,
+    reference,
+)
+
+SHAPES = [  # b, hq, group, q_len, kv_len, d_qk, d_v, block
+    (1, 1, 1, 1, 1, 4, 4, 16),
+    (2, 4, 1, 33, 33, 8, 8, 8),
+    (2, 4, 2, 40, 57, 8, 8, 8),
+    (1, 4, 4, 17, 50, 5, 5, 16),
+    (3, 4, 1, 1, 45, 8, 8, 8),
+]
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> list[fused.Unit]:
+    """Send rows of any size to the fused kernel; the units that ran."""
+    ran: list[fused.Unit] = []
+    original = fused.FusedKernel.run
+
+    def spy(self: Any, unit: fused.Unit, out: Tensor) -> None:
+        ran.append(unit)
+        original(self, unit, out)
+
+    monkeypatch.setattr(fused.FusedKernel, "run", spy)
+    monkeypatch.setattr(fused, "WORTH_ROW", 0)
+    for module in (fused, patterns):
+        monkeypatch.setattr(module, "SIDE", 8)
+    return ran
+
+
+@pytest.mark.parametrize("name", GUARDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("scratch", [1, 300, 1 << 18])
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_rows_equal_dense_attention(
+    name: str,
+    shape: tuple[int, ...],
+    scratch: int,
+    lanes: int,
+    rows: list[fused.Unit],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fused, "SCRATCH", scratch)
+    monkeypatch.setattr(fused, "_WAITING", scratch)
+    monkeypatch.setattr(kernel_module, "_lanes", lambda problem: lanes)
+    guard, mask = GUARDS[name]
+    q, k, v = operands(shape, torch.float64)
+    keep = keep_of(mask, shape[1], shape[3], shape[4])
+    got = tiled_attention(q, k, v, [], str(attention(guard, group=shape[2])), shape[-1])
+    assert_close(got, reference(q, k, v, keep, 0.3), _eager(q, k, v, keep, 0.3))
+    assert bool(rows) == bool(keep.any())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["window", "sinks", "per head", "empty prefix", "two stripes"])
+def test_types(dtype: torch.dtype, name: str, rows: list[fused.Unit]) -> None:
+    guard, mask = GUARDS[name]
+    q, k, v = operands(SHAPES[2], dtype)
+    keep = keep_of(mask, 4, 40, 57)
+    got = tiled_attention(q, k, v, [], str(attention(guard, group=2)), 8)
+    assert got.dtype == dtype
+    assert_close(got, reference(q, k, v, keep, 0.3), _eager(q, k, v, keep, 0.3))
+    assert rows
+
+
+@pytest.mark.parametrize("layout", ["bshd", "expanded", "packed qkv"])
+def test_strided_inputs(layout: str, rows: list[fused.Unit]) -> None:
+    b, h, s = 2, 3, 29
+    views = {
+        "bshd": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+        "expanded": lambda t: t[:, :1].expand(-1, h, -1, -1),
+        "packed qkv": lambda t: torch.stack([t, t, t], 2)[:, :, 1],
+    }
+    q, k, v = (views[layout](t) for t in operands((b, h, 1, s, s, 8, 8, 8), torch.float64))
+    for name in ("window", "sinks", "per head"):
+        guard, mask = GUARDS[name]
+        keep = keep_of(mask, h, s, s)
+        got = tiled_attention(q, k, v, [], str(attention(guard)), 8)
+        assert_close(got, reference(q, k, v, keep, 0.3), _eager(q, k, v, keep, 0.3))
+    assert rows
+
+
+def test_large_scores_in_pieces(rows: list[fused.Unit], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "SCRATCH", 100)
+    q, k, v = operands(SHAPES[1])
+    q, k = q * 100, k * 100
+    guard, mask = GUARDS["causal"]
+    keep = keep_of(mask, 4, 33, 33)
+    got = tiled_attention(q, k, v, [], str(attention(guard, QK)), 8)
+    assert_close(got, reference(q, k, v, keep, 1.0), _eager(q, k, v, keep, 1.0))
+    assert any(len(fused.pieces(unit.row, 8)) > 2 for unit in rows)
+
+
+def test_a_mask_of_the_batch_entry_is_read_in_every_call(rows: list[fused.Unit]) -> None:
+    shape = (2, 4, 2, 40, 40, 8, 8, 8)
+    q, k, v = operands(shape, torch.float64)
+    reads = (TensorDecl("M", ("b", "kv"), dtype="bool"),)
+    text = str(attention((Q >= KV) & Read("M", (B, KV)), group=2, reads=reads))
+    for seed in range(2):
+        some = torch.rand(2, 40, generator=torch.Generator().manual_seed(seed)) < 0.5
+        keep = torch.tril(torch.ones(40, 40, dtype=torch.bool)) & some[:, None, None]
+        got = tiled_attention(q, k, v, [some], text, 8)
+        assert_close(got, reference(q, k, v, keep, 0.3), _eager(q, k, v, keep, 0.3))
+        assert (got[~keep.any(-1).expand(2, 4, 40)] == 0).all()
+    assert {unit.batch for unit in rows} == {(0, 1), (1, 2)}
+
+
+def test_a_square_is_evaluated_once(
+    rows: list[fused.Unit], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    original = patterns.Squares.add
+
+    def spy(self: Any, place: Any, square: Tensor) -> Tensor:
+        asked.append(place)
+        return original(self, place, square)
+
+    monkeypatch.setattr(patterns.Squares, "add", spy)
+    patterns._squares.cache_clear()
+    q, k, v = operands((1, 2, 1, 64, 64, 8, 8, 8), torch.float64)
+    guard = (Q - KV >= 0) & (Q - KV < 24)
+    first = tiled_attention(q, k, v, [], str(attention(guard)), 8)
+    assert len(asked) == len(set(asked)) == 8 + 5  # the diagonal, and the far edge of the window
+    known = patterns._squares(guard, tuple(sorted({"b": 1, "h": 2, "hkv": 2, "q": 64, "kv": 64,
+                                                   "d": 8, "f": 8}.items())))  # fmt: skip
+    assert len(known._distinct) == 2
+    assert torch.equal(tiled_attention(q, k, v, [], str(attention(guard)), 8), first)
+    assert len(asked) == 8 + 5
+
+
+def test_pieces_cover_the_row() -> None:
+    keys = ((0, 300), (512, 5000), (6000, 6001))
+    row = fused.Row((0, 128), keys, ((0, 300), (900, 1000)), True, 38, 30)
+    parts = fused.pieces(row, 64)
+    assert sum(part.width for part in parts) == row.width
+    assert parts[0].keys[0] == (0, 300)
+    assert all(part.width * (128 + 128) <= fused.SCRATCH for part in parts)
+    masked = [(at + a, at + b) for at, part in _starts(parts) for a, b in part.masked]
+    assert sum(high - low for low, high in masked) == 400
+    plain = fused.Row((0, 128), ((0, 100_000),), (), True, 782, 782)
+    assert fused.pieces(plain, 64) == [plain]
+
+
+def _starts(parts: list[fused.Row]) -> list[tuple[int, fused.Row]]:
+    at, found = 0, []
+    for part in parts:
+        found.append((at, part))
+        at += part.width
+    return found
+
+
+def test_merging_weighs_pieces_by_their_sums() -> None:
+    results = torch.tensor([[1.0], [3.0], [7.0]]).view(3, 1, 1, 1, 1).expand(-1, -1, -1, 2, -1)
+    sums = torch.tensor([[math.log(1), -math.inf], [math.log(3), -math.inf], [-math.inf] * 2])
+    got = fused.merged(results.clone(), sums.view(3, 1, 1, 2))
+    assert got.flatten().tolist() == pytest.approx([2.5, 0.0])
+
+
+def test_a_smaller_tile_must_save_what_it_costs() -> None:
+    fixed = {"q": 4096, "kv": 4096, "h": 2}
+    narrow, wide = attention((Q >= KV) & (Q - KV < 16)), attention((Q >= KV) & (Q - KV < 1024))
+    scattered = attention((call("abs", Q % 128 - KV % 128) <= 16) & (H >= 0))
+    assert choose_block(narrow, fixed) == 32
+    assert choose_block(wide, fixed) == 128
+    assert choose_block(scattered, fixed) == 128
