@@ -232,7 +232,8 @@ class _Store:
             save_file(arrays, part, metadata=metadata)
             os.replace(part, self.path)
         except (OSError, SafetensorError) as error:
-            raise ToolError(f"{self.path} cannot be written: {error}") from None
+            reason = f"{self.path} cannot be written: {error}"
+            raise ToolError(reason, stage="calibration") from None
 
 
 @dataclass(frozen=True)

@@ -416,11 +416,10 @@ def test_lengths_the_examples_did_not_have(causal: bool, tmp_path: Any) -> None:
     assert all(s.cost_after.tiles is None for s in sites if s.cost_after is not None)
     ar.save(fast, tmp_path / "out")
     again = ar.load(tmp_path / "out")
-    replayed = ar.optimize(model, "exact", (torch.randn(2, 24, 32),), plan=fast.plan)
     for length in (24, 7, 31):  # whole segments, and parts of one
         x = torch.randn(3, length, 32)
         want = by_hand(model, x, segments(length, 6, causal))
-        for one in (fast, again, replayed):
+        for one in (fast, again):
             torch.testing.assert_close(one(x), want, rtol=0, atol=2e-5)
 
 
@@ -436,6 +435,8 @@ def test_forms_of_one_length(policy: str, split: Split) -> None:
     model, x = Attention(True).eval(), torch.randn(2, 24, 32)
     fast = ar.optimize(model, policy, (x,), dynamic_shapes={})
     torch.testing.assert_close(fast(x), by_hand(model, x, split), rtol=0, atol=2e-5)
+    again = ar.optimize(model, "exact", (x,), plan=fast.plan, dynamic_shapes={})
+    assert torch.equal(again(x), fast(x))
     dynamic = ar.optimize(model, "combiner(kind='logsparse')", (x,))
     assert {r.code for r in dynamic.report.all_refusals()} == {"combiner-dynamic"}
 

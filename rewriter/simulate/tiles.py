@@ -13,6 +13,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -148,13 +149,21 @@ def windows(length: int, window: int, stride: int, causal: bool) -> tuple[Ints, 
 
 
 def _axis(case: Case, axis: int) -> Axis:
+    return _line(
+        case.grid[axis], case.window[axis], case.stride[axis], case.dilation[axis],
+        case.causal[axis], case.tile_q[axis], case.tile_kv[axis],
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=8192)  # a search asks for the same axes again and again
+def _line(
+    length: int, window: int, stride: int, dilation: int, causal: bool, tile_q: int, tile_kv: int
+) -> Axis:
     """Dilation groups of an axis are attentions of their own, one after the other."""
-    length, dilation = case.grid[axis], case.dilation[axis]
-    tile_q, tile_kv = case.tile_q[axis], case.tile_kv[axis]
     visited, full, pairs = [], [], 0
     for group in range(dilation):
         size = len(range(group, length, dilation))
-        start, end = windows(size, case.window[axis], case.stride[axis], case.causal[axis])
+        start, end = windows(size, window, stride, causal)
         pairs += int((end - start).sum())
         first = np.arange(0, size, tile_q)
         last = np.minimum(first + tile_q, size) - 1
