@@ -1,6 +1,6 @@
 """Fine-tuning with clipped softmax and with gates: outliers of activations before and after.
 
-    python examples/train_without_outliers.py [--steps 100]
+    python examples/train_without_outliers.py [--steps 40]
 
 A small transformer learns a task where most positions have nothing to attend to, which is what
 makes heads push softmax towards exact zeros (Bondarenko et al. 2023, Quantizable Transformers).
@@ -170,5 +170,5 @@ def main(steps: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=40)
     main(parser.parse_args().steps)

@@ -110,7 +110,7 @@ def test_no_head_is_below_the_budget_on_the_held_out_half(policy, seed):
         for part in (made.q, made.k):
             part.weight.view(4, 8, 32).mul_(torch.rand(4, 1, 1) * 3 + 0.2)
     given = calls(6, 24 + 9 * seed, seed)
-    middle = ar.optimize(made, policy, (X,))
+    middle = ar.optimize(made, "int8" if "calibrated" in policy else policy, (X,))
     budget = float(sorted(torch.stack([per_head(middle, made, x) for x in given]).amin(0))[1])
     found = ar.optimize(made, policy, (X,), calibration=given, budget=f"site: cosine>={budget}")
     free = {h for s in found.plan.steps if s.text == "exact" for h in s.heads or range(4)}

@@ -23,7 +23,7 @@ DEMO = ("demo.py", "demo_embeddings.py", "demo_texts.py")
 
 # Run by tests/test_quantize_kernels.py.
 ELSEWHERE = ("quantised_embeddings.py",)
-# About a minute each on two cores.
+# Some twenty seconds each on an idle machine.
 LONG = ("video_paro_int8.py", "train_without_outliers.py")
 
 
