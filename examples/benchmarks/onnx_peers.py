@@ -2,9 +2,9 @@
 
 The roads: torch's plain export; that file through ``onnxruntime.transformers.optimizer``; the same
 export through ``onnxscript``'s ``optimize_for_ort``; and `attn_rewrite.export_onnx` under the
-policy ``exact`` for ONNX Runtime.  Random weights, two layers, one attention a layer.  Files are compared
-with PyTorch at the exported batch and length and at others; all that load are timed in one process
-in turns, and the ratio is that of the plain export's minimum.
+policy ``exact`` for ONNX Runtime.  Random weights, two layers, one attention a layer.  Files are
+compared with PyTorch at the exported batch and length and at others; all that load are timed in one
+process in turns, and the ratio is that of the plain export's minimum.
 
     python examples/benchmarks/onnx_peers.py --length 512
 """
