@@ -42,11 +42,10 @@ def _one_past(_model: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
     lengths are known to be equal.
     """
     first, *others = pytree.tree_leaves(kwargs[PAST])
-    for tensor in others:
-        torch._check(tensor.shape[2] == first.shape[2])
-    for value in (*others, *kwargs.values()):
-        if isinstance(value, torch.Tensor):
-            torch._check(value.shape[0] == first.shape[0])
+    equal = [tensor.shape[2] == first.shape[2] for tensor in others]
+    tensors = [v for v in (*others, *kwargs.values()) if isinstance(v, torch.Tensor)]
+    for fact in (*equal, *(v.shape[0] == first.shape[0] for v in tensors)):
+        torch._check(fact)  # type: ignore[no-untyped-call]
 
 
 def step_inputs(
@@ -130,4 +129,3 @@ def _past(model: nn.Module, first: dict[str, Any]) -> Any:
         )
     make_known(cache)
     return cache
-

@@ -94,11 +94,9 @@ def _dynamic(original: ExportedProgram, args: Any, kwargs: Any, lengths: bool) -
         value = values.get(name) if isinstance(name, str) else None
         if not isinstance(leaf, torch.Tensor) or not isinstance(value, torch.Tensor):
             continue
-        free = {
-            i: Dim.AUTO
-            for i, size in enumerate(value.shape)
-            if not (isinstance(size, int) or (i and not lengths))
-        }
+        free = {i: Dim.AUTO for i, size in enumerate(value.shape) if not isinstance(size, int)}
+        if not lengths:
+            free = {i: kind for i, kind in free.items() if i == 0}
         if free:
             shapes[leaf] = free
             some = True

@@ -109,7 +109,12 @@ def decoders() -> Callable[[str], tuple[torch.nn.Module, Any]]:
 
 
 FORMS = {"portable": "half", "onnxruntime": "GroupQueryAttention"}
-PAIRS = [("llama", "portable"), *((name, "onnxruntime") for name in MODELS)]
+PAIRS = [
+    ("llama", "portable"),
+    ("llama", "onnxruntime"),
+    ("gpt2", "onnxruntime"),
+    pytest.param("qwen3", "onnxruntime", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize(("name", "target"), PAIRS)
@@ -149,7 +154,9 @@ def check_operators(path: Path, heads: int, **options: int | bytes) -> None:
         assert wanted.items() <= found.items()
 
 
-@pytest.mark.parametrize("target", ["portable", "onnxruntime"])
+@pytest.mark.parametrize(
+    "target", [pytest.param("portable", marks=pytest.mark.slow), "onnxruntime"]
+)
 def test_a_cache_of_codes(
     decoders: Callable[[str], tuple[torch.nn.Module, Any]], target: str, tmp_path: Path
 ) -> None:

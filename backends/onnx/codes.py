@@ -139,10 +139,11 @@ def _quantise(model: ir.Model, past: ir.Value, scale: np.ndarray[Any, Any], r: R
 
 def _append_to(past: ir.Value) -> ir.Node:
     """The one Concat that reads ``past``; what only forwards it is taken out."""
-    for node in list(past.consumers()):
-        if node.op_type == "Identity":
-            node.outputs[0].replace_all_uses_with(past)
-            _append_to(past)
+    forwards = [n for n in past.consumers() if n.op_type == "Identity"]
+    while forwards:
+        held = forwards.pop().outputs[0]
+        forwards += [n for n in held.consumers() if n.op_type == "Identity"]
+        held.replace_all_uses_with(past)
     users = [n for n in past.consumers() if n.op_type not in ("Identity", "Shape")]
     if len(users) != 1 or users[0].op_type != "Concat":
         what = ", ".join(sorted({n.op_type for n in users})) or "nothing"
