@@ -26,7 +26,7 @@ from attn_rewrite.graph import (  # fmt: skip
     shape_of,
     source_line,
 )
-from attn_rewrite.passes.find.anchor import SDPA, refuse
+from attn_rewrite.passes.find.anchor import FUSED, refuse
 from attn_rewrite.passes.find.axes import Atoms, Axes
 from attn_rewrite.passes.find.facts import kind_of, layout_text, length_of
 from attn_rewrite.passes.find.product import Product
@@ -95,7 +95,7 @@ AV[b, h, q, f] = AM[b, h, q, kv] * V[b, h, kv, f]
 
 def recognise(node: fx.Node, refusal: Refusal, module: fx.GraphModule, name: str) -> Site | None:
     """The Site around a softmax that `match` refused, if it is an attention after all."""
-    if op_name(node) == SDPA or not is_tensor(node) or not shape_of(node):
+    if op_name(node) in FUSED or not is_tensor(node) or not shape_of(node):
         return None
     if refusal.code in (
         "no-score-product",
