@@ -17,6 +17,7 @@ from attn_rewrite.graph import (
     aten,
     copy_graph,
     extents,
+    has_effect,
     op_name,
     restore,
 )
@@ -130,7 +131,7 @@ def sweep(graph: fx.Graph) -> None:
 
 def _has_effect(node: fx.Node) -> bool:
     return node.op in ("placeholder", "output") or (
-        node.is_impure() and op_name(node) not in _RANDOM
+        has_effect(node) and op_name(node) not in _RANDOM
     )
 
 

@@ -125,26 +125,31 @@ def rewrite_graph(
     from attn_rewrite.driver import Stopwatch, decide, graph_text, replacements
     from attn_rewrite.passes.canonicalize import canonicalize
     from attn_rewrite.passes.find import find
-    from attn_rewrite.retrace import retrace
+    from attn_rewrite.retrace import is_flex, retrace, without_blocks
 
     opaque = _opaque(gm)
     if opaque is not None:
         return gm, _recorded(GraphRecord((), {}, (opaque,)))
     watch = Stopwatch(dumper=knobs.Dumper(knobs.graph_directory()))
     dump = watch.dumper.write
-    traced = retrace(gm, example_inputs)
+    traced = retrace(without_blocks(gm), example_inputs)
     dump("capture", lambda: graph_text(traced), suffix=".fx")
     host = canonicalize(traced)
     dump("canonicalize", lambda: graph_text(host), suffix=".fx")
     findings = find(host)
     if not findings.sites:
-        return traced, _recorded(GraphRecord((), {}, findings.refusals))
+        left = gm if any(map(is_flex, gm.graph.nodes)) else traced
+        return left, _recorded(GraphRecord((), {}, findings.refusals))
     plan, decisions = decide(findings, _for_graph(policy, findings.sites), None, watch, backend)
     done = {d.site.name: d.kernel.name for d in decisions if d.kernel is not None}
     said = tuple(d.refusal for d in decisions if d.refusal is not None)
     refusals = (*findings.refusals, *plan.refusals, *said)
-    record = GraphRecord(findings.sites, done, refusals, plan.steps)
     rewritten = splice(traced, replacements(decisions))
+    if any(map(is_flex, rewritten.graph.nodes)):
+        return gm, _recorded(
+            GraphRecord(findings.sites, {}, (*refusals, *_blocks_needed(rewritten)))
+        )
+    record = GraphRecord(findings.sites, done, refusals, plan.steps)
     if rewritten is not traced:
         settle(rewritten)
     dump("spliced", lambda: graph_text(rewritten), suffix=".fx")
@@ -154,7 +159,6 @@ def rewrite_graph(
 # Operators with a graph of their own inside that cannot be traced again.
 _OPAQUE = {
     "tag_activation_checkpoint": "activation checkpointing",
-    "flex_attention": "flex_attention",
 }
 
 
@@ -171,6 +175,19 @@ def _opaque(gm: fx.GraphModule) -> Refusal | None:
             )
             return Refusal("opaque-operator", reason, str(node.format_node()), source_line(node))
     return None
+
+
+def _blocks_needed(rewritten: fx.GraphModule) -> tuple[Refusal, ...]:
+    """Why a graph with a call of flex_attention that stays is left as it is."""
+    from attn_rewrite.graph import source_line
+    from attn_rewrite.retrace import is_flex
+
+    node = next(filter(is_flex, rewritten.graph.nodes))
+    reason = (
+        "a call of flex_attention stays in this graph, and its block lists cannot be traced again "
+        "just in time: the whole graph is left as it is"
+    )
+    return (Refusal("flex-blocks", reason, str(node.format_node()), source_line(node)),)
 
 
 def _recorded(record: GraphRecord) -> GraphRecord:

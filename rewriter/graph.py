@@ -239,9 +239,36 @@ def source_line(node: fx.Node) -> str | None:
     return best
 
 
+# Operators that read the shape and type of their first argument, not its values.
+_SHAPE_ONLY = frozenset(
+    "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty "
+    "sym_size sym_numel sym_stride".split()
+)
+
+
 def live_users(node: fx.Node) -> list[fx.Node]:
-    """Users that matter: metadata assertions and nodes without effect or use are left out."""
-    return [u for u in node.users if not _is_dead(u)]
+    """Users that matter: those that read only the shape, metadata assertions and nodes without
+    effect or use are left out."""
+    return [u for u in node.users if not _reads_shape(u, node) and not _is_dead(u)]
+
+
+def _reads_shape(user: fx.Node, node: fx.Node) -> bool:
+    return (
+        op_name(user) in _SHAPE_ONLY
+        and user.all_input_nodes.count(node) == 1
+        and user.args[0] is node
+    )
+
+
+# Functions that open and close a level of `torch.vmap`, where a captured graph has one.
+_LEVELS = frozenset(
+    {"_vmap_increment_nesting", "_vmap_decrement_nesting", "lazy_load_decompositions"}
+)
+
+
+def has_effect(node: fx.Node) -> bool:
+    """True for a node that must stay although nothing reads it."""
+    return node.is_impure() or op_name(node) in _LEVELS
 
 
 # Something that is not used after so many nodes counts as used: looking further would make every
@@ -256,7 +283,7 @@ def _is_dead(node: fx.Node) -> bool:
         here = queue.pop()
         if op_name(here) in ("_assert_tensor_metadata", "_guards_fn"):
             continue
-        if here.op != "call_function" or here.is_impure() or len(seen) > _DEAD_NODES:
+        if here.op != "call_function" or has_effect(here) or len(seen) > _DEAD_NODES:
             return False
         new = [u for u in here.users if u not in seen]
         seen.update(new)

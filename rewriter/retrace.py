@@ -48,6 +48,32 @@ def retrace(module: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:
     return traced
 
 
+def is_flex(node: fx.Node) -> bool:
+    """True for a call of ``flex_attention``."""
+    return node.op == "call_function" and getattr(node.target, "__name__", "") == "flex_attention"
+
+
+def without_blocks(module: fx.GraphModule) -> fx.GraphModule:
+    """``module`` with the block lists of ``flex_attention`` left out, for tracing only.
+
+    They say again where the mask function is empty, and how they are made (in-place writes inside
+    `torch.vmap`) cannot be traced a second time.  The same object without such a call.
+    """
+    if not any(map(is_flex, module.graph.nodes)):
+        return module
+    graph = fx.Graph()
+    output = graph.output(graph.graph_copy(module.graph, {}))
+    output.meta = dict(next(n for n in reversed(module.graph.nodes) if n.op == "output").meta)
+    copy = fx.GraphModule(module, graph)
+    for node in filter(is_flex, copy.graph.nodes):
+        *lists, mask = node.args[4]
+        kept = tuple(None if isinstance(x, fx.Node) else x for x in lists)
+        node.args = (*node.args[:4], (*kept, mask), *node.args[5:])
+    copy.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))
+    copy.recompile()
+    return copy
+
+
 def _named_parameter(node: fx.Node) -> bool:
     source = node.meta.get("tensor_dict") or {}
     name = str(getattr(node, "_dynamo_source", "") or node.target)

@@ -450,3 +450,83 @@ def counted_positions(q, k, v):
     ones = torch.ones(q.shape[2], q.shape[2])
     drop = ones.cumsum(-1) > ones.cumsum(-2)
     return (q @ k.mT / root(q)).masked_fill(drop, -math.inf).softmax(-1) @ v
+
+
+@plain
+def einsum_with_the_scale_as_an_operand(q, k, v):
+    scale = torch.full((q.shape[-1],), 1 / root(q), dtype=q.dtype)
+    a = torch.einsum("bhid,bhjd,d->bhij", q, k, scale)
+    return torch.einsum("bhij,bhjd->bhid", a.softmax(-1), v)
+
+
+@plain
+def products_kept_and_summed(q, k, v):
+    s = (q[:, :, :, None] * k[:, :, None]).sum(-1, keepdim=True) / root(q)
+    return (s.softmax(3) * v[:, :, None]).sum(3)
+
+
+@plain
+def late_reciprocal(q, k, v):
+    s = q @ k.mT / root(q)
+    e = (s - s.amax(-1, True)).exp()
+    return (e @ v) * e.sum(-1, True).reciprocal()
+
+
+@plain
+def logarithm_of_a_shifted_sum(q, k, v):
+    s = q @ k.mT / root(q)
+    m = s.amax(-1, keepdim=True)
+    return (s - (m + (s - m).exp().sum(-1, keepdim=True).log())).exp() @ v
+
+
+@plain
+def epsilon_below_rounding(q, k, v):
+    s = q @ k.mT / root(q)
+    e = (s - s.amax(-1, keepdim=True)).exp()
+    return (e / (e.sum(-1, keepdim=True) + 1e-30)) @ v
+
+
+@plain
+def a_tensor_per_row_added(q, k, v):
+    return (q @ k.mT / root(q) + q.sum(-1, keepdim=True)).softmax(-1) @ v
+
+
+@causal
+def lower_triangle_of_exponentials(q, k, v):
+    e = (q @ k.mT / root(q)).exp().tril()
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+@causal
+def lower_triangle_renormalised(q, k, v):
+    p = (q @ k.mT / root(q)).softmax(-1).tril()
+    return (p / p.sum(-1, keepdim=True)) @ v
+
+
+@causal
+def scores_set_by_a_mask(q, k, v):
+    s = q @ k.mT / root(q)
+    s[:, :, ~keep(s)] = -math.inf
+    return s.softmax(-1) @ v
+
+
+@causal
+def bias_set_by_a_mask(q, k, v):
+    s = q @ k.mT / root(q)
+    bias = torch.zeros(s.shape[-2:], dtype=s.dtype)
+    bias[~keep(s)] = -math.inf
+    return (s + bias).softmax(-1) @ v
+
+
+@causal
+def mask_repeated_over_the_batch(q, k, v):
+    s = q @ k.mT / root(q)
+    mask = keep(s)[None, None].repeat(q.shape[0], q.shape[1], 1, 1)
+    return s.masked_fill(mask.logical_not(), -math.inf).softmax(-1) @ v
+
+
+@causal
+def shifted_and_masked_exponentials(q, k, v):
+    s = (q @ k.mT / root(q)).masked_fill(~keep(q @ k.mT), -math.inf)
+    e = (s - s.amax(-1, keepdim=True)).exp() * keep(s)
+    return (e / e.sum(-1, keepdim=True)) @ v

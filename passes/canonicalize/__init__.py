@@ -6,20 +6,30 @@ import importlib
 
 from torch import fx
 
-from attn_rewrite.graph import GraphBuilder, copy_graph, op_name, rounds
+from attn_rewrite.graph import GraphBuilder, copy_graph, has_effect, op_name, rounds
 from attn_rewrite.memory import written
 from attn_rewrite.passes.canonicalize.base import WRITES, Canonicalization
+from attn_rewrite.passes.find.vmapped import mapped
 
 # "module:Class" of every canonicalisation, in the order they are tried on a node; a new spelling is
 # one line here.
 SPELLINGS: tuple[str, ...] = (
     "alias:Alias",
+    "alias:OfTwo",
+    "alias:Repeat",
     "alias:MoveAxes",
     "in_place:InPlace",
     "baddbmm:Baddbmm",
+    "einsum_of_many:EinsumOfMany",
+    "distance:SquaredDifference",
+    "distance:SquaredDistance",
+    "distance:CosineSimilarity",
+    "placed:BooleanIndex",
+    "placed:PaddedColumn",
     "product_sum:ProductSum",
     "log_sum_exp:EinsumOfOne",
     "log_sum_exp:LogSumExp",
+    "log_sum_exp:ShiftedLogSumExp",
     "exponential:Exponential",
     "masked_exponential:MaskedExponential",
     "masked_exponential:Renormalised",
@@ -64,7 +74,7 @@ def canonicalize(
         return module
     for name, new in changed.items():
         setattr(copy, name, new)
-    copy.graph.eliminate_dead_code()
+    copy.graph.eliminate_dead_code(has_effect)
     copy.recompile()
     return copy
 
@@ -72,7 +82,11 @@ def canonicalize(
 def _run(module: fx.GraphModule, targets: dict[str, list[Canonicalization]]) -> int:
     """Rewrite every node to a fixed point; the number of edits."""
 
+    inside = mapped(module.graph)  # a mapped function stays as it is
+
     def rules(node: fx.Node) -> list[Canonicalization]:
+        if node in inside:
+            return []
         writes = targets.get(WRITES, []) if written(node) else []
         named = [] if rounds(node) else targets.get(op_name(node), [])  # no rule is for rounding
         return [*named, *writes]

@@ -1,4 +1,5 @@
-"""``log(exp(x).sum(dim))`` -> ``logsumexp(x, dim)``; ``einsum("..k->..")`` -> a sum."""
+"""``log(exp(x).sum(dim))`` -> ``logsumexp(x, dim)``, with the shift by a maximum or without;
+``einsum("..k->..")`` -> a sum."""
 
 from __future__ import annotations
 
@@ -7,8 +8,9 @@ from typing import ClassVar
 
 from torch import fx
 
-from attn_rewrite.graph import GraphBuilder, arguments, aten, is_call, shape_of
+from attn_rewrite.graph import GraphBuilder, arguments, aten, is_call, is_tensor, shape_of
 from attn_rewrite.passes.canonicalize.base import Canonicalization
+from attn_rewrite.sizes import as_size, same_size
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,30 @@ class LogSumExp(Canonicalization):
         dims = [dims] if isinstance(dims, int) else list(dims)
         args = (named["self"].args[0], dims, bool(named.get("keepdim")))
         return build.call(aten.logsumexp.default, *args)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class ShiftedLogSumExp(Canonicalization):
+    """``m + logsumexp(x - m)`` is ``logsumexp(x)`` where m is constant along the axis."""
+
+    name: ClassVar[str] = "shifted-log-sum-exp"
+    targets: ClassVar[frozenset[str]] = frozenset({"add"})
+
+    def rewrite(self, node: fx.Node, build: GraphBuilder) -> fx.Node | None:
+        """Rewrite where the same m, of length 1 along one kept axis, is taken off and added."""
+        for total, shift in (node.args[:2], node.args[1::-1]):
+            if not is_call(total, "logsumexp") or not is_tensor(shift) or node.kwargs:
+                continue
+            named = arguments(total)  # type: ignore[arg-type]
+            shifted, dims = named["self"], list(named["dim"])
+            if not is_call(shifted, "sub") or shifted.args[1] is not shift or shifted.kwargs:
+                continue
+            rank, part = len(shape_of(shifted)), shape_of(shift)
+            if not named["keepdim"] or len(dims) != 1 or len(part) != rank:
+                continue
+            if same_size(as_size(part[dims[0]]), 1):
+                return build.call(aten.logsumexp.default, shifted.args[0], dims, True)  # type: ignore[no-any-return]
+        return None
 
 
 @dataclass(frozen=True)

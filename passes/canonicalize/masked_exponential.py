@@ -23,6 +23,11 @@ def zeroed(node: Any, build: GraphBuilder) -> tuple[fx.Node, fx.Node, bool] | No
             if is_tensor(x) and is_tensor(mask) and value_of(mask).dtype == torch.bool:
                 return x, mask, True
         return None
+    if is_call(node, "tril", "triu"):
+        source: Any = node.args[0]
+        shape = source.args[0] if is_call(source, "exp", "softmax") else source  # it may go
+        ones = build.call(aten.ones_like.default, shape, dtype=torch.bool)
+        return source, build.call(node.target, ones, *node.args[1:], **node.kwargs), True
     if not is_call(node, "masked_fill", "where"):
         return None
     named = arguments(node)
@@ -56,7 +61,7 @@ class MaskedExponential(Canonicalization):
     """exp(-inf) is 0: a mask on the exponential is a mask on the exponent."""
 
     name: ClassVar[str] = "masked-exponential"
-    targets: ClassVar[frozenset[str]] = frozenset({"mul", "masked_fill", "where"})
+    targets: ClassVar[frozenset[str]] = frozenset({"mul", "masked_fill", "where", "tril", "triu"})
 
     def rewrite(self, node: fx.Node, build: GraphBuilder) -> fx.Node | None:
         """Rewrite where the mask is a truth value of the shape of the exponential or smaller."""

@@ -83,10 +83,10 @@ def _never_binds(clamp: fx.Node, exponential: fx.Node) -> bool:
     low = named.get("min")
     if named.get("max") is not None or not isinstance(low, (int, float)):
         return False
-    return low <= (1 if _is_shifted(exponential) else torch.finfo(value_of(clamp).dtype).eps)
+    return low <= (1 if is_shifted(exponential) else torch.finfo(value_of(clamp).dtype).eps)
 
 
-def _is_shifted(exponential: fx.Node) -> bool:
+def is_shifted(exponential: fx.Node) -> bool:
     """True for ``exp(x - max(x))``."""
     shifted = exponential.args[0]
     if not is_call(shifted, "sub", "sub_") or not isinstance(shifted, fx.Node):
@@ -104,6 +104,16 @@ def softmax_of(build: GraphBuilder, exponential: fx.Node, axis: int) -> fx.Node:
     return build.call(aten.softmax.int, exponential.args[0], axis)  # type: ignore[no-any-return]
 
 
+def _fraction(node: fx.Node) -> tuple[Any, Any]:
+    """(numerator, denominator) of a division or of a product with a reciprocal."""
+    top, bottom = node.args[0], node.args[1]
+    if op_name(node) != "mul":
+        return top, bottom
+    if inverted(bottom) is None:
+        top, bottom = bottom, top
+    return top, inverted(bottom)
+
+
 @dataclass(frozen=True)
 class SoftmaxQuotient(Canonicalization):
     """An exponential divided by its own sum is a softmax."""
@@ -113,11 +123,7 @@ class SoftmaxQuotient(Canonicalization):
 
     def rewrite(self, node: fx.Node, build: GraphBuilder) -> fx.Node | None:
         """Rewrite ``e / e.sum(dim, keepdim=True)`` and ``e * (1 / e.sum(...))``."""
-        top, bottom = node.args[0], node.args[1]
-        if op_name(node) == "mul":
-            if inverted(bottom) is None:
-                top, bottom = bottom, top
-            bottom = inverted(bottom)
+        top, bottom = _fraction(node)
         found = summed_exponential(bottom)
         if found is None or through(top, "to", "clone", "contiguous", "detach") is not found[0]:
             return None
@@ -129,13 +135,13 @@ class LateQuotient(Canonicalization):
     """``(exp(x) @ v) / exp(x).sum(k)`` -> ``softmax(x) @ v``: the division after the product."""
 
     name: ClassVar[str] = "late-quotient"
-    targets: ClassVar[frozenset[str]] = frozenset({"div", "div_"})
+    targets: ClassVar[frozenset[str]] = frozenset({"div", "div_", "mul"})
 
     def rewrite(self, node: fx.Node, build: GraphBuilder) -> fx.Node | None:
         """Rewrite where the sum runs over the contracted (last) axis of the left operand."""
-        product, bottom = node.args[0], node.args[1]
+        product, bottom = _fraction(node)
         found = summed_exponential(bottom)
-        contraction = product_of(product) if is_tensor(product) else None  # type: ignore[arg-type]
+        contraction = product_of(product) if is_tensor(product) else None
         if found is None or contraction is None or not isinstance(product, fx.Node):
             return None
         exponential, axis = found

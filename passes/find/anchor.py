@@ -25,6 +25,8 @@ from attn_rewrite.sizes import as_size, same_size
 
 SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
 SDPA = "scaled_dot_product_attention"
+FLEX = "flex_attention"
+FUSED = frozenset({SDPA, FLEX})
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,15 +65,30 @@ def refuse(code: str, reason: str, node: fx.Node) -> Refusal:
 
 def is_anchor(node: fx.Node) -> bool:
     """True for nodes that may be the softmax of an attention."""
-    return op_name(node) in SOFTMAX or op_name(node) == SDPA
+    return op_name(node) in SOFTMAX | FUSED
 
 
 def open_anchor(node: fx.Node, module: torch.nn.Module) -> Anchor | Refusal:
-    """Lift the scores of an anchor."""
-    return _open_sdpa(node, module) if op_name(node) == SDPA else _open_softmax(node, module)
+    """Lift the scores of an anchor.
+
+    Only where they hold no product at all a broadcasting multiplication is taken for one: queries
+    and keys of width 1.
+    """
+    if op_name(node) == SDPA:
+        return _open_sdpa(node, module)
+    if op_name(node) == FLEX:
+        from attn_rewrite.passes.find.flex import open_flex
+
+        return open_flex(node, module)
+    anchor = _open_softmax(node, module)
+    if isinstance(anchor, Anchor) and not anchor.lifter.dots:
+        return _open_softmax(node, module, outer=True)
+    return anchor
 
 
-def _open_softmax(node: fx.Node, module: torch.nn.Module) -> Anchor | Refusal:
+def _open_softmax(
+    node: fx.Node, module: torch.nn.Module, *, outer: bool = False
+) -> Anchor | Refusal:
     named = arguments(node)
     scores = named["self"]
     assert isinstance(scores, fx.Node)
@@ -83,7 +100,7 @@ def _open_softmax(node: fx.Node, module: torch.nn.Module) -> Anchor | Refusal:
     axes = Axes()
     dims = tuple(axes.line(s) if i == place else axes.fresh(s) for i, s in enumerate(shape))
     keys = dims[place]
-    lifter = Lifter(axes, module)
+    lifter = Lifter(axes, module, outer=outer)
     lifter.know_sizes(dims)
     expr = lifter.lift(scores, dims)
     assert expr is not None
@@ -107,19 +124,27 @@ def _without_sink(scores: fx.Node, place: int) -> tuple[fx.Node, fx.Node | None,
     return scores, None, False
 
 
-def _open_sdpa(node: fx.Node, module: torch.nn.Module) -> Anchor | Refusal:
-    named = arguments(node)
-    q, k, v = (named[n] for n in ("query", "key", "value"))
-    if not all(map(is_tensor, (q, k, v))):
-        return refuse(
-            "not-tensors", "an operand of scaled_dot_product_attention is not a tensor", node
-        )
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """The axes of a fused call: scores D0 over (batch, query, key), values and output."""
+
+    axes: Axes
+    lifter: Lifter
+    dims: tuple[Atoms, ...]
+    keys: Atoms
+    value_dims: tuple[Atoms, ...]
+    out_dims: tuple[Atoms, ...]
+    features: Atoms
+
+
+def pairs(
+    node: fx.Node, q: Any, k: Any, v: Any, *, gqa: bool, module: torch.nn.Module
+) -> Pairs | None:
+    """The axes of ``node``, which attends with q, k, v; None if their batches do not broadcast."""
     axes = Axes()
-    shared = _sdpa_axes(axes, q, k, v, named["enable_gqa"])
+    shared = _sdpa_axes(axes, q, k, v, gqa)
     if shared is None:
-        return refuse(
-            "sdpa-shapes", "the batch dimensions of query, key and value do not broadcast", node
-        )
+        return None
     batch_q, batch_k, batch_v = shared
     rows, keys = axes.fresh(shape_of(q)[-2]), axes.line(shape_of(k)[-2])
     width, features = axes.fresh(shape_of(q)[-1]), axes.fresh(shape_of(v)[-1])
@@ -139,17 +164,33 @@ def _open_sdpa(node: fx.Node, module: torch.nn.Module) -> Anchor | Refusal:
     lifter = Lifter(axes, module)
     lifter.know_sizes(dims)
     lifter.dots["D0"] = Dot("D0", product, dims, atoms)
+    values, out = (*batch_v, keys, features), (*batch_q, rows, features)
+    return Pairs(axes, lifter, dims, keys, values, out, features)
+
+
+def _open_sdpa(node: fx.Node, module: torch.nn.Module) -> Anchor | Refusal:
+    named = arguments(node)
+    q, k, v = (named[n] for n in ("query", "key", "value"))
+    if not all(map(is_tensor, (q, k, v))):
+        return refuse(
+            "not-tensors", "an operand of scaled_dot_product_attention is not a tensor", node
+        )
+    found = pairs(node, q, k, v, gqa=named["enable_gqa"], module=module)
+    if found is None:
+        return refuse(
+            "sdpa-shapes", "the batch dimensions of query, key and value do not broadcast", node
+        )
     scale = named["scale"]
     if scale is not None and not isinstance(scale, (int, float)):
         return refuse("tensor-scale", "the scale is a tensor, not a number", node)
     factor = 1.0 / math.sqrt(_width(q)) if scale is None else float(scale)
     score: Expr = Read("D0") * factor
-    masked = _sdpa_mask(lifter, named, dims, score)
+    masked = _sdpa_mask(found.lifter, named, found.dims, score)
     if isinstance(masked, str):
         return refuse("mask-shape", masked, node)
-    out = (*batch_q, rows, features)
-    value = ValueProduct(node, v, (*batch_v, keys, features), out, features)
-    return Anchor(node, axes, lifter, dims, keys, *masked, named["dropout_p"], value)
+    value = ValueProduct(node, v, found.value_dims, found.out_dims, found.features)
+    place = (node, found.axes, found.lifter, found.dims, found.keys)
+    return Anchor(*place, *masked, named["dropout_p"], value)
 
 
 def _width(q: fx.Node) -> float:

@@ -19,7 +19,7 @@ from attn_rewrite.graph import (
 )
 from attn_rewrite.passes.find.anchor import Anchor, ValueProduct, refuse
 from attn_rewrite.passes.find.axes import Atoms
-from attn_rewrite.passes.find.layout import push
+from attn_rewrite.passes.find.layout import coordinate, push
 from attn_rewrite.passes.find.product import Product, product_of
 from attn_rewrite.site import Refusal
 from attn_rewrite.sizes import as_size, same_size
@@ -143,6 +143,12 @@ def _factor(anchor: Anchor, here: Probabilities, user: fx.Node) -> Expr | None:
         mask = lift(user.args[1], user, here.dims, 0)
         fill = lift(arguments(user)["value"], user, (), 0)
         return None if mask is None or not _is_zero(fill) else where(mask, 0.0, 1.0)
+    if name in ("tril", "triu") and user.args[0] is here.node:
+        row, column = (coordinate(d, anchor.axes) for d in here.dims[-2:])
+        diagonal = arguments(user)["diagonal"]
+        if row is None or column is None or not isinstance(diagonal, int):
+            return None
+        return where(call("le" if name == "tril" else "ge", column, row + diagonal), 1.0, 0.0)
     if name == "where":
         named = arguments(user)
         condition = lift(named["condition"], user, here.dims, 0)

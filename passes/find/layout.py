@@ -160,6 +160,9 @@ def _pull_repeat(
     inner = dims[len(dims) - len(shape) :]
     repeats = arguments(node)["repeats"][len(dims) - len(shape) :]
     for size, coord, times in zip(shape, inner, repeats, strict=True):
+        if same_size(as_size(size), 1):
+            out.append(())  # however often it is repeated
+            continue
         if not isinstance(coord, Expr) and isinstance(times, int) and times != 1:
             parts = axes.regroup([coord], [times, size])
             if parts is None:

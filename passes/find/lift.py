@@ -21,7 +21,7 @@ from attn_rewrite.graph import arguments, is_tensor, op_name, shape_of, value_of
 from attn_rewrite.passes.find.axes import Atoms, Axes
 from attn_rewrite.passes.find.layout import Coord, Dims, atom_rank, coordinate, pull, pure
 from attn_rewrite.passes.find.operators import RULES, literal
-from attn_rewrite.passes.find.product import Product, product_of
+from attn_rewrite.passes.find.product import Product, outer_product, product_of
 from attn_rewrite.passes.find.vmapped import ENTER, LEAVE, varies
 from attn_rewrite.sizes import as_size, same_size
 
@@ -62,9 +62,13 @@ class Dot:
 class Lifter:
     """Lifts nodes of one graph in the coordinates of one site."""
 
-    def __init__(self, axes: Axes, module: torch.nn.Module) -> None:
+    def __init__(self, axes: Axes, module: torch.nn.Module, *, outer: bool = False) -> None:
+        """With ``outer`` a broadcasting multiplication counts as a product of width 1."""
         self.axes = axes
         self.module = module
+        self.outer = outer
+        self.bound: dict[fx.Node, Expr | fx.Node] = {}  # inputs of a graph that is called
+        self.places: dict[Expr, Atoms] = {}  # axes whose coordinate is an expression
         self.leaves: dict[str, Leaf] = {}
         self.dots: dict[str, Dot] = {}
         self._memo: dict[tuple[Any, ...], Expr | None] = {}
@@ -108,10 +112,14 @@ class Lifter:
                 expr = None
         if expr is None:
             atoms = pure(dims)
-            hidden = self._levels and varies(node)
+            hidden = (self._levels and varies(node)) or self._is_inside(node)
             expr = None if atoms is None or hidden else self._leaf(node, atoms)
         self._memo[key] = expr
         return expr
+
+    def _is_inside(self, node: fx.Node) -> bool:
+        """True for a node of a graph that is called: nothing outside can read it."""
+        return any(node.graph is n.graph for n in self.bound)
 
     def _is_too_large(self, expr: Expr) -> bool:
         size = sum(1 for _ in walk(expr))
@@ -157,6 +165,9 @@ class Lifter:
 
     def _open(self, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
         name = op_name(node)
+        if node in self.bound:
+            given = self.bound[node]
+            return given if isinstance(given, Expr) else self.lift(given, dims, depth + 1)
         if node.op == "get_attr":
             return self._constant(node, dims)
         if name == "to" and self._changes_kind(node):
@@ -168,7 +179,7 @@ class Lifter:
             return (self._enter if name == ENTER else self._leave)(node, dims, depth)
         if name == "dropout":
             return self._dropout(node, dims, depth)
-        product = product_of(node)
+        product = product_of(node) or (outer_product(node) if self.outer else None)
         if product is not None:
             return self._dot(product, dims)
         rule = RULES.get(name if name.startswith("__") else name.removesuffix("_"))
@@ -212,7 +223,9 @@ class Lifter:
         for label in product.contracted:
             atoms[label] = self.axes.fresh(sizes[label])
         outer = set(product.left_labels) ^ set(product.right_labels)
-        if not product.contracted and (op_name(product.node) != "einsum" or len(outer) < 2):
+        if not product.contracted and (
+            len(outer) < 2 or not (self.outer or op_name(product.node) == "einsum")
+        ):
             return None  # an outer product written as an einsum is one of width 1
         dot = Dot(f"D{len(self.dots)}", product, out, atoms)
         self.dots[dot.name] = dot
@@ -248,7 +261,8 @@ class Lifter:
         return None
 
     def _constant(self, node: fx.Node, dims: Dims) -> Expr | None:
-        value = attribute(self.module, str(node.target))
+        module = node.graph.owning_module if self._is_inside(node) else self.module
+        value = None if module is None else attribute(module, str(node.target))
         if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
             return None
         if value.numel() == 1 and value.device.type != "meta":

@@ -116,7 +116,8 @@ def _site(
     keys = set(axes.resolve(anchor.keys))  # walking back may have split them
     rows = tuple(a for d in anchor.dims for a in axes.resolve(d) if a not in keys)
     roles = assign(rows, anchor.keys, dot, query, key, value, forward.value.features, axes)
-    problem = _check(anchor, roles, query, key, value)
+    anchor = replace(anchor, score=_unshifted(anchor.score, keys, anchor))
+    problem = _check(anchor, roles, query, key, value) or _scores_decide(anchor, dot, forward)
     if problem is not None:
         return problem
     raised = _raise(anchor, dot, forward, roles, factor * factor_k)
@@ -157,6 +158,61 @@ def _check(
     if not isinstance(axes.extent(roles.h + roles.g), int):
         return refuse("dynamic-heads", "the number of heads is not static", anchor.node)
     return None
+
+
+def _unshifted(score: Expr, keys: set[int], anchor: Anchor) -> Expr:
+    """The score without the tensors it adds to, or takes from, a whole row: softmax cancels them.
+
+    A mask of -inf may stand around the sum.  With a sink the row is not the whole softmax.
+    """
+    if anchor.sink is not None:
+        return score
+    match score:
+        case Call("where", (condition, yes, no)):
+            if yes == Const(-float("inf")):
+                return call("where", condition, yes, _unshifted(no, keys, anchor))
+            if no == Const(-float("inf")):
+                return call("where", condition, _unshifted(yes, keys, anchor), no)
+        case Call("sub" | "add", (a, b)) if _is_row(b, keys, anchor):
+            return _unshifted(a, keys, anchor)
+        case Call("add", (a, b)) if _is_row(a, keys, anchor):
+            return _unshifted(b, keys, anchor)
+        case Call("sub" | "add" as op, (a, b)):
+            return call(op, _unshifted(a, keys, anchor), b)
+    return score
+
+
+def _is_row(expr: Expr, keys: set[int], anchor: Anchor) -> bool:
+    """A tensor, perhaps times a number, that is read at no key: one number for a whole row."""
+    if isinstance(expr, Call) and expr.op == "mul" and isinstance(expr.args[1], Const):
+        expr = expr.args[0]
+    leaf = anchor.lifter.leaves.get(expr.tensor) if isinstance(expr, Read) else None
+    return leaf is not None and not keys & {a for d in leaf.dims for a in anchor.axes.resolve(d)}
+
+
+def _scores_decide(anchor: Anchor, dot: Dot, forward: Forward) -> Refusal | None:
+    """Refuse a mask, factor or sink that the scores decide: it cannot be had without them."""
+    scores = dot.product.node
+    exprs = [e for e in (anchor.score, forward.weight, anchor.sink) if e is not None]
+    used = {n.tensor for e in exprs for n in walk(e) if isinstance(n, Read)}
+    for leaf in (anchor.lifter.leaves[n] for n in used if n in anchor.lifter.leaves):
+        if _follows(leaf.node, scores):
+            reason = f"a mask or factor ({leaf.node}) is computed from the scores themselves"
+            return refuse("score-dependent-mask", reason, anchor.node)
+    return None
+
+
+def _follows(node: fx.Node, source: fx.Node) -> bool:
+    """True if ``node`` is computed from ``source``; what stands before ``source`` is not."""
+    seen, queue = {node}, [node]
+    while queue:
+        here = queue.pop()
+        if here is source:
+            return True
+        new = [a for a in here.all_input_nodes if a not in seen and not a < source]
+        seen.update(new)
+        queue.extend(new)
+    return False
 
 
 def _raise(
@@ -339,7 +395,7 @@ def _positions(
     """
     offset = causal_offset(raised)
     if offset is not None:
-        return str(offset), True
+        return _diagonal(offset, as_size(q_len), as_size(kv_len))
     if kind != "self":
         return "0", False
     single = same_size(as_size(q_len), 1)
@@ -349,6 +405,23 @@ def _positions(
     if index is not None:
         return index, single
     return ("0" if same_size(as_size(q_len), as_size(kv_len)) else UNKNOWN_OFFSET), False
+
+
+def _diagonal(offset: Expr, q_len: Any, kv_len: Any) -> tuple[str, bool]:
+    """(offset, causal) of a mask ``kv <= q + offset``.
+
+    A query is not ahead of the newest key: where it may look further than that, the mask hides no
+    future.  Where queries and keys are the same positions, one that looks less far stays where it
+    is.
+    """
+    whole = simplify(offset)
+    room = as_size(kv_len - q_len)
+    if not isinstance(whole, Const) or not isinstance(room, int):
+        return str(offset), True
+    seen = int(whole.value)
+    if seen > max(room, 0):
+        return "0" if room == 0 else UNKNOWN_OFFSET, False
+    return ("0" if room == 0 else str(offset)), True
 
 
 def _dtype(node: fx.Node) -> str:

@@ -131,7 +131,20 @@ def _triangular(lower: bool) -> Rule:
 def _index(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
     """Advanced indexing whose indices are plain coordinates: a read at other axes."""
     named = arguments(node)
-    source, indices = named["self"], list(named["indices"])
+    return _read_at(lifter, node, named["self"], list(named["indices"]), dims, depth)
+
+
+def _flat_apply(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+    """Indexing as it is captured inside the functions of ``flex_attention``."""
+    _, _, kind, source, *indices = node.args
+    if not getattr(kind, "__name__", str(kind)).endswith("ModIndex"):
+        return None
+    return _read_at(lifter, node, source, indices, dims, depth)
+
+
+def _read_at(
+    lifter: Lifter, node: fx.Node, source: Any, indices: list[Any], dims: Dims, depth: int
+) -> Expr | None:
     if not is_tensor(source) or any(i is None for i in indices):
         return None
     shape = shape_of(source)
@@ -140,6 +153,10 @@ def _index(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None
         place = lifter.operand(index, node, dims, depth)
         if place is None:
             return None
+        line = lifter.places.get(place)
+        if line and same_size(lifter.axes.extent(line), as_size(size)):
+            own.append(line)
+            continue
         atom = int(place.name[1:]) if isinstance(place, Rank) else None
         if atom is not None and same_size(lifter.axes.size(atom), as_size(size)):
             own.append((atom,))
@@ -212,6 +229,22 @@ def _interpolated(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr
     return None if a is None or b is None or w is None else a + w * (b - a)
 
 
+def _power_of_two(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+    inner = lifter.operand(node.args[0], node, dims, depth)
+    return None if inner is None else call("pow", 2.0, inner)
+
+
+def _diagonal(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+    row, column = (coordinate(d, lifter.axes) for d in dims)
+    if row is None or column is None:
+        return None
+    dtype = value_of(node).dtype
+    if dtype == torch.bool:
+        return call("eq", row, column)
+    one = 1.0 if dtype.is_floating_point else 1
+    return where(call("eq", row, column), one, type(one)(0))
+
+
 def _clamp(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
     named = arguments(node)
     inner = lifter.operand(named["self"], node, dims, depth)
@@ -232,6 +265,9 @@ RULES: Mapping[str, Rule] = {
     "masked_fill": _masked_fill,
     "arange": _arange,
     "index": _index,
+    "flat_apply": _flat_apply,
+    "exp2": _power_of_two,
+    "eye": _diagonal,
     "clamp": _clamp,
     "lerp": _interpolated,
     "cumsum": _cumulated,

@@ -122,6 +122,28 @@ def of_weights(node: Any) -> bool:
     return True
 
 
+def outer_product(node: fx.Node) -> Product | None:
+    """``a * b`` where each side has an axis that the other broadcasts: a product of width 1."""
+    pair = _operands(node) if op_name(node) in ("mul", "mul_", "outer") else None
+    if pair is None or any(_is_fixed(x) for x in pair):
+        return None
+    rank = len(shape_of(node))
+    names = [f"x{i}" for i in range(rank)]
+    if op_name(node) == "outer":
+        return Product(node, *pair, ("x0",), ("x1",), ("x0", "x1"))
+    left, right = (_batch(shape_of(x), names) for x in pair)
+    if not set(left) - set(right) - {""} or not set(right) - set(left) - {""}:
+        return None
+    out = tuple(n if n in left or n in right else "" for n in names)
+    return Product(node, *pair, left, right, out)
+
+
+def _is_fixed(node: fx.Node) -> bool:
+    """Whole numbers and truth values, and what no activation goes into: no query and no key."""
+    made = bool(node.all_input_nodes) or node.op == "placeholder"
+    return not (made and node.meta["val"].dtype.is_floating_point)
+
+
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     left, right = node.args[0], node.args[1]
     return (left, right) if is_tensor(left) and is_tensor(right) else None  # type: ignore[return-value]

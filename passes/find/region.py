@@ -7,6 +7,17 @@ from collections.abc import Sequence
 import networkx as nx
 from torch import fx
 
+from attn_rewrite.graph import op_name
+from attn_rewrite.passes.find.anchor import FLEX
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """What a node reads, but for the block lists of ``flex_attention``: they add no meaning."""
+    if op_name(node) != FLEX:
+        return node.all_input_nodes
+    lists = {x for x in node.args[4] if isinstance(x, fx.Node)}  # type: ignore[union-attr]
+    return [a for a in node.all_input_nodes if a not in lists]
+
 
 def region(output: fx.Node, operands: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
     """Nodes between ``operands`` (exclusive) and ``output`` (inclusive), in graph order."""
@@ -16,7 +27,7 @@ def region(output: fx.Node, operands: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
     queue = [output]
     while queue:
         node = queue.pop()
-        for source in node.all_input_nodes:
+        for source in _sources(node):
             if source in stop or source.op != "call_function":
                 continue
             if source not in flow:

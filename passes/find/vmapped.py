@@ -30,3 +30,17 @@ def varies(node: fx.Node) -> bool:
         seen.update(new)
         queue.extend(new)
     return False
+
+
+def mapped(graph: fx.Graph) -> frozenset[fx.Node]:
+    """The nodes whose values have no dimension for some level: no operator runs on them outside."""
+    levels: dict[fx.Node, frozenset[int]] = {}
+    for node in graph.nodes:
+        own = frozenset().union(*(levels.get(a, frozenset()) for a in node.all_input_nodes))
+        if op_name(node) == ENTER:
+            own |= {node.args[2]}
+        elif op_name(node) == LEAVE:
+            own -= {node.args[1]}
+        if own:
+            levels[node] = own
+    return frozenset(levels)

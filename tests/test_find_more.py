@@ -1,0 +1,220 @@
+"""Widths of 1, distances, sinks, grouped heads, `flex_attention`; masks that are not causal, maps
+that depend on themselves, attention inside `torch.vmap`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+import attn_rewrite as ar
+from attn_rewrite.compile_backend import Session, attn_rewrite
+from attn_rewrite.passes.canonicalize import canonicalize
+from attn_rewrite.passes.find import find
+from tests.test_find_masks import _raised
+from tests.test_find_spellings import DYNAMIC, Module, capture, findings
+
+SHAPE = (2, 4, 6, 8)
+
+
+def _agrees(function, shapes, dynamic=None):
+    """The one site of ``function``, whose raised cascade equals what the graph computes."""
+    torch.manual_seed(0)
+    args = tuple(torch.randn(s, dtype=torch.float64) for s in shapes)
+    host = canonicalize(capture(Module(function), args, dynamic))
+    (site,) = find(host).sites
+    value, own = _raised(site, host, args)
+    torch.testing.assert_close(value, own, rtol=0, atol=1e-12)
+    expected = function(*args)
+    torch.testing.assert_close(own.reshape_as(expected), expected, rtol=0, atol=1e-12)
+    return site
+
+
+def _matmul(q, k, v):
+    return (q @ k.mT).softmax(-1) @ v
+
+
+def _broadcast(q, k, v):
+    return (q * k.mT).softmax(-1) @ v
+
+
+def _no_width(q, k, v):
+    a = (q[..., 0][..., :, None] * k[..., 0][..., None, :]).softmax(-1)
+    return (a * v[..., 0][..., None, :]).sum(-1)
+
+
+def _sums(q, k, v):
+    s = (q.unsqueeze(3) * k.unsqueeze(2)).sum(-1)
+    return (s.softmax(-1).unsqueeze(-1) * v.unsqueeze(2)).sum(3)
+
+
+@pytest.mark.parametrize("dynamic", [None, DYNAMIC], ids=["static", "dynamic"])
+@pytest.mark.parametrize("function", [_matmul, _broadcast, _no_width, _sums])
+def test_width_one(function, dynamic) -> None:
+    site = _agrees(function, [(2, 4, 6, 1)] * 3, dynamic)
+    assert (site.hq, site.hkv, site.d_qk, site.d_v) == (4, 4, 1, 1)
+
+
+def _cdist(q, k, v):
+    return (-torch.cdist(q, k).pow(2) / 2).softmax(-1) @ v
+
+
+def _differences(q, k, v):
+    return (-(q.unsqueeze(3) - k.unsqueeze(2)).square().sum(-1) / 2).softmax(-1) @ v
+
+
+def _cosine(q, k, v):
+    return (F.cosine_similarity(q[:, :, :, None], k[:, :, None], dim=-1) * 10).softmax(-1) @ v
+
+
+def _scaled_by_a_tensor(q, k, v):
+    a = torch.einsum("bhid,bhjd,->bhij", q, k, torch.full((), 0.5, dtype=q.dtype))
+    return torch.einsum("bhij,bhjd->bhid", a.softmax(-1), v)
+
+
+def _projected_in_the_product(q, k, v):
+    out = torch.eye(8, dtype=q.dtype).view(8, 8).expand(4, 8, 8)
+    return torch.einsum("bhij,bhjd,hde->bhie", (q @ k.mT).softmax(-1), v, out)
+
+
+@pytest.mark.parametrize(
+    "function", [_cdist, _differences, _cosine, _scaled_by_a_tensor, _projected_in_the_product]
+)
+def test_scores_and_values_of_other_products(function) -> None:
+    site = _agrees(function, [SHAPE] * 3, DYNAMIC)
+    assert (site.hq, site.d_qk, site.d_v, site.causal) == (4, 8, 8, False)
+
+
+def _padded_sink(q, k, v):
+    return F.pad(q @ k.mT, (0, 1)).softmax(-1)[..., :-1] @ v
+
+
+def _stable_off_by_one(q, k, v):
+    s = q @ k.mT
+    m = s.amax(-1, keepdim=True).clamp(min=0)
+    e = (s - m).exp()
+    return (e / (e.sum(-1, keepdim=True) + (-m).exp())) @ v
+
+
+@pytest.mark.parametrize("function", [_padded_sink, _stable_off_by_one])
+def test_sinks_of_zero(function) -> None:
+    site = _agrees(function, [SHAPE] * 3)
+    assert "max(LM[b, h, q], 0.0)" in str(site.cascade.producer("GM").expr)
+
+
+def test_tiled_heads_are_shared() -> None:
+    def attend(q, k, v):
+        k, v = (torch.tile(x.unsqueeze(2), (1, 1, 3, 1, 1)).flatten(1, 2) for x in (k, v))
+        return (q @ k.mT).softmax(-1) @ v
+
+    site = _agrees(attend, [(2, 6, 6, 8), (2, 2, 6, 8), (2, 2, 6, 8)])
+    assert (site.hq, site.hkv) == (6, 2)
+
+
+@pytest.mark.parametrize(("diagonal", "causal"), [(-1, True), (0, True), (1, False), (3, False)])
+def test_a_mask_that_shows_the_future_is_not_causal(diagonal: int, causal: bool) -> None:
+    def attend(q, k, v):
+        keep = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(diagonal)
+        return (q @ k.mT).masked_fill(~keep, -1e4).softmax(-1) @ v
+
+    site = _agrees(attend, [SHAPE] * 3, DYNAMIC)
+    assert (site.causal, site.offset) == (causal, "0")
+
+
+def _top_keys(q, k, v):
+    p = (q @ k.mT).softmax(-1)
+    p = p * (p >= p.topk(3, -1).values[..., -1:])
+    return (p / p.sum(-1, keepdim=True)) @ v
+
+
+def _own_average(q, k, v):
+    s = q @ k.mT
+    return (s.softmax(-1) * (s > s.mean(-1, keepdim=True))) @ v
+
+
+@pytest.mark.parametrize("function", [_top_keys, _own_average])
+def test_a_mask_made_of_the_scores_is_refused(function) -> None:
+    found = findings(function)
+    assert not found.sites
+    (refusal,) = (r for r in found.refusals if r.code == "score-dependent-mask")
+    assert refusal.reason
+    assert refusal.node
+    assert refusal.source
+
+
+def test_attention_inside_vmap_is_refused() -> None:
+    def one(q, k, v):
+        return torch.softmax(q @ k.mT, -1) @ v
+
+    def attend(q, k, v):
+        return torch.vmap(torch.vmap(one))(q, k, v)
+
+    args = tuple(torch.randn(SHAPE) for _ in range(3))
+    found = findings(attend, args)
+    assert [r.code for r in found.refusals] == ["inside-vmap"]
+    model = ar.optimize(Module(attend), "exact", args)  # nothing is rewritten, and it still runs
+    torch.testing.assert_close(model(*args), attend(*args))
+
+
+# flex_attention
+
+
+def _bias_and_window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    slopes = torch.exp2(-(torch.arange(4) + 1.0))
+    blocks = create_block_mask(
+        lambda b, h, i, j: (i >= j) & (i - j < 4), None, None, q.shape[2], k.shape[2], device="cpu"
+    )
+    return flex_attention(
+        q, k, v, score_mod=lambda s, b, h, i, j: s + slopes[h] * (j - i), block_mask=blocks
+    )
+
+
+def _capped_groups(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = k[:, :2], v[:, :2]
+
+    def cap(s, b, h, i, j):
+        return 20 * torch.tanh(s / 20) + (j - i) * torch.exp2(-(h + 1.0))
+
+    return flex_attention(q, k, v, score_mod=cap, enable_gqa=True, scale=0.3)
+
+
+@pytest.mark.parametrize(
+    ("function", "heads", "causal", "guard"),
+    [
+        (_bias_and_window, 4, True, "(kv <= q) & (q <= kv + 3)"),
+        (_capped_groups, 2, False, "true"),
+    ],
+)
+def test_flex_attention(function, heads: int, causal: bool, guard: str) -> None:
+    torch.manual_seed(0)
+    args = tuple(torch.randn(2, 4, 32, 16) for _ in range(3))
+    model = ar.optimize(Module(function), "exact", args)
+    (site,) = model.sites
+    assert (site.hkv, site.causal) == (heads, causal)
+    assert str(site.cascade.producer("S").guard) == guard
+    assert model.report.sites[0].kernel
+    torch.testing.assert_close(model(*args), function(*args), rtol=0, atol=1e-5)
+
+
+def test_flex_attention_just_in_time() -> None:
+    torch._dynamo.reset()
+    args = tuple(torch.randn(2, 4, 32, 16) for _ in range(3))
+    session = Session()
+    options = {"policy": "exact", "compiler": "aot_eager", "session": session}
+    compiled = torch.compile(Module(_bias_and_window), backend=attn_rewrite, options=options)
+    torch.testing.assert_close(compiled(*args), _bias_and_window(*args), rtol=0, atol=1e-5)
+    assert [s.causal for s in session.sites] == [True]
+    assert all(k for g in session.graphs for k in g.kernels.values())
+
+
+def test_flex_attention_whose_sums_are_read_is_refused() -> None:
+    class Model(nn.Module):
+        def forward(self, q, k, v):
+            return flex_attention(q, k, v, return_lse=True)
+
+    args = tuple(torch.randn(2, 4, 32, 16) for _ in range(3))
+    found = ar.find_attention(Model(), args)
+    assert not found.sites
+    assert [r.code for r in found.refusals] == ["logsumexp-used"]
