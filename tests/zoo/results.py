@@ -121,7 +121,7 @@ def _rate(library: str, rows: list[tuple[str, ...]]) -> str:
 
 
 def _is_exact(cells: tuple[str, ...]) -> bool:
-    return all(float(ratio) <= 1 for ratio in re.findall(r"\d+\.\d+", cells[6]))
+    return all(float(ratio) < 1 for ratio in re.findall(r"\d+\.\d+", cells[6]))
 
 
 def _line(result: Result) -> tuple[str, ...]:
@@ -143,9 +143,9 @@ def _line(result: Result) -> tuple[str, ...]:
 
 
 def _ratio(error: float, bound: float) -> str:
-    """Rounded up where that decides: 1.00 is within the bound, 1.01 is not."""
+    """Below 1.00 exactly where it is within the bound."""
     ratio = error / bound if bound else 0.0
-    return f"{ratio:.2f}" if ratio <= 1 else f"{max(ratio, 1.01):.2f}"
+    return f"{min(ratio, 0.99):.2f}" if ratio <= 1 else f"{ratio:.2f}"
 
 
 def _anywhere(text: str) -> str:
