@@ -453,13 +453,6 @@ def counted_positions(q, k, v):
 
 
 @plain
-def einsum_with_the_scale_as_an_operand(q, k, v):
-    scale = torch.full((q.shape[-1],), 1 / root(q), dtype=q.dtype)
-    a = torch.einsum("bhid,bhjd,d->bhij", q, k, scale)
-    return torch.einsum("bhij,bhjd->bhid", a.softmax(-1), v)
-
-
-@plain
 def products_kept_and_summed(q, k, v):
     s = (q[:, :, :, None] * k[:, :, None]).sum(-1, keepdim=True) / root(q)
     return (s.softmax(3) * v[:, :, None]).sum(3)

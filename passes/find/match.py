@@ -257,7 +257,8 @@ def _raise(
     assert score is not None
     assert guard is not None
     score, extra = split_guard(score)
-    return Raised(score, conjunction((*conjuncts(guard), *extra)), weight, sink, reads)
+    kept = tuple(dict.fromkeys((*conjuncts(guard), *extra)))
+    return Raised(score, conjunction(kept), weight, sink, reads)
 
 
 def _ranks(own: Operand) -> tuple[str, ...]:
@@ -416,11 +417,11 @@ def _diagonal(offset: Expr, q_len: Any, kv_len: Any) -> tuple[str, bool]:
     """
     whole = simplify(offset)
     room = as_size(kv_len - q_len)
-    if not isinstance(whole, Const) or not isinstance(room, int):
+    if not isinstance(whole, Const):
         return str(offset), True
     seen = int(whole.value)
-    if seen > max(room, 0):
-        return "0" if room == 0 else UNKNOWN_OFFSET, False
+    if seen > (max(room, 0) if isinstance(room, int) else 0):
+        return ("0" if room == 0 else UNKNOWN_OFFSET), False
     return ("0" if room == 0 else str(offset)), True
 
 
