@@ -109,9 +109,7 @@ def _check(
     candidates = []
     for item in decisions:
         if item.kernel is None or item.cascade is None:
-            if (
-                item.site.refusals
-            ):  # it is left as it is; what it was raised to is claimed all the same
+            if item.site.refusals:  # left as it is: what it was raised to is claimed all the same
                 candidates.append(Candidate(item.site, item.site.cascade, None))
             continue
         exact = None

@@ -17,7 +17,7 @@ from __future__ import annotations
 from torch import fx
 
 from attn_rewrite.graph import is_call, is_tensor, op_name, shape_of
-from attn_rewrite.passes.find.anchor import FUSED
+from attn_rewrite.passes.find.anchor import SOFTMAX
 from attn_rewrite.passes.find.layout import only_moves
 from attn_rewrite.passes.find.linear import linear
 from attn_rewrite.passes.find.mixed import mixed
@@ -38,7 +38,7 @@ def recognise(
     node: fx.Node, found: Site | Refusal, module: fx.GraphModule, name: str
 ) -> Site | None:
     """The Site around a softmax that `match` refused, or took for something else."""
-    if op_name(node) in FUSED or not is_tensor(node) or not shape_of(node):
+    if op_name(node) not in SOFTMAX or not is_tensor(node) or not shape_of(node):
         return None
     if isinstance(found, Site):
         return mixed(node, module, name) if _has_weights_for_queries(found) else None
