@@ -10,10 +10,8 @@ from tests.zoo.rows import Row
 _STRIDES = {"torch": 1, "transformers": 6, "diffusers": 1, "timm": 1}
 # Rows that every run of the suite makes, from those that the table shows to run.
 _FAST = {"torch": 10, "transformers": 20}
-
-
 # Of so many rows that are not among the fast ones, one is run by the slow tests.
-_SLOW_STRIDE = 3
+_SLOW_STRIDE = 8
 
 
 def chosen(speed: str) -> list[str]:
