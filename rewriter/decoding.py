@@ -118,7 +118,13 @@ def _past(model: nn.Module, first: dict[str, Any]) -> Any:
     from transformers import DynamicCache
 
     with torch.no_grad():
-        cache = model(**first, **{PAST: DynamicCache(), "use_cache": True})[PAST]
+        made = model(**first, **{PAST: DynamicCache(), "use_cache": True})
+    cache = made.get(PAST) if isinstance(made, Mapping) else None
+    if cache is None:
+        raise PolicyError(
+            f"{type(model).__name__} cannot be exported with its cache: it returns no {PAST},"
+            " expected a decoder-only model that does; leave the cache out"
+        )
     layers = getattr(cache, "layers", ())
     odd = [type(layer).__name__ for layer in layers if type(layer).__name__ != "DynamicLayer"]
     if not isinstance(cache, DynamicCache) or odd or not layers:

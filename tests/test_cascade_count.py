@@ -360,6 +360,7 @@ def test_a_solver_step_repeats_its_work_and_its_reads() -> None:
             R[p] = relu(X[m, p] - TAU[p])
             TAU[p] = TAU[p] + R[p] - 1.0 * MEAN
           stop: n >= #n
+        Y[p] = 1.0 * TAU[p]
         """
     cost = {c.tensor: c for c in operation_counts(parse(text))}
     assert cost["R"].operations["add"] == 2 * m * n * p

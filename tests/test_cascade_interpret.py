@@ -445,8 +445,8 @@ def test_extents_follow_shapes_declarations_and_splits():
         ("Y[i] = A[i]", {"A": 3, "C": 3}, {}, "has no input C"),
         ("input A[i, j]\nY[i] = A[i, 0]", {"A": 3}, {}, r"input A has shape \[3\]; expected 2 dim"),
         ("Y[i] = Z[i] + A[i]\nZ[i] = A[i]", {"A": 3}, {}, r"Z\[i\] is read before anything"),
-        ("input A[i]\nY[i] = A[i, 0]", {"A": 3}, {}, "has 2 indices, the tensor 1 dimensions"),
-        ("Y[i] = A[i]\nY[i, 0] = A[i]", {"A": 3}, {}, "differ in their number of ranks"),
+        ("input A[i]\nY[i] = A[i, 0]", {"A": 3}, {}, r"A\[i, 0\] has 2 indices, but A has 1 ranks"),
+        ("Y[i] = A[i]\nY[i, 0] = A[i]", {"A": 3}, {}, r"Y\[i, 0\] has 2 indices, but Y has 1 ranks"),
         ("Y[A[i]] = A[i]", {"A": 3}, {}, "declare the ranks of Y"),
         (
             "ranks m (m1, m0)\ninput A[m]\nY[m1, m0] = A[m1 * #m0 + m0]",

@@ -66,8 +66,8 @@ class DenseSpace:
         return self._indexed(tensor, read.index, emitter)
 
     def _is_part(self, tensor: Any, names: Sequence[str]) -> bool:
-        """True where a rank is known to be shorter than the dimension it reads."""
-        sizes = [(value_of(tensor).shape[d], self.extents[r]) for d, r in enumerate(names)]
+        """True where a rank is known to be shorter than the dimension it reads; "" is no rank."""
+        sizes = [(value_of(tensor).shape[d], self.extents[r]) for d, r in enumerate(names) if r]
         return any(
             isinstance(have, int) and isinstance(want, int) and 1 != have != want
             for have, want in sizes
@@ -88,7 +88,9 @@ class DenseSpace:
         tensor, index = self._joined(tensor, index)
         computed = [d for d, i in enumerate(index) if not isinstance(i, Rank)]
         plain = [i.name for i in index if isinstance(i, Rank)]
-        if set(plain) <= set(self.frame) and len(set(plain)) == len(plain):
+        names = [i.name if isinstance(i, Rank) else "" for i in index]
+        whole = set(plain) <= set(self.frame) and not self._is_part(tensor, names)
+        if whole and len(set(plain)) == len(plain):
             if not computed and plain:
                 return self.placed(tensor, plain)
             if len(computed) == 1 and not ranks_of(index[computed[0]]) & set(plain):
