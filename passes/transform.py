@@ -45,6 +45,10 @@ class Exactness(enum.StrEnum):
     APPROXIMATE = "approximate"  # other mathematics; runs only when the policy names it
 
 
+# Sums and products of positions and options stay within 64 bits.
+_LARGEST = 2**31 - 1
+
+
 @dataclass(frozen=True)
 class Option:
     """What users are told about a field, and its range: ``size: Annotated[int, Option(...)]``."""
@@ -59,6 +63,8 @@ class Option:
             return None
         if not math.isfinite(value):
             return f"is {value}, expected a finite number"
+        if isinstance(value, int) and abs(value) > _LARGEST:
+            return f"is {value}, expected at most {_LARGEST} in size: positions are 64-bit numbers"
         if self.minimum is not None and not value >= self.minimum:
             return f"is {value}, expected at least {self.minimum}"
         if self.maximum is not None and not value <= self.maximum:

@@ -473,6 +473,20 @@ def logarithm_of_a_shifted_sum(q, k, v):
 
 
 @plain
+def scaled_after_the_shift(q, k, v):
+    s = q @ k.mT
+    e = ((s - s.amax(-1, keepdim=True)) / root(q)).exp()
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+@plain
+def powers_of_two_below_the_largest(q, k, v):
+    s = q @ k.mT / root(q)
+    e = torch.exp2((s - s.amax(-1, keepdim=True)) * math.log2(math.e))
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+@plain
 def epsilon_below_rounding(q, k, v):
     s = q @ k.mT / root(q)
     e = (s - s.amax(-1, keepdim=True)).exp()

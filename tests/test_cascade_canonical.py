@@ -10,7 +10,7 @@ import torch
 
 from attn_rewrite.cascade import NAMED, interpret, parse
 from attn_rewrite.cascade.canonical import diff, equivalent, normal_form
-from attn_rewrite.cascade.expr import Call, Expr, transform
+from attn_rewrite.cascade.expr import Call, Expr, Rank, transform
 from attn_rewrite.cascade.ir import Cascade, Einsum, Loop, Statement
 from attn_rewrite.cascade.rename import Names
 
@@ -151,3 +151,11 @@ def test_diff_of_two_names_that_changed_places():
     b = parse("U = A[i]; T = B[i]; Y = U / T")
     assert "the same up to names" in diff(a, b)
     assert not [line for line in diff(a, b).splitlines() if line[0] in "+-"]
+
+
+def test_equality_of_expressions_in_a_mask_is_refused() -> None:
+    """``==`` compares trees: its truth value in a mask would silently be another mask."""
+    q, kv = Rank("q"), Rank("kv")
+    for combine in (lambda: (q - kv < 3) | (kv == 0), lambda: (q == kv) & (q >= kv)):
+        with pytest.raises(TypeError, match=r"say eq\(a, b\)"):
+            combine()

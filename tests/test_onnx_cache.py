@@ -110,9 +110,9 @@ def decoders() -> Callable[[str], tuple[torch.nn.Module, Any]]:
 
 FORMS = {"portable": "half", "onnxruntime": "GroupQueryAttention"}
 PAIRS = [
-    ("llama", "portable"),
     ("llama", "onnxruntime"),
-    ("gpt2", "onnxruntime"),
+    pytest.param("llama", "portable", marks=pytest.mark.slow),
+    pytest.param("gpt2", "onnxruntime", marks=pytest.mark.slow),
     pytest.param("qwen3", "onnxruntime", marks=pytest.mark.slow),
 ]
 
@@ -133,10 +133,12 @@ def test_greedy_generation_equals_pytorch(
     shapes = {s.name: s.shape for s in artifact.inputs}
     assert shapes["attention_mask"] == ("batch", "total_sequence")
     assert shapes["past_key_values.1.value"][::2] == ("batch", "past_sequence")
+    seen: set[int] = set()
     for given in (prompt(1, 7), prompt(3, 20), prompt(2, 9, padded=True)):
         wanted = greedy(model, given, NEW)
-        assert len(np.unique(wanted)) > 3, "the model repeats itself: the test would see nothing"
+        seen |= set(wanted.flat)
         np.testing.assert_array_equal(generated(artifact, given, NEW), wanted)
+    assert len(seen) > 6, "the model repeats itself: the test would see nothing"
     if target == "onnxruntime":
         check_operators(artifact.path, getattr(model.config, "num_key_value_heads", 4))
 
@@ -154,40 +156,6 @@ def check_operators(path: Path, heads: int, **options: int | bytes) -> None:
         assert wanted.items() <= found.items()
 
 
-@pytest.mark.parametrize(
-    "target", [pytest.param("portable", marks=pytest.mark.slow), "onnxruntime"]
-)
-def test_a_cache_of_codes(
-    decoders: Callable[[str], tuple[torch.nn.Module, Any]], target: str, tmp_path: Path
-) -> None:
-    model, done = decoders("llama")
-    artifact = export_onnx(done, tmp_path / "m.onnx", target=target, cache="int8")
-    dtypes = {s.name: s.dtype for s in (*artifact.inputs, *artifact.outputs)}
-    cached = {n for n in dtypes if n.startswith(("past_key_values.", "present."))}
-    assert {dtypes[n] for n in cached} == {"int8"}
-    assert len(cached) == 8
-    assert 0 < artifact.approximation["logits"] < 0.05
-    if target == "onnxruntime":
-        check_operators(artifact.path, 2, kv_cache_bit_width=8, k_quant_type=b"PER_CHANNEL")
-    codes = artifact.codes
-    assert codes is not None
-    assert Codes.from_text(codes.to_text()).scales.keys() == codes.scales.keys()
-    # By hand: the first call's codes of layer 0 are its keys over the scale, rounded.
-    given = prompt(2, 9)
-    feed = {n: t.numpy() for n, t in given.items()}
-    feed |= {
-        s.name: np.zeros([2, s.shape[1], 0, s.shape[3]], np.int8)
-        for s in artifact.inputs
-        if s.name.startswith("past")
-    }
-    with torch.no_grad():
-        keys = model(**given, use_cache=True).past_key_values.layers[0].keys.numpy()
-    top = np.abs(keys / codes.scales["past_key_values.0.key"]).clip(0, 127)
-    got = artifact.run(feed)["present.0.key"]
-    assert np.abs(np.abs(got) - top).max() <= 0.5 + 1e-3
-    assert artifact.verify(feed)["logits"] < 1e-5
-
-
 def test_codes_that_are_not_the_nearest_are_found() -> None:
     codes = Codes({"past_key_values.0.key": np.full((1, 2, 1, 4), 0.1, np.float32)})
     exact = {"present.0.key": np.linspace(-9, 9, 24).reshape(1, 2, 3, 4)}
@@ -198,6 +166,7 @@ def test_codes_that_are_not_the_nearest_are_found() -> None:
         codes.check({"present.0.key": right + 1}, exact, slack)
 
 
+@pytest.mark.slow
 def test_a_window_over_a_cache_reads_only_its_keys(tmp_path: Path) -> None:
     model, example = made("llama")
     done = ar.optimize(model, "window(size=4, sinks=1)", (), example)
@@ -223,7 +192,7 @@ def test_a_cache_that_cannot_be_is_refused(tmp_path: Path) -> None:
     place = tmp_path / "m.onnx"
     for options, error, words in (
         ({"cache": "float"}, PolicyError, "decoder-only"),
-        ({"cache": "fp4"}, PolicyError, "unknown cache 'fp4'"),
+        ({"cache": "int8"}, PolicyError, "unknown cache 'int8'"),
     ):
         with pytest.raises(error, match=words):
             export_onnx(done, place, **options)
@@ -235,6 +204,7 @@ def test_a_cache_that_cannot_be_is_refused(tmp_path: Path) -> None:
     assert not place.exists()
 
 
+@pytest.mark.slow
 def test_the_command_exports_and_verifies(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -289,3 +289,10 @@ def test_every_transform_is_described():
     for info in infos.values():
         assert info.summary
         assert all(f.doc for f in info.fields)
+
+
+@pytest.mark.parametrize("size", [2**31, 2**63 - 1, 10**20])
+def test_a_size_that_positions_cannot_hold_is_refused(size: int) -> None:
+    """Sums of positions and options would leave 64 bits, and wrap."""
+    with pytest.raises(PolicyError, match="expected at most 2147483647"):
+        Policy.parse(f"window(size={size})")

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from attn_rewrite.backends.onnx.sites import SiteLowering
 
 TARGETS = ("portable", "onnxruntime")
-CACHES = (None, "float", "int8")
+CACHES = (None, "float")
 DEFAULT_OPSET, IR_VERSION = 20, 10
 OPSETS = range(18, 25)
 # Weights above this go to a file of their own: a protobuf is held in memory twice while it is
@@ -58,11 +58,9 @@ def export_onnx(
     the lengths become those of the example (``attn_rewrite.lengths`` of the metadata says so), so
     that only the blocks its mask keeps are in the file.
 
-    ``cache`` ("float" or "int8") writes the later steps of a decoder instead: the file takes
+    ``cache`` ("float") writes the later steps of a decoder instead: the file takes
     ``past_key_values.0.key`` [batch, heads, past, width] and so on (of length 0 at the first call)
-    and returns ``present.0.key``.  ``optimized`` has to hold its source module then.  An int8 cache
-    is approximate: codes by scales per head and channel, measured on the example inputs; what that
-    does to the other outputs is measured too (`OnnxArtifact.approximation`).
+    and returns ``present.0.key``.  ``optimized`` has to hold its source module then.
 
     With ``verify`` the file is opened in ONNX Runtime and compared with the program on its example
     inputs, and at another batch size and length where those are dynamic, before it gets its name.
@@ -169,7 +167,7 @@ def check_options(target: str, opset: int | None = None, cache: str | None = Non
     if target not in TARGETS:
         raise PolicyError(f"unknown ONNX target {target!r}; expected {' or '.join(TARGETS)}.")
     if cache not in CACHES:
-        raise PolicyError(f"unknown cache {cache!r}; expected float or int8, or none.")
+        raise PolicyError(f"unknown cache {cache!r}; expected float, or none.")
     number = DEFAULT_OPSET if opset is None else opset
     if number in OPSETS:
         return number

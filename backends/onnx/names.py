@@ -27,7 +27,8 @@ def _part(key: Any) -> str:
 
 def _leaf_paths(spec: pytree.TreeSpec) -> list[str]:
     """A name for every leaf of a tree: the keys on the way to it, joined by ``.``."""
-    tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    # Tensors of four dimensions: a container of keys and values looks at what it is made of.
+    tree = pytree.tree_unflatten([torch.empty(1, 1, 1, 1)] * spec.num_leaves, spec)
     try:
         paths = [path for path, _ in pytree.tree_flatten_with_path(tree)[0]]
     except ValueError:  # a container registered without names of its fields (diffusers)

@@ -40,6 +40,7 @@ SPELLINGS: tuple[str, ...] = (
     "softmax_quotient:LateQuotient",
     "denominator_sink:DenominatorSink",
     "softmax_quotient:SoftmaxShift",
+    "scaled_shift:ScaledShift",
     "safe_softmax:SafeSoftmax",
 )
 

@@ -1,6 +1,6 @@
 """The protocol of a canonicalisation: one node in, an equal node in normal form out.
 
-A new spelling of attention is one new file here and one line in `PIPELINE`.  The finder reads a
+A new spelling of attention is one new file here and one line in `SPELLINGS`.  The finder reads a
 canonicalised *copy* of the host graph; what is not rewritten keeps the author's operators.
 """
 

@@ -120,16 +120,16 @@ class Expr:
         return call("ge", self, other)
 
     def __and__(self, other: ExprLike) -> Expr:
-        return call("and", self, other)
+        return call("and", self, _condition(other))
 
     def __rand__(self, other: ExprLike) -> Expr:
-        return call("and", other, self)
+        return call("and", _condition(other), self)
 
     def __or__(self, other: ExprLike) -> Expr:
-        return call("or", self, other)
+        return call("or", self, _condition(other))
 
     def __ror__(self, other: ExprLike) -> Expr:
-        return call("or", other, self)
+        return call("or", _condition(other), self)
 
     def __invert__(self) -> Expr:
         return call("not", self)
@@ -147,6 +147,16 @@ class Expr:
 
 
 ExprLike = Expr | Scalar
+
+
+def _condition(value: ExprLike) -> ExprLike:
+    """One side of ``&`` or ``|``.  ``a == b`` compares the expressions themselves."""
+    if isinstance(value, bool):
+        raise TypeError(
+            f"& and | combine expressions, and one side is {value}; if it was a == b or a != b, "
+            "say eq(a, b) or ~eq(a, b), and TRUE or FALSE for a constant"
+        )
+    return value
 
 
 @dataclass(frozen=True)

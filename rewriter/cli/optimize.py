@@ -60,7 +60,7 @@ class Rewriting:
         str | None,
         typer.Option(
             metavar="TYPE",
-            help="float or int8: ONNX files of a decoder take past_key_values of this type and "
+            help="float: ONNX files of a decoder take past_key_values of the model's type and "
             "return the present ones.",
         ),
     ] = None
