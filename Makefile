@@ -19,7 +19,7 @@ LINKS := build/typing/attn_rewrite
 RUN := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv gpu-test gpu-bench demo test test-slow zoo test-all lint types format wheel clean
+.PHONY: help venv gpu-test gpu-bench demo test test-slow zoo matrix test-all lint types format wheel clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
@@ -42,7 +42,7 @@ demo: .venv/ready  ## rewrite a real checkpoint and compare embeddings
 	@$(RUN) $(BIN)/python examples/demo.py --output build/demo
 
 test: .venv/ready  ## tests but the slow ones, then lint and types
-	$(RUN) $(BIN)/python -m pytest -m "not slow and not zoo and not gpu" -n $(JOBS)
+	$(RUN) $(BIN)/python -m pytest -m "not slow and not zoo and not matrix and not gpu" -n $(JOBS)
 	@$(MAKE) --no-print-directory lint types
 
 test-slow: .venv/ready  ## only the slow tests
@@ -50,6 +50,9 @@ test-slow: .venv/ready  ## only the slow tests
 
 zoo: .venv/ready  ## many rows of the model libraries; writes tests/zoo/RESULTS.md
 	$(RUN) $(BIN)/python -m pytest -m zoo -n $(JOBS)
+
+matrix: .venv/ready  ## every model of the ONNX matrix under every policy
+	$(RUN) $(BIN)/python -m pytest tests/test_onnx_matrix.py -n $(JOBS)
 
 # The machine's own Python, with its torch and triton: nothing is installed and no network is needed.
 build/gpu/ready: Makefile

@@ -142,7 +142,7 @@ PAIRS = [(m, p) for m in MODELS for p in POLICIES]
 
 
 def quick(model: str, policy: str) -> bool:
-    """Two policies of every model, so that each policy meets three models; the rest is slow."""
+    """Two policies of every model, so that each policy meets three models; `make matrix` runs all."""
     m, p = list(MODELS).index(model), list(POLICIES).index(policy)
     return (p - m) % len(POLICIES) in (0, 3)
 
@@ -171,7 +171,7 @@ def scores_of(artifact: OnnxArtifact, example: dict[str, Any]) -> int:
 
 @pytest.mark.parametrize(
     ("model", "policy"),
-    [pytest.param(*p, marks=() if quick(*p) else pytest.mark.slow) for p in PAIRS],
+    [pytest.param(*p, marks=() if quick(*p) else pytest.mark.matrix) for p in PAIRS],
 )
 def test_a_model_under_a_policy(model: str, policy: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

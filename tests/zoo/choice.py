@@ -10,24 +10,20 @@ from tests.zoo.rows import Row
 _STRIDES = {"torch": 1, "transformers": 6, "diffusers": 1, "timm": 1}
 # Rows that every run of the suite makes, from those that the table shows to run.
 _FAST = {"torch": 10, "transformers": 20}
-# Of so many rows that are not among the fast ones, one is run by the slow tests.
-_SLOW_STRIDE = 8
 
 
 def chosen(speed: str) -> list[str]:
-    """Names of the ``fast`` rows, of the ``slow`` ones, or of ``rest``: each row is in one."""
+    """Names of the ``fast`` rows, or of the ``slow`` ones: each row is in one."""
     fast = [name for library, count in _FAST.items() for name in _spread(library, count)]
     if speed == "fast":
         return fast
-    others = [
+    return [
         row.name
         for library, stride in _STRIDES.items()
         for place, architecture in enumerate(_architectures(library)[::stride])
         for row in _spellings(library, architecture, place)
         if row.name not in fast
     ]
-    slow = others[::_SLOW_STRIDE]
-    return slow if speed == "slow" else [name for name in others if name not in set(slow)]
 
 
 def _spellings(library: str, architecture: str, place: int) -> list[Row]:

@@ -49,15 +49,9 @@ def test_the_table_is_large_enough() -> None:
     assert len({n.split("/")[1] for n in shown("transformers")}) >= 60
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 @pytest.mark.parametrize("name", chosen("slow"))
 def test_slow_row(bench: Bench, name: str) -> None:
-    _check(bench, name, ("float32",))
-
-
-@pytest.mark.zoo
-@pytest.mark.parametrize("name", chosen("rest"))
-def test_every_other_row(bench: Bench, name: str) -> None:
     _check(bench, name, ("float32", "bfloat16"))
 
 
@@ -84,7 +78,7 @@ def test_a_row_with_more_sites_than_attentions_is_not_in_full(tmp_path: Path) ->
 
 
 def test_every_row_is_run_by_one_test() -> None:
-    names = [name for speed in ("fast", "slow", "rest") for name in chosen(speed)]
+    names = [name for speed in ("fast", "slow") for name in chosen(speed)]
     assert len(names) == len(set(names))
     assert {"torch", "transformers", "diffusers", "timm"} == {
         name.partition("/")[0] for name in chosen("slow")
