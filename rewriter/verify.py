@@ -298,7 +298,8 @@ def _parts(
     found = []
     for name, cascade in candidate.parts:
         last = cascade == candidate.cascade
-        after = wanted if last else oracle(cascade, inputs, limit)
+        held = {t.name: inputs[t.name] for t in cascade.inputs}
+        after = wanted if last else oracle(cascade, held, limit)
         found.append((name, measure(after.masked_fill(reference.isnan(), torch.nan), reference)))
         reference = after.masked_fill(reference.isnan(), torch.nan)
     return tuple(found)

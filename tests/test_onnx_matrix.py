@@ -141,12 +141,6 @@ SHORT = ("t5", "vit", "dit")  # a step of tiles holds all of their tokens
 PAIRS = [(m, p) for m in MODELS for p in POLICIES]
 
 
-def quick(model: str, policy: str) -> bool:
-    """Two policies of every model, so that each policy meets three models; `make matrix` runs all."""
-    m, p = list(MODELS).index(model), list(POLICIES).index(policy)
-    return (p - m) % len(POLICIES) in (0, 3)
-
-
 def scores_of(artifact: OnnxArtifact, example: dict[str, Any]) -> int:
     """The scores that the loops of a portable file compute for ``example``, counted as it runs."""
     proto = onnx.inliner.inline_local_functions(onnx.load(artifact.path))
@@ -169,10 +163,8 @@ def scores_of(artifact: OnnxArtifact, example: dict[str, Any]) -> int:
     return int(sum(c.sum() for c in counts))
 
 
-@pytest.mark.parametrize(
-    ("model", "policy"),
-    [pytest.param(*p, marks=() if quick(*p) else pytest.mark.matrix) for p in PAIRS],
-)
+@pytest.mark.matrix
+@pytest.mark.parametrize(("model", "policy"), PAIRS)
 def test_a_model_under_a_policy(model: str, policy: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     made, example = MODELS[model]()
@@ -208,9 +200,7 @@ def leaves(output: Any) -> list[torch.Tensor]:
     return [leaf for leaf in found if isinstance(leaf, torch.Tensor)]
 
 
-def test_the_matrix_is_whole_and_its_quick_part_covers_it() -> None:
-    chosen = [p for p in PAIRS if quick(*p)]
+def test_the_matrix_is_whole() -> None:
     assert len(MODELS) >= 12
     assert len(POLICIES) >= 8
-    assert {m for m, _ in chosen} == set(MODELS)
-    assert {p for _, p in chosen} == set(POLICIES)
+    assert len(set(PAIRS)) == len(MODELS) * len(POLICIES)
