@@ -51,8 +51,8 @@ test-slow: .venv/ready  ## only the slow tests
 zoo: .venv/ready  ## many rows of the model libraries; writes tests/zoo/RESULTS.md
 	$(RUN) $(BIN)/python -m pytest -m zoo -n $(JOBS)
 
-matrix: .venv/ready  ## every model of the ONNX matrix under every policy
-	$(RUN) $(BIN)/python -m pytest tests/test_onnx_matrix.py -n $(JOBS)
+matrix: .venv/ready  ## ONNX models under every policy, Triton kernels for every target
+	$(RUN) $(BIN)/python -m pytest -m matrix -n $(JOBS)
 
 # The machine's own Python, with its torch and triton: nothing is installed and no network is needed.
 build/gpu/ready: Makefile

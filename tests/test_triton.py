@@ -336,7 +336,7 @@ def test_default_kernels_compile_without_spills(target, name, dtype, d):
     assert all(binary.files.values())
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize(("target", "name", "dtype", "d"), COMPILED_SLOWLY)
 def test_every_default_kernel_compiles_without_spills(target, name, dtype, d):
     assert fits(compiled(target, name, dtype, d), LIMITS[target])
