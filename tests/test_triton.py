@@ -633,7 +633,8 @@ CODES_SLOWLY = [
 
 
 @pytest.mark.parametrize(
-    ("target", "text"), [*CODES, *(pytest.param(*c, marks=pytest.mark.slow) for c in CODES_SLOWLY)]
+    ("target", "text"),
+    [*CODES, *(pytest.param(*c, marks=pytest.mark.matrix) for c in CODES_SLOWLY)],
 )
 def test_kernels_over_codes_compile(target, text):
     from attn_rewrite.backends.triton.bundle import fit
