@@ -13,7 +13,7 @@ from attn_rewrite.cascade.expr import TRUE
 from attn_rewrite.cascade.ir import Cascade
 from attn_rewrite.cascade.staged import attention_form
 
-# Cost of a score in tiles of each side, relative to the largest; measured on a CPU with a guard
+# Cost of a score in tiles of each side, relative to the largest: one noisy run on a CPU, a guard
 # that scatters its keys (examples/benchmarks/torch_tiles.py).
 PRICES = {128: 1.0, 64: 1.25, 32: 2.0}
 # A length at which guards of dynamic lengths are compared.
