@@ -192,6 +192,17 @@ class Transform:
         """The facts of ``site`` as they stand for the transforms that follow in a pipeline."""
         return site
 
+    def _expression(self, method: str, value: object) -> Expr | Refusal:
+        """What a subclass's ``method`` gave, if it is what it may give."""
+        from attn_rewrite.site import Refusal
+
+        if isinstance(value, Expr | Refusal):
+            return value
+        raise TypeError(
+            f"{self.name}.{method} returned a value of type {type(value).__name__}, expected an "
+            "expression (Expr) or a Refusal; a constant is Const(x), equality is eq(a, b)"
+        )
+
     def refuse(self, site: Site, code: str, reason: str) -> Refusal:
         """A Refusal of this transform on ``site``."""
         from attn_rewrite.site import Refusal
@@ -280,7 +291,7 @@ class SparsePattern(Transform):
         A causal mask may be an additive term of the score, which leaves out no block: as a guard
         it does, and it drops nothing that has weight.
         """
-        mask = self.mask(site)
+        mask = self._expression("mask", self.mask(site))
         if site.causal and site.offset != UNKNOWN_OFFSET and isinstance(mask, Expr):
             return mask & (position(site) >= KV)
         return mask
@@ -358,7 +369,7 @@ class ScoreEdit(Transform):
         from attn_rewrite.cascade.attention import edit_score, score_of
 
         old = score_of(cascade)
-        new = self.score(old, site)
+        new = self._expression("score", self.score(old, site))
         if not isinstance(new, Expr):
             return new
         rest = outside(heads)
@@ -367,7 +378,7 @@ class ScoreEdit(Transform):
     def admits(self, site: Site, named_kinds: tuple[str, ...] = ()) -> Refusal | None:
         """Refuse what has no softmax score, and edits that use positions where there are none."""
         if site.family == "softmax":
-            edit = self.score(Const(0.0), site)
+            edit = self._expression("score", self.score(Const(0.0), site))
             uses = isinstance(edit, Expr) and ranks_of(edit) & {"q", "kv"}
             return _no_positions(self, site, named_kinds) if uses else None
         reason = f"{self.name} edits softmax scores, but this attention is {site.family}"
@@ -381,6 +392,11 @@ def collect(package: str, entries: tuple[str, ...]) -> Mapping[str, type[Transfo
     table: dict[str, type[Transform]] = {}
     for entry in entries:
         module, _, attribute = entry.partition(":")
+        if not attribute.isidentifier():
+            raise ValueError(
+                f"{package}: the entry {entry!r} is not of the form 'module:Class'; "
+                "is a comma missing between two entries?"
+            )
         found = getattr(importlib.import_module(f"{package}.{module}"), attribute)
         if found.name in table:
             raise ValueError(f"{package}: two transforms are called {found.name!r}")

@@ -18,13 +18,14 @@ from attn_rewrite.budget import Budget
 from attn_rewrite.capture import Captured
 from attn_rewrite.costs import before_and_after
 from attn_rewrite.driver import Decision, Spliced, Stopwatch, lowered, spliced
+from attn_rewrite.outputs import compare_outputs
 from attn_rewrite.passes.keep import Keep
 from attn_rewrite.passes.transform import Exactness
 from attn_rewrite.plan import Plan, Step, approximate_parts
 from attn_rewrite.report import ErrorMeasure, Report, SiteReport
 from attn_rewrite.saved import versions
 from attn_rewrite.site import Findings, Refusal
-from attn_rewrite.verify import Candidate, SiteCheck, check_sites, compare_outputs, worst_site
+from attn_rewrite.verify import Candidate, SiteCheck, check_sites, worst_site
 
 if TYPE_CHECKING:
     from attn_rewrite.site import Site

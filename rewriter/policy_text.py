@@ -92,7 +92,8 @@ class _Reader:
         known = {f.name: f for f in infos}
         if len(call.args) > len(infos):
             fields = ", ".join(known) or "none"
-            raise self.at(call.args[len(infos)], f"{cls.name} has {len(infos)} options: {fields}")
+            count = f"{len(infos)} option{'s' * (len(infos) != 1)}"
+            raise self.at(call.args[len(infos)], f"{cls.name} has {count}: {fields}")
         given: dict[str, Any] = {}
         for info, node in zip(infos, call.args, strict=False):
             given[info.name] = self.option(cls, info, node)

@@ -80,9 +80,10 @@ class SiteReport:
     ``implementation`` is the error of the kernel against the float64 oracle of the *same* rewritten
     cascade, at most ``implementation_bound``; ``approximation`` that of the rewritten against the
     original cascade, None where they are equal.  ``unbudgeted``: approximated without a budget.
-    ``reverted``: a budget sent the Site back to exact, and ``approximation`` is what was measured
-    before that.  ``parts`` has, for a pipeline of several approximate transforms, what each of them
-    adds to the error.  ``seconds`` were spent on verifying it.
+    ``reverted``: a budget, or values that are not finite, sent the Site back to exact, and
+    ``approximation`` is what was measured before that.  ``parts`` has, for a pipeline of several
+    approximate transforms, what each of them adds to the error.  ``seconds`` were spent on
+    verifying it.
     """
 
     name: str

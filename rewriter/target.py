@@ -199,7 +199,8 @@ def for_device(device: str, *, cache_dir: Path | str | None = None) -> Target:
         if name in product:
             return known
     raise PolicyError(
-        f"device {device} is a {product}, which has no target; known are {', '.join(TARGETS)}"
+        f"device {device} is called {product!r}, which has no target; "
+        f"known are {', '.join(TARGETS)}"
     )
 
 

@@ -56,11 +56,11 @@ class Candidate:
 class SiteCheck:
     """What was measured on one Site, and what follows.
 
-    ``verdict``: ``"accepted"``, ``"reverted"`` (over the budget: use the exact kernel, or the
-    original nodes), ``"kept"`` (raising is not sound, see ``refusals``) or ``"raised"`` (it is, and
-    there is no kernel).  ``implementation`` is that of the kernel to use; it is None where none can
-    be measured (``note`` says why).  ``parts`` has the error of each approximate part against what
-    stood before it.
+    ``verdict``: ``"accepted"``, ``"reverted"`` (over the budget, or not finite where the original
+    is: use the exact kernel, or the original nodes), ``"kept"`` (raising is not sound, see
+    ``refusals``) or ``"raised"`` (it is, and there is no kernel).  ``implementation`` is that of
+    the kernel to use; it is None where none can be measured (``note`` says why).  ``parts`` has the
+    error of each approximate part against what stood before it.
     """
 
     site: str
@@ -265,18 +265,20 @@ def _check(
             approximation=measure(wanted, reference),
             parts=_parts(candidate, inputs, reference, wanted, limit),
         )
-        if bound is None or bound.allows(check.approximation):  # type: ignore[arg-type]
+        if lost := int((reference.isfinite() & ~wanted.isfinite()).sum()):
+            check = replace(check, note=_not_finite(lost, wanted.numel()))
+        elif bound is None or bound.allows(check.approximation):  # type: ignore[arg-type]
             target = wanted
-        elif candidate.exact is None:
-            return replace(check, verdict="reverted")
-        else:
-            kernel, check = candidate.exact, replace(check, verdict="reverted")
-            inputs = own
+        if target is not wanted:
+            check = replace(check, verdict="reverted")
+            if candidate.exact is None:
+                return check
+            kernel, inputs = candidate.exact, own
     if site.dropout > 0:
         note = (
             f"dropout {site.dropout} is active: no two runs are equal, the kernel is not measured"
         )
-        return replace(check, note=note)
+        return replace(check, note="; ".join(filter(None, (check.note, note))))
     result = run_kernel(kernel, inputs, original.dtype)
     found = measure(result, target)
     allowed = implementation_bound(original, reference, target)
@@ -285,6 +287,13 @@ def _check(
             candidate.cascade, inputs, target, allowed, found.max_abs, limit=limit
         )
     return replace(check, implementation=found, implementation_bound=allowed)
+
+
+def _not_finite(lost: int, total: int) -> str:
+    return (
+        f"the rewrite gives {lost} of {total} values that are not finite where the original's are; "
+        "no budget allows that: the Site goes back to exact"
+    )
 
 
 def _parts(
@@ -391,47 +400,6 @@ def run_kernel(kernel: Emits, inputs: Mapping[str, Tensor], dtype: torch.dtype) 
     """AV of a kernel on canonical operands, in the dtype of the Site's output."""
     result: Tensor = kernel.emit(EagerBuilder(), list(inputs.values()))
     return result.to(dtype)
-
-
-def compare_outputs(original: Any, rewritten: Any) -> dict[str, ErrorMeasure]:
-    """The error of every floating tensor of a model's output, by its place in the output.
-
-    Raises `VerifyError` if the outputs have another structure or shape.
-    """
-    wanted, wanted_spec = _places(original)
-    found, found_spec = _places(rewritten)
-    if wanted_spec != found_spec:
-        raise VerifyError(f"the rewritten model returns {found_spec}, the original {wanted_spec}")
-    errors: dict[str, ErrorMeasure] = {}
-    for (name, reference), (_, result) in zip(wanted, found, strict=True):
-        if not isinstance(reference, Tensor) or not reference.is_floating_point():
-            continue
-        if not isinstance(result, Tensor) or result.shape != reference.shape:
-            shape = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
-            raise VerifyError(f"output {name} is {shape}, in the original {list(reference.shape)}")
-        errors[name] = measure(result, reference)
-    return errors
-
-
-def _places(output: Any) -> tuple[list[tuple[str, Any]], pytree.TreeSpec]:
-    """Every leaf of an output with its place, and the structure.
-
-    A container that was registered without names of its fields (diffusers' outputs) gives numbers.
-    """
-    try:
-        leaves, spec = pytree.tree_flatten_with_path(output)
-    except ValueError:
-        plain, spec = pytree.tree_flatten(output)
-        return [(str(i), leaf) for i, leaf in enumerate(plain)], spec
-    return [(".".join(map(_place, path)) or "output", leaf) for path, leaf in leaves], spec
-
-
-def _place(key: Any) -> str:
-    """One step into an output: the key, the index or the field."""
-    for name in ("key", "idx", "name"):
-        if hasattr(key, name):
-            return str(getattr(key, name))
-    return str(key)
 
 
 def worst_site(errors: Mapping[str, ErrorMeasure], bound: Bound) -> str | None:

@@ -21,6 +21,7 @@ from attn_rewrite.cascade.oracle import interpret
 from attn_rewrite.cascade.text import parse
 from attn_rewrite.chunked import oracle
 from attn_rewrite.errors import VerifyError
+from attn_rewrite.outputs import compare_outputs
 from attn_rewrite.passes.canonicalize import canonicalize
 from attn_rewrite.passes.find import find
 from attn_rewrite.passes.sparse.window import Window
@@ -31,7 +32,6 @@ from attn_rewrite.verify import (
     Walk,
     _Observed,
     check_sites,
-    compare_outputs,
     flat_inputs,
     implementation_bound,
     measure,

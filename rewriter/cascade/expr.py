@@ -104,8 +104,20 @@ class Expr:
     def __pow__(self, other: ExprLike) -> Expr:
         return call("pow", self, other)
 
+    def __rfloordiv__(self, other: ExprLike) -> Expr:
+        return call("floordiv", other, self)
+
+    def __rmod__(self, other: ExprLike) -> Expr:
+        return call("mod", other, self)
+
+    def __rpow__(self, other: ExprLike) -> Expr:
+        return call("pow", other, self)
+
     def __neg__(self) -> Expr:
         return call("neg", self)
+
+    def __abs__(self) -> Expr:
+        return call("abs", self)
 
     def __lt__(self, other: ExprLike) -> Expr:
         return call("lt", self, other)

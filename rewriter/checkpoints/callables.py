@@ -78,7 +78,7 @@ def _call(found: Any, spec: str) -> Any:
         return found
     if not callable(found):
         raise CheckpointError(
-            f"{spec} is a {type(found).__name__}, expected a function that returns a model"
+            f"{spec} has type {type(found).__name__}, expected a function that returns a model"
         )
     maker: Callable[[], Any] = found
     try:
