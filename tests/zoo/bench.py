@@ -34,7 +34,9 @@ class Bench:
     ) -> None:
         self._stop()
 
-    def examine(self, name: str, dtypes: tuple[str, ...] = ("float32",)) -> Result:
+    def examine(
+        self, name: str, dtypes: tuple[str, ...] = ("float32",), *, fixed: bool = False
+    ) -> Result:
         """The result of a row; a crash or a row over the time limit is its problem."""
         library = name.partition("/")[0]
         if self._worker is None or library != self._library:
@@ -42,7 +44,8 @@ class Bench:
             self._worker, self._library = _start(), library
         assert self._worker.stdin is not None
         assert self._worker.stdout is not None
-        self._worker.stdin.write(" ".join((name, *dtypes)) + "\n")
+        sizes = "fixed" if fixed else "any"
+        self._worker.stdin.write(" ".join((name, sizes, *dtypes)) + "\n")
         self._worker.stdin.flush()
         ready, _, _ = select.select([self._worker.stdout], [], [], LIMIT)
         line = self._worker.stdout.readline() if ready else ""

@@ -20,8 +20,13 @@ from tests.zoo.just_in_time import JustInTime
 from tests.zoo.rows import NotOfferedError, Result, Row
 
 
-def examine(row: Row, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Result:
-    """Everything about a row; exceptions become a stage and a reason."""
+def examine(
+    row: Row, dtypes: tuple[torch.dtype, ...] = (torch.float32,), *, fixed: bool = False
+) -> Result:
+    """Everything about a row; exceptions become a stage and a reason.
+
+    ``fixed``: every size of the inputs is that of the example.
+    """
     result = Result(row.name)
     start = time.process_time()
     try:
@@ -37,7 +42,7 @@ def examine(row: Row, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Res
     del counted
     for dtype in dtypes:
         try:
-            _in_dtype(result, row, dtype)
+            _in_dtype(result, row, dtype, fixed)
         except AttnRewriteError as error:
             result.stage, result.problem = "capture", _one_line(error)
         except Exception as error:  # our own bug, or an operator that has no float64
@@ -55,16 +60,15 @@ def made(row: Row, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module,
     return model.eval().to(dtype), cast(args, dtype), cast(kwargs, dtype)
 
 
-def _in_dtype(result: Result, row: Row, dtype: torch.dtype) -> None:
+def _in_dtype(result: Result, row: Row, dtype: torch.dtype, fixed: bool) -> None:
     model, args, kwargs = made(row, dtype)
     if dtype != torch.float32 and not _runs(row, dtype):
         result.kept.append(("not-compared", f"the library does not run it in {dtype}"))
         return
     # Sizes are dynamic where they can be in the first type; the others are about the numbers.
+    sizes: dict[str, Any] | None = {} if fixed or dtype != torch.float32 else None
     try:
-        captured = capture_model(
-            model, args, kwargs, dynamic_shapes=None if dtype == torch.float32 else {}
-        )
+        captured = capture_model(model, args, kwargs, dynamic_shapes=sizes)
     except CaptureError as error:
         _just_in_time(result, row, model, dtype, error)
         return

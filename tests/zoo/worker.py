@@ -30,8 +30,9 @@ def main() -> None:
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is not a result
     for line in sys.stdin:
-        name, *dtypes = line.split()
-        result = examine(row(name), tuple(getattr(torch, d) for d in dtypes or ["float32"]))
+        name, sizes, *dtypes = line.split()
+        types = tuple(getattr(torch, d) for d in dtypes)
+        result = examine(row(name), types, fixed=sizes == "fixed")
         channel.write(json.dumps(dataclasses.asdict(result)) + "\n")
         channel.flush()
 
