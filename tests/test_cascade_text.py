@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from attn_rewrite.cascade import count_passes, interpret, parse, parse_expr
-from attn_rewrite.cascade.attention import SoftmaxAttention, softmax_cascade
+from attn_rewrite.cascade.attention import QK, SoftmaxAttention, as_softmax, softmax_cascade
 from attn_rewrite.cascade.expr import (
     KV,
     OPERATORS,
@@ -88,7 +88,12 @@ def cascades(draw: st.DrawFn) -> Cascade:
     inputs, written = tensors[:1], tensors[1:]
     pick = st.sampled_from(ranks)
     counts = {name: draw(st.integers(0, 3)) for name in tensors}
-    place = st.one_of(pick.map(Rank), pick.map(Extent), pick.map(lambda r: Rank(r) + 1))
+    place = st.one_of(
+        pick.map(Rank),
+        pick.map(Extent),
+        pick.map(lambda r: Rank(r) + 1),
+        st.builds(lambda a, b: Rank(a) * Extent(b) + Rank(b), pick, pick),
+    )
 
     def read_of(name: str) -> st.SearchStrategy[Read]:
         return st.tuples(*[place] * counts[name]).map(lambda index: Read(name, index))
@@ -162,6 +167,53 @@ def test_softmax_attention_prints_and_parses_back():
     )
     cascade = softmax_cascade(form)
     assert parse(str(cascade)) == cascade
+
+
+INDICES = st.recursive(
+    st.one_of(
+        st.sampled_from(["b", "h", "q", "kv", "r0"]).map(Rank),
+        st.sampled_from(["q", "kv", "r0", "r2"]).map(Extent),
+        st.just(Read("table", (Q,))),
+    ),
+    lambda inner: st.one_of(
+        st.builds(call, st.sampled_from("add sub mul floordiv mod max min".split()), inner, inner),
+        st.builds(call, st.sampled_from(["add", "mul", "floordiv"]), inner, st.integers(-9, 9)),
+        st.builds(lambda a, b: call("where", a >= b, a, b), inner, inner),
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(INDICES, INDICES, INDICES, st.integers(1, 3))
+@example(Q * Extent("kv") + KV, Rank("h") * Extent("q") + Q, Q, 1)
+@example(KV + Q * Extent("kv"), Q * Extent("r0") + Rank("r0"), KV, 2)
+def test_attention_with_any_index_prints_and_parses_back(
+    first: Expr, second: Expr, third: Expr, group: int
+):
+    """Every rank and tensor is declared, so an index that looks like a partition is none."""
+    form = SoftmaxAttention(
+        score=QK + Read("bias", (Rank("b"), first)),
+        guard=Read("keep", (H, second, KV)) & (Q >= KV),
+        weight=Read("factor", (third,)),
+        group=group,
+        reads=(
+            TensorDecl("bias", ("b", "r0")), TensorDecl("keep", ("h", "r1", "kv"), dtype="bool"),
+            TensorDecl("factor", ("r2",)), TensorDecl("table", ("q",), dtype="i32"),
+        ),
+    )  # fmt: skip
+    cascade = softmax_cascade(form)
+    found = parse(str(cascade))
+    assert found == cascade
+    assert as_softmax(found) == form
+
+
+def test_a_flattened_index_of_an_undeclared_tensor_is_a_partition():
+    """What declares less means more: here the key rank is inferred from its parts."""
+    (whole,) = (r for r in parse("Y[p] = K[p, m1 * #m0 + m0]").ranks if r.parts)
+    assert (whole.name, whole.parts) == ("m", ("m1", "m0"))
+    text = "ranks p, m1, m0, r\ninput K[p, r]\noutput Y\nY[p] = K[p, m1 * #m0 + m0]"
+    assert not any(r.parts for r in parse(text).ranks)
 
 
 PAPER = """

@@ -546,7 +546,7 @@ def test_the_loader_passes_what_the_metadata_says(tmp_path, monkeypatch):
 
 
 def test_schedules_as_text():
-    chosen = Schedule(block_rows=128, pack=4, widen=frozenset({"V"}), list_ratio=(2, 1))
+    chosen = Schedule(block_rows=128, pack=4, widen=frozenset({"V"}))
     assert from_text(to_text(chosen)) == chosen
     assert to_text(Schedule()) == "{}"
     for wrong in ({"block_rows": 48}, {"block_along": 8}, {"skipping": "some"}, {"precision": "x"}):

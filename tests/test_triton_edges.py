@@ -62,13 +62,18 @@ def source(name="causal", group=1, schedule=None, lanes=None):
 
 @pytest.mark.parametrize("name", ["dense", "bias", "factor", "documents", "sink logit", "per head"])
 def test_every_term_of_an_address_has_64_bits(name):
-    text = source(name).text
-    strides = {p.name for p in source(name).parameters if p.kind == "stride"}
+    assert_wide_addresses(name, source(name))
+
+
+def assert_wide_addresses(name, made):
+    """Every index that a stride of ``made`` multiplies is converted to 64 bits before."""
+    text = made.text
+    strides = {p.name for p in made.parameters if p.kind == "stride"}
     terms = re.findall(r"([^+=(]*(?:\([^()]*\))*[^+=(]*) \* (\w+)", text.split('"""')[2])
     terms = [(value, stride) for value, stride in terms if stride in strides]
     assert len(terms) > 8
     for value, stride in terms:
-        assert "tl.int64" in value, (value, stride)
+        assert "tl.int64" in value, (name, value, stride)
 
 
 def test_a_product_of_lengths_has_64_bits():
@@ -422,84 +427,3 @@ def test_compilers_see_the_kernels_of_a_training_step():
         [sys.executable, "-W", "ignore", "-c", TRACED], cwd=ROOT, capture_output=True, text=True
     )
     assert done.stdout.splitlines() == ["4 0 0", "3 3 0"], done.stdout + done.stderr[-3000:]
-
-
-# The GPU suite and the benchmark, as far as they go without a GPU
-
-
-def test_the_gpu_suite_needs_torch_triton_numpy_and_pytest_only():
-    """Neither it nor the benchmark imports what a GPU owner's Python may lack."""
-    lacking = "typer rich hypothesis transformers diffusers onnx onnxruntime safetensors".split()
-    code = (
-        f"import sys; sys.modules.update(dict.fromkeys({lacking!r}))\n"
-        "import tests.gpu.test_triton_gpu, tests.gpu.test_triton_edges\n"
-        "sys.path.insert(0, 'examples/benchmarks')\n"
-        "import triton_attention as t\n"
-        "assert t.main(['--dry-run']) == 0\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    for name in (
-        "Llama-3-8B decode, batch 64",
-        "Wan 2.1",
-        "HunyuanVideo",
-        "FLUX",
-        "blocks d64 131072",
-    ):
-        assert name in done.stdout
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples" / "benchmarks"))
-    import triton_attention
-
-    return triton_attention
-
-
-def test_the_benchmark_writes_after_every_case_and_goes_on_later(bench, monkeypatch, tmp_path):
-    ran = []
-
-    def fake(shape, rounds, seconds):
-        ran.append(shape.name)
-        if len(ran) == 3:
-            raise KeyboardInterrupt
-        times = {"attn-rewrite": {"median_ms": 2.0}, "flex": {"median_ms": 3.0}}
-        return {"shape": {"name": shape.name, "mask": shape.mask, "q": shape.q, "d": shape.d, "b": shape.b},
-                "tiles": 0.5, "times": times, "ratios": {"flex": 1.5, "sdpa flash": 0.5}}  # fmt: skip
-
-    here = {"gpu": "none", "torch": "0"}
-    for name, value in (
-        ("row", fake),
-        ("environment", lambda: here),
-        ("copy_bandwidth", lambda: 4000.0),
-    ):
-        monkeypatch.setattr(bench, name, value)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    out = tmp_path / "results.json"
-    command = ["--output", str(out), "--only", "d128 16384"]
-    with pytest.raises(KeyboardInterrupt):
-        bench.main(command)
-    document = json.loads(out.read_text())
-    assert [r["shape"]["name"] for r in document["rows"]] == ran[:2]
-    assert document["missing"] == ["window d128 16384", "blocks d128 16384"]
-    reached = {(t["what"], t["reached"]) for t in document["targets"]}
-    assert ("FlexAttention's time over ours", True) in reached
-    assert ("best SDPA time over ours", False) in reached
-    assert bench.main([*command, "--resume"]) == 0
-    assert ran[3:] == ["window d128 16384", "blocks d128 16384"]
-    assert json.loads(out.read_text())["missing"] == []
-    assert bench.main([*command, "--minutes", "0"]) == 0
-
-
-def test_a_contender_that_cannot_run_is_recorded_with_its_reason(bench, monkeypatch):
-    for name in ("synchronize", "empty_cache"):
-        monkeypatch.setattr(torch.cuda, name, lambda: None)
-    monkeypatch.setattr(bench, "_once", lambda run: 1.0)
-
-    def broken():
-        raise MemoryError("its scores take 9 GiB")
-
-    times, failed = bench.measure({"a": lambda: int, "b": broken}, 30, 0.0)
-    assert failed == {"b": "its scores take 9 GiB"}
-    assert times["a"]["rounds"] == 5

@@ -17,15 +17,34 @@ pytest.importorskip("triton")
 FOLDER = Path(__file__).parent / "interpreted"
 
 
-@pytest.mark.parametrize("name", ["kernels", "gradients", "serving", "edges", "quantised"])
+FILES = ["kernels", "gradients", "serving", "edges", "quantised", "mutations", "long"]
+SLOW = ["mutations", "long"]
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_interpreted(name: str, tmp_path: Path) -> None:
+    run(name, "not slow", tmp_path, 600)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_interpreted_slowly(name: str, tmp_path: Path) -> None:
+    run(name, "slow", tmp_path, 1800)
+
+
+def run(name: str, marks: str, tmp_path: Path, seconds: int) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "ATTN_REWRITE_CACHE": str(tmp_path)}
     command = [
         sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist",
-        "-W", "ignore::RuntimeWarning", str(FOLDER / f"{name}.py"),
+        "-W", "ignore::RuntimeWarning", "-m", marks, str(FOLDER / f"{name}.py"),
     ]  # fmt: skip
     done = subprocess.run(
-        command, cwd=FOLDER.parents[1], env=environment, capture_output=True, text=True, timeout=600
+        command,
+        cwd=FOLDER.parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout

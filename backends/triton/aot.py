@@ -188,9 +188,7 @@ def _constant(
         return padded_side(lanes[p.rank]) if p.name.startswith("BLOCK_") else lanes[p.rank]
     if p.rank in (roles.row, roles.along):
         return schedule.block_rows if p.rank == roles.row else schedule.block_along
-    known = {"PRECISION": schedule.precision, "LIST_ROWS": schedule.list_ratio[0],
-             "LIST_ALONG": schedule.list_ratio[1]}  # fmt: skip
-    return known[p.name] if p.name in known else special[p.name]
+    return schedule.precision if p.name == "PRECISION" else special[p.name]
 
 
 def ranks_of(source: Source, tensor: str) -> tuple[str, ...]:
@@ -341,6 +339,8 @@ def _metadata(
         "shared_bytes": resources.shared,
         "arguments": given,
         "trailing_null_pointers": 2,
+        "inputs": [{"name": t.name, "ranks": list(t.ranks), "dtype": t.dtype}
+                   for t in source.program.cascade.inputs],
         "constants": dict(constants),
         "unit_strides": [p.name for p in source.parameters if p.kind == "stride" and
                          signature[p.name] == "constexpr"],

@@ -11,11 +11,14 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
 from attn_rewrite import knobs
 from attn_rewrite.backends.triton.build import write_whole
+from attn_rewrite.backends.triton.choose import accumulators, score_products
 from attn_rewrite.backends.triton.program import Program
 from attn_rewrite.backends.triton.schedule import Schedule, from_text, padded_side, to_text
 from attn_rewrite.errors import ToolError
@@ -25,27 +28,48 @@ _REGISTERS = 255  # a thread has no more
 _SHARED = 227 * 1024  # bytes one block can take on sm_90; smaller parts fail to launch and drop out
 
 
-def space(schedule: Schedule, lanes: Mapping[str, int], item_bytes: int) -> Iterator[Schedule]:
+@dataclass(frozen=True)
+class Pressure:
+    """What a program holds in registers: accumulators as wide as a head, and tiles of scores.
+
+    A forward pass has one of each, the gradients of keys and values two.
+    """
+
+    accumulators: int = 1
+    scores: int = 1
+
+
+def pressure_of(program: Program) -> Pressure:
+    """The pressure of the pass of ``program`` that has most of it."""
+    return Pressure(max(1, accumulators(program)), max(1, score_products(program)))
+
+
+def space(
+    schedule: Schedule,
+    lanes: Mapping[str, int],
+    item_bytes: int,
+    pressure: Pressure | None = None,
+) -> Iterator[Schedule]:
     """The schedules worth timing: at most 24, the given one first."""
     seen = {schedule}
     yield schedule
-    for rows in (64, 128):
-        for along in (32, 64, 128):
-            for warps in (4, 8):
-                for stages in (2, 3):
-                    new = schedule.with_(
-                        block_rows=rows, block_along=along, warps=warps, stages=stages
-                    )
-                    if new not in seen and _plausible(new, lanes, item_bytes) and len(seen) < 24:
-                        seen.add(new)
-                        yield new
+    held = pressure or Pressure()
+    sides = (32, 64, 128) if schedule.block_rows < 64 else (64, 128)
+    for rows, along, warps, stages in product(sides, (32, 64, 128), (4, 8), (2, 3)):
+        new = schedule.with_(block_rows=rows, block_along=along, warps=warps, stages=stages)
+        if new not in seen and _plausible(new, lanes, item_bytes, held) and len(seen) < 24:
+            seen.add(new)
+            yield new
 
 
-def _plausible(schedule: Schedule, lanes: Mapping[str, int], item_bytes: int) -> bool:
-    """By counting: accumulator and scores within the registers, tiles within shared memory."""
+def _plausible(
+    schedule: Schedule, lanes: Mapping[str, int], item_bytes: int, held: Pressure
+) -> bool:
+    """By counting: accumulators and scores within the registers, tiles within shared memory."""
     width = max((padded_side(n) for n in lanes.values()), default=64)
     threads = 32 * schedule.warps
-    words = schedule.block_rows * (width + 2 * schedule.block_along) / threads
+    row = held.accumulators * width + 2 * held.scores * schedule.block_along
+    words = schedule.block_rows * row / threads
     tiles = (2 * schedule.block_along * schedule.stages + schedule.block_rows) * width * item_bytes
     return words <= _REGISTERS - 32 and tiles <= _SHARED
 
@@ -101,7 +125,12 @@ def remember(key: str, schedule: Schedule, milliseconds: float) -> None:
 
 
 def tuned(
-    key: str, schedule: Schedule, lanes: Mapping[str, int], item_bytes: int, timer: Timer
+    key: str,
+    schedule: Schedule,
+    lanes: Mapping[str, int],
+    item_bytes: int,
+    timer: Timer,
+    pressure: Pressure | None = None,
 ) -> Schedule:
     """The fastest schedule of the space, from disk or timed now with ``timer`` (milliseconds).
 
@@ -111,7 +140,7 @@ def tuned(
     known = remembered(key)
     if known is not None:
         return known
-    times = {s: timer(s) for s in space(schedule, lanes, item_bytes)}
+    times = {s: timer(s) for s in space(schedule, lanes, item_bytes, pressure)}
     best = min(times, key=times.__getitem__)
     if math.isfinite(times[best]):
         remember(key, best, times[best])

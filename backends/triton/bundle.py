@@ -14,8 +14,11 @@ from attn_rewrite.backends.triton.aot import LIMITS, Binary, Limits, compile_sou
 from attn_rewrite.backends.triton.emit import Source, emit
 from attn_rewrite.backends.triton.lower import TritonKernel, lower
 from attn_rewrite.backends.triton.schedule import Schedule
+from attn_rewrite.backends.triton.site_tables import missing_extents, site_tables
+from attn_rewrite.cascade.reordered import Reordered, as_reordered
 from attn_rewrite.errors import LowerError, ToolError
 from attn_rewrite.site import Refusal, Site
+from attn_rewrite.tables import Table
 
 if TYPE_CHECKING:
     from attn_rewrite.optimized import OptimizedModule
@@ -23,13 +26,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TritonArtifact:
-    """What was written: kernels by site, and why other sites have none."""
+    """What was written: kernels by site, and why other sites have none.
+
+    ``tables`` names the file of what the kernels of a site read besides its operands; ``notes``
+    says what holds of one site only.
+    """
 
     target: str
     folder: str
     kernels: tuple[dict[str, Any], ...]
     sites: dict[str, tuple[str, ...]]
     refusals: tuple[Refusal, ...]
+    tables: dict[str, str]
+    notes: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as in ``kernels.json``."""
@@ -37,6 +46,8 @@ class TritonArtifact:
             "target": self.target,
             "kernels": list(self.kernels),
             "sites": {n: list(k) for n, k in self.sites.items()},
+            "tables": self.tables,
+            "notes": self.notes,
             "refusals": [r.to_json() for r in self.refusals],
         }
 
@@ -45,40 +56,75 @@ def export_triton(optimized: OptimizedModule, folder: str | Path, *, target: str
     """Compile the kernels of every rewritten site of ``optimized`` for ``target`` into ``folder``.
 
     ``target`` is ``cuda:80``, ``cuda:90``, ``cuda:100`` or ``hip:gfx942``; no GPU is needed.  Sites
-    with the same kernel share it.  A kernel whose default schedule spills registers, or takes more
-    shared memory than a processor has, is compiled with smaller tiles; `ToolError` where none fits,
-    `PolicyError` for an unknown target, `LowerError` where no site has a kernel.
+    with the same kernel share it.  Lists of tiles, tables of the plan and the order of tokens are
+    written for each site (`site_tables`); where a length is dynamic there is no list, and every
+    tile runs (`TritonArtifact.notes` says so).  A kernel whose default schedule spills registers,
+    or takes more shared memory than a processor has, is compiled with smaller tiles; `ToolError`
+    where none fits, `PolicyError` for an unknown target, `LowerError` where no site has a kernel.
     """
     device = parse_target(target)
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    written: dict[tuple[str, str], dict[str, Any]] = {}
+    written: dict[tuple[str, str], tuple[Source, dict[str, Any]]] = {}
     sites: dict[str, tuple[str, ...]] = {}
+    tables: dict[str, str] = {}
+    notes: dict[str, str] = {}
     refusals: list[Refusal] = []
     for site in optimized.sites:
-        kernel = _lowered(optimized, site, device)
-        if isinstance(kernel, Refusal):
-            refusals.append(kernel)
+        found = _lowered(optimized, site, device)
+        if isinstance(found, Refusal):
+            refusals.append(found)
             continue
-        names = []
-        for source in kernel.sources:
+        kernels = []
+        for source in found.kernel.sources:
+            source, note = _without_lists(source, site)
+            notes |= {site.name: note} if note else {}
             key = (source.text, _types(source, site))
             if key not in written:
                 written[key] = _write(path, source, site, target)
-            names.append(written[key]["name"])
-        sites[site.name] = tuple(names)
+            kernels.append(written[key])
+        sites[site.name] = tuple(entry["name"] for _, entry in kernels)
+        made = site_tables(tuple(s for s, _ in kernels), site, found.tables, found.reordered)
+        if made.arrays:
+            tables[site.name] = f"tables-{len(tables)}.safetensors"
+            made.write(path / tables[site.name])
     if not sites:
         raise LowerError(
             f"no site has a Triton kernel for {target}: "
             + "; ".join(r.reason for r in refusals[:3]), refusals,
         )  # fmt: skip
-    found = TritonArtifact(target, path.name, tuple(written.values()), sites, tuple(refusals))
-    (path / "kernels.json").write_text(json.dumps(found.to_json(), indent=1) + "\n", "utf-8")
+    artifact = TritonArtifact(
+        target, path.name, tuple(entry for _, entry in written.values()), sites, tuple(refusals),
+        tables, notes,
+    )  # fmt: skip
+    (path / "kernels.json").write_text(json.dumps(artifact.to_json(), indent=1) + "\n", "utf-8")
     shutil.copyfile(loader.__file__, path / "load.py")
-    return found
+    return artifact
 
 
-def _lowered(optimized: OptimizedModule, site: Site, device: Any) -> TritonKernel | Refusal:
+def _without_lists(source: Source, site: Site) -> tuple[Source, str]:
+    """The kernel that runs every tile where no list can be made now, and why that is."""
+    if source.schedule.skipping != "lists":
+        return source, ""
+    missing = missing_extents(source.program, site)
+    if not missing:
+        return source, ""
+    schedule = source.schedule.with_(skipping="none")
+    lanes = {r: int(site.extents()[r]) for r in source.program.roles.lanes}
+    note = f"no list of tiles, as the extents of {', '.join(missing)} are dynamic: every tile runs"
+    return emit(source.program, schedule, lanes, name=source.name), note
+
+
+@dataclass(frozen=True, eq=False)
+class _Lowered:
+    """The kernels of a site, the tables of its plan, and the order of its tokens."""
+
+    kernel: TritonKernel
+    tables: Mapping[str, Table]
+    reordered: Reordered | None
+
+
+def _lowered(optimized: OptimizedModule, site: Site, device: Any) -> _Lowered | Refusal:
     """The kernel of a site as it was rewritten."""
     from attn_rewrite.plan import rewritten
 
@@ -94,8 +140,20 @@ def _lowered(optimized: OptimizedModule, site: Site, device: Any) -> TritonKerne
         return Refusal(
             "dynamic-head", f"the head dimension {missing[0]} is dynamic", site=site.name
         )
+    tables = optimized.plan.tables_of(site, cascade)
+    if isinstance(tables, Refusal):
+        return tables
+    reordered = as_reordered(cascade)
+    fixed = all(isinstance(extents[r], int) for r in ("h", "hkv", "q", "kv"))
+    if reordered is not None and not fixed:
+        reason = "the tokens are reordered, and a length is dynamic"
+        return Refusal("dynamic-order", reason, site=site.name)
     size = site.inputs["Q"].node.meta["val"].element_size()
-    return lower(cascade, dropout=site.dropout, extents=extents, device=device, item_bytes=size)
+    kernel = lower(
+        cascade if reordered is None else reordered.inner, dropout=site.dropout, extents=extents,
+        device=device, item_bytes=size,
+    )  # fmt: skip
+    return kernel if isinstance(kernel, Refusal) else _Lowered(kernel, tables, reordered)
 
 
 def _types(source: Source, site: Site) -> str:
@@ -106,7 +164,8 @@ def _types(source: Source, site: Site) -> str:
     return "-".join([dtype, *lanes])
 
 
-def _write(path: Path, source: Source, site: Site, target: str) -> dict[str, Any]:
+def _write(path: Path, source: Source, site: Site, target: str) -> tuple[Source, dict[str, Any]]:
+    """Write a kernel with the first schedule that fits; the kernel, and its line in the index."""
     dtype = str(site.inputs["Q"].node.meta["val"].dtype).removeprefix("torch.")
     extents = site.extents()
     lanes = {r: int(extents[r]) for r in source.program.roles.lanes}
@@ -117,7 +176,8 @@ def _write(path: Path, source: Source, site: Site, target: str) -> dict[str, Any
         (path / f"{name}.{kind}").write_bytes(content)
     metadata = {"kernel": name, "dtype": dtype, "lanes": lanes, **binary.metadata}
     (path / f"{name}.json").write_text(json.dumps(metadata, indent=1) + "\n", "utf-8")
-    return {"name": name, "dtype": dtype, "lanes": lanes, "resources": asdict(binary.resources)}
+    entry = {"name": name, "dtype": dtype, "lanes": lanes, "resources": asdict(binary.resources)}
+    return fitted, entry
 
 
 def _dtypes(site: Site) -> dict[str, str]:
@@ -163,11 +223,10 @@ def fits(binary: Binary, limits: Limits) -> bool:
 def smaller(schedule: Schedule) -> Iterator[Schedule]:
     """The schedule, then ones that need fewer registers and less shared memory."""
     yield schedule
-    if schedule.skipping == "lists":
-        return  # lists are made for the sides of the tiles
     rows, along = schedule.block_rows, schedule.block_along
     if rows == 128 and schedule.warps == 4:
         yield schedule.with_(warps=8)
     for r, a in ((64, 64), (64, 32), (32, 32), (32, 16), (16, 16)):
-        if r * a < rows * along and r <= rows and a <= along:
+        whole = schedule.skipping != "lists" or r % schedule.pack == 0
+        if whole and r * a < rows * along and r <= rows and a <= along:
             yield schedule.with_(block_rows=r, block_along=a, warps=4, stages=1)

@@ -29,9 +29,9 @@ def choose_schedule(
     ``extents`` are lengths where they are fixed.  No timing: `autotune.tuned` improves on it.
     """
     base = default_schedule(lanes, item_bytes, device)
-    more = _pair_tiles(program) or _score_products(program) > 1
-    if more or len(program.passes()) > 1 or _accumulators(program) > 1:
-        base = _lower_tiles(base, _accumulators(program), lanes, device)
+    more = _pair_tiles(program) or score_products(program) > 1
+    if more or len(program.passes()) > 1 or accumulators(program) > 1:
+        base = _lower_tiles(base, accumulators(program), lanes, device)
     skipping, pack = choose_skipping(program), _packing(program, extents or {})
     if skipping == "lists" and base.block_rows % pack:
         pack = 1  # a list is made for whole positions
@@ -104,7 +104,7 @@ def _pair_tiles(program: Program) -> int:
     return len(found)
 
 
-def _score_products(program: Program) -> int:
+def score_products(program: Program) -> int:
     """Products of matrices that make a tile of scores: two in a backward pass."""
     both, lanes = {program.roles.row, program.roles.along}, set(program.roles.lanes)
     return max(
@@ -116,7 +116,7 @@ def _score_products(program: Program) -> int:
     )
 
 
-def _accumulators(program: Program) -> int:
+def accumulators(program: Program) -> int:
     """States as large as a block of rows times a head dimension."""
     lanes = set(program.roles.lanes)
     return max(

@@ -186,7 +186,7 @@ class _Emitter:
         if schedule.paged:
             pages = frame.parameter(Parameter("pages_ptr", "pointer", "pages"))
             stride = frame.parameter(Parameter("pages_b", "stride", "pages", "b"))
-            head.line(f"pages_at = {pages} + {roles.grid[0]} * {stride}")
+            head.line(f"pages_at = {pages} + {roles.grid[0]}.to(tl.int64) * {stride}")
             lengths = frame.parameter(Parameter("lengths_ptr", "pointer", "lengths"))
             head.line(f"len_{along} = tl.load({lengths} + {roles.grid[0]})")
             frame.values[f"#{roles.along}"] = Value(f"len_{along}", (), "int")
@@ -289,7 +289,8 @@ class _Emitter:
         return out.text + self.frame.head.text + self.frame.body.text
 
     def _is_number(self, p: Parameter) -> bool:
-        """Not specialised: lengths, and strides of statistics per row, which are lengths as well.
+        """Not specialised: lengths, and strides that are lengths as well, of what has no head
+        dimension (statistics per row or key, tables of pages, lists of tiles).
 
         Triton makes another binary for an argument of 1 and for multiples of 16; the strides of
         tiles gain from that, and follow the head dimension where layouts are plain.
@@ -300,9 +301,9 @@ class _Emitter:
         made = {o.name: o.ranks for o in self.outputs}
         decl = self.frame.inputs.get(p.tensor)
         ranks = made.get(p.tensor, ()) if decl is None else decl.ranks
-        if not ranks or {roles.along, *roles.lanes} & set(ranks):
+        if {roles.row, roles.along} <= set(ranks) or not set(roles.lanes).isdisjoint(ranks):
             return False
-        return p.rank != ranks[-1]
+        return not ranks or p.rank != ranks[-1]
 
 
 def _outputs(program: Program) -> tuple[Output, ...]:

@@ -67,13 +67,8 @@ def _argument(source: Source, call: Call, p: Parameter) -> Any:
 
 def _constant(source: Source, call: Call, p: Parameter) -> Any:
     schedule = source.schedule
-    known = {
-        "PRECISION": schedule.precision,
-        "LIST_ROWS": schedule.list_ratio[0],
-        "LIST_ALONG": schedule.list_ratio[1],
-    }
-    if p.name in known:
-        return known[p.name]
+    if p.name == "PRECISION":
+        return schedule.precision
     if p.rank == source.program.roles.row:
         return schedule.block_rows
     if p.rank == source.program.roles.along:

@@ -80,6 +80,7 @@ def tile_lists(
     tile, so that its shape depends on no data.
     """
     chosen, size = _schedule(schedule), tuple(sizes)
+    _room(guard, chosen, size, rows)
     if not tables:
         # Copies: a compiler may reuse the memory of what an operator gave it.
         tiles, columns = _static_lists(guard, chosen, size, rows, like.device)
@@ -131,7 +132,13 @@ def _room(guard: str, chosen: Schedule, sizes: Sequence[int], rows: str) -> tupl
     blocks = (length + side - 1) // side
     shape = [batch if "b" in used else 1, heads if "h" in used else 1, blocks, 3]
     tiles = (across + chosen.block_along - 1) // chosen.block_along
-    return shape, shape[0] * shape[1] * blocks * tiles
+    room = shape[0] * shape[1] * blocks * tiles
+    if isinstance(room, int) and room >= 1 << 31:
+        raise LowerError(
+            f"the lists of {guard} would number {room} tiles, and places in a list are less than "
+            "2^31; use larger tiles, or fewer heads or batch entries at a time"
+        )
+    return shape, room
 
 
 @tile_lists.register_fake
@@ -242,6 +249,30 @@ def _(
 # Gradients: an operator of its own, so that traced backward graphs hold one node.
 
 
+def backward_programs(cascade: str, wanted: tuple[str, ...]) -> dict[str, Program]:
+    """The programs of a backward pass: ``queries``, ``keys``, and ``reads`` where some are wanted.
+
+    Raises `LowerError` where the attention has no gradient.
+    """
+    found = backward(cascade, wanted)
+    programs = {
+        "queries": program_of(found.queries, "q", "kv"),
+        "keys": program_of(found.keys, "kv", "q"),
+    }
+    if found.reads is not None:
+        programs["reads"] = program_of(found.reads, "q", "kv")
+    return programs
+
+
+def backward_operands(
+    tensors: Mapping[str, Tensor], do: Tensor, out: Tensor, lse: Tensor, dlse: Tensor
+) -> dict[str, Tensor]:
+    """What the backward programs read, from the gradients ``do`` and ``dlse`` of the outputs."""
+    # The gradient of the log-sum-exp adds P * dLSE to that of the scores.
+    delta = (do.float() * out.float()).sum(-1) - dlse
+    return {**tensors, "DO": do, "LSE": lse, "DELTA": delta}
+
+
 @torch.library.triton_op(f"{NAME}_backward", mutates_args=())
 def triton_cascade_backward(
     grads: Sequence[Tensor],
@@ -258,23 +289,21 @@ def triton_cascade_backward(
     form = softmax_form(cascade)
     names = [form.reads[i - 3].name for i in wanted]
     sink = form.sink.tensor if isinstance(form.sink, Read) else ""
-    found = backward(cascade, tuple(n for n in names if n != sink))
+    programs = backward_programs(cascade, tuple(n for n in names if n != sink))
     do = grads[0]
-    # The gradient of the log-sum-exp adds P * dLSE to that of the scores.
-    delta = (do.float() * out.float()).sum(-1) - grads[1]
-    operands = {**tensors, "DO": do, "LSE": lse, "DELTA": delta}
+    operands = backward_operands(tensors, do, out, lse, grads[1])
+    delta = operands["DELTA"]
     extra: Any = [] if seed is None else [seed, dropout]
     f32 = torch.float32
 
-    def gradient(part: Any, row: str, along: str, dtypes: Mapping[str, torch.dtype]) -> Any:
-        program = program_of(part, row, along)
-        return _execute(program, operands, "", dtypes, extra, part.name.replace("-", "_"))
+    def gradient(part: str, dtypes: Mapping[str, torch.dtype]) -> Any:
+        return _execute(programs[part], operands, "", dtypes, extra, f"backward_{part}")
 
-    dq = gradient(found.queries, "q", "kv", {"DQ": f32 if _broadcasts(do, inputs[0]) else do.dtype})
-    keys = gradient(found.keys, "kv", "q", {"DK": f32, "DV": f32})
+    dq = gradient("queries", {"DQ": f32 if _broadcasts(do, inputs[0]) else do.dtype})
+    keys = gradient("keys", {"DK": f32, "DV": f32})
     parts = [_summed(dq["DQ"], inputs[0]),
              *(_folded(keys[n], t) for n, t in (("DK", inputs[1]), ("DV", inputs[2])))]  # fmt: skip
-    every = {} if found.reads is None else gradient(found.reads, "q", "kv", {})
+    every = gradient("reads", {}) if "reads" in programs else {}
     for name, place in zip(names, wanted, strict=True):
         if name == sink:
             parts.append(_of_sink(form, inputs[place], lse, delta))

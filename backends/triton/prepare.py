@@ -174,12 +174,21 @@ def _default(
 def _tuned(program: Program, tensors: Mapping[str, Tensor]) -> Schedule | None:
     """What `tune` found for this class of shapes on this device; nothing where it never ran."""
     first = _first(tensors)
-    if first.device.type != "cuda" or not torch.cuda.is_available():
+    if not is_tuned_for(first.device) or any(not isinstance(n, int) for n in first.shape):
         return None
-    if any(not isinstance(n, int) for n in first.shape):
-        return None
+    return remembered(tuning_key(program, tensors))
+
+
+def is_tuned_for(device: torch.device) -> bool:
+    """Are there results of tuning for such a device?"""
+    return device.type == "cuda" and torch.cuda.is_available()
+
+
+def tuning_key(program: Program, tensors: Mapping[str, Tensor]) -> str:
+    """Under which the result of tuning ``program`` for operands like ``tensors`` is kept."""
+    first = _first(tensors)
     sizes = tuple(sizes_of(program, tensors).items())
-    return remembered(_key(Same(program), sizes, str(first.dtype), device_name(first)))
+    return _key(Same(program), sizes, str(first.dtype), device_name(first))
 
 
 @lru_cache(maxsize=4096)

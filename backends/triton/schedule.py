@@ -35,7 +35,6 @@ class Schedule:
     skipping: str = "none"
     pack: int = 1
     precision: str = "ieee"
-    list_ratio: tuple[int, int] = (1, 1)
     split: bool = False
     varlen: bool = False
     paged: bool = False
@@ -131,6 +130,4 @@ def from_text(text: str) -> Schedule:
     fields = json.loads(text)
     if "widen" in fields:
         fields["widen"] = frozenset(fields["widen"])
-    if "list_ratio" in fields:
-        fields["list_ratio"] = tuple(fields["list_ratio"])
     return Schedule(**fields)

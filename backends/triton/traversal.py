@@ -116,9 +116,7 @@ class Traversal:
         place = "item" if lists and self._listed else "start"
         with frame.body.block(f"for {place} in range({first}, {last}{step}):"), frame.tile():
             if place == "item":
-                ratio = frame.parameter(Parameter("LIST_ALONG", "block"))
-                frame.body.line(f"start = tl.load(columns_ptr + item // {ratio}) * {ratio}")
-                frame.body.line(f"start = (start + item % {ratio}) * {self.side}")
+                frame.body.line(f"start = tl.load(columns_ptr + item) * {self.side}")
             frame.body.line(f"{along} = start + tl.arange(0, {self.side})")
             self._inside(condition)
             frame.memo[Rank(frame.roles.along)] = Value(along, (frame.roles.along,), "int")
@@ -150,13 +148,11 @@ class Traversal:
             if rank in frame.roles.grid and known is not None and not known.axes:
                 stride = frame.parameter(Parameter(f"tiles_{rank}", "stride", "tiles", rank))
                 terms.append(f"{known.text}.to(tl.int64) * {stride}")
-        ratio = frame.parameter(Parameter("LIST_ROWS", "block"))
-        terms.append(f"row_block // {ratio} * 3")
+        terms.append("row_block * 3")
         body = frame.body
         body.line(f"tiles_at = {rows} + {' + '.join(terms)}")
-        many = frame.parameter(Parameter("LIST_ALONG", "block"))
         for place, name in enumerate(("begin", "full", "end")):
-            body.line(f"list_{name} = tl.load(tiles_at + {place}) * {many}")
+            body.line(f"list_{name} = tl.load(tiles_at + {place})")
         return [Part("list_begin", "list_full", True), Part("list_full", "list_end", False)]
 
     # Closed form

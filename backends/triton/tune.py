@@ -1,24 +1,26 @@
-"""Tune the kernel of an attention on the GPU at hand; later calls find the result on disk."""
+"""Tune the kernels of an attention on the GPU at hand; later calls find the results on disk."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
-from attn_rewrite.backends.triton.autotune import cache_key, tuned
+from attn_rewrite.backends.triton.autotune import pressure_of, tuned
 from attn_rewrite.backends.triton.emit import emit
 from attn_rewrite.backends.triton.launch import check_device, run
-from attn_rewrite.backends.triton.ops import tables_of
+from attn_rewrite.backends.triton.ops import backward_operands, backward_programs, tables_of
 from attn_rewrite.backends.triton.prepare import (
     default_of,
-    device_name,
     lanes_of,
-    sizes_of,
     stages,
+    tuning_key,
+    widened,
     with_lse,
 )
+from attn_rewrite.backends.triton.program import Program
 from attn_rewrite.backends.triton.schedule import Schedule
 from attn_rewrite.cascade.ir import Cascade
 from attn_rewrite.errors import LowerError, ToolError
@@ -34,19 +36,48 @@ def tune(cascade: Cascade, inputs: Mapping[str, Tensor]) -> Schedule:
     found = stages(str(with_lse(cascade)))
     if len(found) != 1:
         raise LowerError(f"cascade {cascade.name} takes {len(found)} kernels; one is tuned")
-    program = found[0].program
-    first = next(iter(inputs.values()))
-    lanes = lanes_of(program, inputs)
+    return _tuned(found[0].program, inputs)
+
+
+def tune_backward(
+    cascade: Cascade, inputs: Mapping[str, Tensor], wanted: Sequence[str] = ()
+) -> dict[str, Schedule]:
+    """The fastest schedules of the backward kernels, as `tune` finds them for the forward one.
+
+    ``wanted`` names the tensors beside Q, K and V whose gradients are trained.  The result has
+    ``queries``, ``keys``, and ``reads`` where something is wanted.  Raises `LowerError` without a
+    GPU, and where the attention has no gradient.
+    """
+    check_device(list(inputs.values()))
+    text = str(cascade)
+    with torch.no_grad():
+        out, lse = torch.ops.attn_rewrite.triton_cascade(list(inputs.values()), None, text, "", 0.0)
+        operands = backward_operands(inputs, out, out, lse, torch.zeros_like(lse))
+    programs = backward_programs(text, tuple(wanted))
+    return {part: _tuned(program, operands) for part, program in programs.items()}
+
+
+def _tuned(program: Program, operands: Mapping[str, Tensor]) -> Schedule:
+    """The best schedule of one program, from disk or timed now."""
+    names = {t.name for t in program.cascade.inputs}
+    mine = {n: t.detach() for n, t in operands.items() if n in names}
+    lanes = lanes_of(program, mine)
 
     def timer(schedule: Schedule) -> float:
-        import triton
-
-        source = emit(program, schedule, lanes)
+        source = emit(program, widened(schedule, mine), lanes)
         try:
-            tables = tables_of(source, inputs)
-            return float(triton.testing.do_bench(lambda: run(source, inputs, tables=tables)))
+            tables = tables_of(source, mine)
+            return milliseconds(lambda: run(source, mine, tables=tables))
         except ToolError:  # the GPU cannot hold it
             return math.inf
 
-    key = cache_key(program, sizes_of(program, inputs), str(first.dtype), device_name(first))
-    return tuned(key, default_of(program, inputs), lanes, first.element_size(), timer)
+    size = next(iter(mine.values())).element_size()
+    default, key = default_of(program, mine), tuning_key(program, mine)
+    return tuned(key, default, lanes, size, timer, pressure_of(program))
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    """The time of a call on the GPU."""
+    import triton
+
+    return float(triton.testing.do_bench(call))

@@ -1,9 +1,10 @@
 """Generated Triton kernels beside SDPA, FlexAttention and compiled eager attention, on one GPU.
 
 Every contender of a case runs in the same process, in alternating rounds; a row of the result has
-the median of each, its quartiles, TFLOP/s of the work that the mask leaves, and the time over the
-tile bound (own dense time times the share of tiles).  Lists of tiles are made within the time of
-attn-rewrite; the block masks of FlexAttention are made before.
+the median of each, its quartiles, its time over that of attn-rewrite in the same round, TFLOP/s of
+the work that the mask leaves, and the time over the tile bound (own dense time times the share of
+tiles).  Lists of tiles are made within the time of attn-rewrite; the masks of the other contenders
+are made before.
 
 The results are written after every case, so nothing is lost when time runs out.  A run stops before
 ``--minutes`` are over (9 if not said); ``--resume`` goes on with the cases that are missing.
@@ -87,6 +88,7 @@ def measure(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Milliseconds of each contender over alternating rounds, and why others did not run.
 
+    ``ratio`` is a contender's time over that of the first one in the same round, with quartiles.
     As many rounds as fit ``seconds``: at least 5, at most ``rounds``.
     """
     import torch
@@ -110,7 +112,14 @@ def measure(
             break
         for name, run in calls.items():
             times[name].append(_once(run))
-    return {n: _summary(t) for n, t in times.items()}, failed
+    first = next(iter(times), "")
+    found = {n: _summary(t) for n, t in times.items()}
+    for name in found:
+        pairs = [theirs / mine for theirs, mine in zip(times[name], times[first], strict=True)]
+        found[name]["ratio"] = dict(
+            zip(("low", "median", "high"), statistics.quantiles(pairs, n=4), strict=True)
+        )
+    return found, failed
 
 
 def _once(run: Callable[[], Any]) -> float:
@@ -124,7 +133,7 @@ def _once(run: Callable[[], Any]) -> float:
     return float(start.elapsed_time(end))
 
 
-def _summary(times: list[float]) -> dict[str, float]:
+def _summary(times: list[float]) -> dict[str, Any]:
     low, middle, high = statistics.quantiles(times, n=4)
     return {"median_ms": middle, "low_ms": low, "high_ms": high, "rounds": len(times)}
 
@@ -150,7 +159,10 @@ def row(shape: Shape, rounds: int, seconds: float) -> dict[str, Any]:
     if mine is not None:
         others = {n: t for n, t in times.items() if n != "attn-rewrite"}
         found["tflops"] = flops / mine["median_ms"] / 1e9
-        found["ratios"] = {n: t["median_ms"] / mine["median_ms"] for n, t in others.items()}
+        found["ratios"] = {n: t["ratio"]["median"] for n, t in others.items()}
+        found["ratio_quartiles"] = {
+            n: [t["ratio"]["low"], t["ratio"]["high"]] for n, t in others.items()
+        }
         cache = 2 * shape.b * shape.hkv * shape.kv * shape.d * 2
         found["cache_gb_per_s"] = cache / mine["median_ms"] / 1e6
     return found

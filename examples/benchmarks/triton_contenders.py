@@ -55,7 +55,7 @@ def cascade_of(shape: Shape) -> Any:
     return softmax_cascade(form, "bench")
 
 
-def operands(shape: Shape) -> dict[str, Any]:
+def operands(shape: Shape, device: str = "cuda") -> dict[str, Any]:
     """Random bfloat16 operands on the GPU, and the table of blocks."""
     import torch
 
@@ -63,7 +63,7 @@ def operands(shape: Shape) -> dict[str, Any]:
 
     def normal(heads: int, length: int) -> Any:
         size = (shape.b, heads, length, shape.d)
-        return torch.randn(size, device="cuda", dtype=torch.bfloat16)
+        return torch.randn(size, device=device, dtype=torch.bfloat16)
 
     found = {
         "Q": normal(shape.hq, shape.q),
@@ -72,7 +72,7 @@ def operands(shape: Shape) -> dict[str, Any]:
     }
     if shape.mask == "blocks":
         blocks = (shape.hq, -(-shape.q // BLOCK), -(-shape.kv // BLOCK))
-        found["keep"] = torch.rand(blocks, device="cuda") < DENSITY
+        found["keep"] = torch.rand(blocks, device=device) < DENSITY
     return found
 
 
@@ -98,26 +98,58 @@ def _own(shape: Shape, x: dict[str, Any]) -> Run:
     return lambda: kernel.emit(EagerBuilder(), inputs)
 
 
+SDPA = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+
+
 def _sdpa(shape: Shape, x: dict[str, Any]) -> dict[str, Callable[[], Run]]:
-    """PyTorch's fused kernels, each by name, where they take the mask without a tensor."""
+    """PyTorch's kernels, each by name; window and blocks reach them as a tensor of truths."""
+    return {f"sdpa {n.lower()}": (lambda n=n: _sdpa_run(shape, x, n)) for n in SDPA}
+
+
+def _sdpa_run(shape: Shape, x: dict[str, Any], name: str) -> Run:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    if shape.mask not in ("dense", "causal") and not (shape.mask == "cached" and shape.q == 1):
-        return {}
+    plain = shape.mask in ("dense", "causal") or (shape.mask == "cached" and shape.q == 1)
+    _fits(0 if plain else mask_bytes(shape), "its mask", x)
+    _fits(score_bytes(shape) if name == "MATH" else 0, "its scores", x)
+    mask = None if plain else _mask(shape, x)
 
-    def call(backend: Any) -> Run:
-        def run() -> Any:
-            with sdpa_kernel(backend):
-                return torch.nn.functional.scaled_dot_product_attention(
-                    x["Q"], x["K"], x["V"], is_causal=shape.mask == "causal",
-                    enable_gqa=shape.hq != shape.hkv,
-                )  # fmt: skip
+    def run() -> Any:
+        with sdpa_kernel(getattr(SDPBackend, name)):
+            return torch.nn.functional.scaled_dot_product_attention(
+                x["Q"], x["K"], x["V"], mask, is_causal=shape.mask == "causal",
+                enable_gqa=shape.hq != shape.hkv,
+            )  # fmt: skip
 
-        return run
+    return run
 
-    names = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")
-    return {f"sdpa {n.lower()}": (lambda n=n: call(getattr(SDPBackend, n))) for n in names}
+
+def mask_bytes(shape: Shape) -> int:
+    """Bytes of a mask that is a tensor, one for each head where heads differ."""
+    return shape.q * shape.kv * (shape.hq if shape.mask == "blocks" else 1)
+
+
+def _mask(shape: Shape, x: dict[str, Any]) -> Any:
+    """True = keep, [q, kv] or [h, q, kv]."""
+    import torch
+
+    device = x["Q"].device
+    shift = shape.kv - shape.q if shape.mask == "cached" else 0
+    at_q = torch.arange(shape.q, device=device)[:, None] + shift
+    at_k = torch.arange(shape.kv, device=device)
+    if shape.mask == "blocks":
+        return x["keep"][:, at_q // BLOCK, at_k // BLOCK]
+    kept = at_q >= at_k
+    return kept & (at_q - at_k < WINDOW) if shape.mask == "window" else kept
+
+
+def _fits(size: int, what: str, x: dict[str, Any]) -> None:
+    """`MemoryError` unless ``size`` bytes are half of what is free on the GPU, or less."""
+    import torch
+
+    if x["Q"].device.type == "cuda" and size > torch.cuda.mem_get_info()[0] // 2:
+        raise MemoryError(f"{what} would take {size >> 30} GiB")
 
 
 def _flex(shape: Shape, x: dict[str, Any]) -> Run:
@@ -135,7 +167,7 @@ def _flex(shape: Shape, x: dict[str, Any]) -> Run:
     if shape.mask in rules:
         heads = shape.hq if shape.mask == "blocks" else None
         make = torch.compile(create_block_mask)
-        mask = make(rules[shape.mask], None, heads, shape.q, shape.kv, device="cuda")
+        mask = make(rules[shape.mask], None, heads, shape.q, shape.kv, device=x["Q"].device)
     compiled: Any = torch.compile(flex_attention, dynamic=False)
     grouped = shape.hq != shape.hkv
     return lambda: compiled(x["Q"], x["K"], x["V"], block_mask=mask, enable_gqa=grouped)
@@ -144,24 +176,14 @@ def _flex(shape: Shape, x: dict[str, Any]) -> Run:
 def _eager(shape: Shape, x: dict[str, Any]) -> Run:
     import torch
 
-    free, _ = torch.cuda.mem_get_info()
-    if score_bytes(shape) > free // 2:
-        raise MemoryError(f"its scores take {score_bytes(shape) >> 30} GiB")
+    _fits(score_bytes(shape), "its scores", x)
     group = shape.hq // shape.hkv
 
     def attend(q: Any, k: Any, v: Any) -> Any:
         k, v = (t.repeat_interleave(group, 1) for t in (k, v))
         s = q @ k.mT * shape.d**-0.5
-        at_q = torch.arange(shape.q, device="cuda")[:, None] + (
-            shape.kv - shape.q if shape.mask == "cached" else 0
-        )
-        at_k = torch.arange(shape.kv, device="cuda")
-        if shape.mask in ("causal", "cached", "window"):
-            s = s.masked_fill(at_q < at_k, -torch.inf)
-        if shape.mask == "window":
-            s = s.masked_fill(at_q - at_k >= WINDOW, -torch.inf)
-        if shape.mask == "blocks":
-            s = s.masked_fill(~x["keep"][:, at_q // BLOCK, at_k // BLOCK], -torch.inf)
+        if shape.mask != "dense":
+            s = s.masked_fill(~_mask(shape, x), -torch.inf)
         return s.softmax(-1) @ v
 
     compiled = torch.compile(attend)

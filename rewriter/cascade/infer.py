@@ -202,6 +202,7 @@ def _ranks(draft: Draft, body: Sequence[Statement]) -> list[RankDecl]:
     found = {r.name: r for r in draft.ranks}
     declared = found.keys() | set()
     parts = {p for r in draft.ranks for p in r.parts}
+    made = {e.out.tensor for e in _einsums(body)} | {t.name for t in draft.inputs}
     for statement in body:
         for e in _einsums([statement]):
             for name in _names_in_order(e):
@@ -211,17 +212,28 @@ def _ranks(draft: Draft, body: Sequence[Statement]) -> list[RankDecl]:
     for name in (r for t in (*draft.inputs, *(draft.tensors or ())) for r in t.ranks):
         if name not in parts:
             found.setdefault(name, RankDecl(name))
-    return list(_with_splits(found, declared, parts, body).values())
+    return list(_with_splits(found, declared, parts, made, body).values())
 
 
 def _with_splits(
-    found: dict[str, RankDecl], declared: set[str], parts: set[str], body: Sequence[Statement]
+    found: dict[str, RankDecl],
+    declared: set[str],
+    parts: set[str],
+    made: set[str],
+    body: Sequence[Statement],
 ) -> dict[str, RankDecl]:
-    """Ranks that a read flattens (``m1 * #m0 + m0``) become parts of one that is whole."""
+    """Ranks that a read flattens (``m1 * #m0 + m0``) become parts of one that is whole.
+
+    Not where the text declares both of them and the tensor (is it in ``made``?): then nothing is
+    left to infer, and the index is arithmetic like any other.
+    """
+    said = declared | parts
     for access in (r for e in _einsums(body) for r in reads(e)):
         for index in access.index:
             split = _split(index)
             if split is None or set(split) <= parts:
+                continue
+            if set(split) <= said and access.tensor in made:
                 continue
             whole = _whole(split)
             if whole in declared:

@@ -15,7 +15,7 @@ from torch import Tensor
 import attn_rewrite.ops  # noqa: F401
 from attn_rewrite.backends.triton.lower import lower
 from attn_rewrite.cascade.attention import QK, SoftmaxAttention, softmax_cascade
-from attn_rewrite.cascade.expr import KV, TRUE, B, H, Q, Read, call, eq
+from attn_rewrite.cascade.expr import KV, TRUE, B, Extent, H, Q, Read, call, eq
 from attn_rewrite.cascade.ir import TensorDecl
 from attn_rewrite.graph import EagerBuilder
 
@@ -247,3 +247,96 @@ def test_dropout_with_a_schedule_of_ones_own():
     )[0]
     assert (first - own).abs().max() < 1e-5
     assert first.std() > 0.05
+
+
+# Shapes that real models have, and a few that none has
+
+
+def causal_rows(q: int, kv: int) -> Tensor:
+    return torch.arange(q)[:, None] + kv - q >= torch.arange(kv)
+
+
+CACHED = Q + Extent("kv") - Extent("q") >= KV
+
+
+@pytest.mark.parametrize(
+    ("d", "f"),
+    [(16, 17), (72, 72), (80, 80), (96, 33), (128, 1), (160, 160), (192, 128), (256, 256)],
+)
+def test_head_dimensions_with_the_default_tiles(d, f):
+    x = operands(h=2, hkv=1, q=9, kv=35, d=d, f=f)
+    form = SoftmaxAttention(QK * 0.25, CACHED, group=2)
+    for mine, wanted in zip(attend(form, *x), by_rows(*x, causal_rows(9, 35)), strict=True):
+        close(mine, wanted)
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 129])
+@pytest.mark.parametrize("extra", [TRUE, Q - KV < 40])
+def test_seven_query_heads_of_one_key_head(length, extra):
+    x = operands(h=7, hkv=1, q=length, kv=length, d=20)
+    at = torch.arange(length)
+    keep = at[:, None] >= at
+    keep = keep if extra == TRUE else keep & (at[:, None] - at < 40)
+    form = SoftmaxAttention(QK * 0.25, (Q >= KV) & extra, group=7)
+    for mine, wanted in zip(attend(form, *x), by_rows(*x, keep), strict=True):
+        close(mine, wanted)
+
+
+@pytest.mark.parametrize(("q", "kv"), [(40, 7), (70, 1), (1, 70), (17, 16)])
+def test_more_queries_than_keys_leave_rows_without_keys(q, kv):
+    x = operands(q=q, kv=kv)
+    form = SoftmaxAttention(QK * 0.25, CACHED, group=2)
+    for mine, wanted in zip(attend(form, *x), by_rows(*x, causal_rows(q, kv)), strict=True):
+        close(mine, wanted)
+
+
+@pytest.mark.parametrize("rows", [20, 3])
+def test_columns_and_rows_of_minus_infinity_in_a_bias(rows):
+    q, k, v = operands(b=2, q=rows)
+    bias = torch.randn(2, 1, rows, 33, generator=torch.Generator().manual_seed(4))
+    bias[..., :17] = -math.inf
+    bias[..., 20:30:3] = -math.inf
+    bias[0, 0, 1] = -math.inf  # nothing is left of this row
+    form = SoftmaxAttention(
+        QK * 0.25 + Read("bias", (B, H, Q, KV)), group=2,
+        reads=(TensorDecl("bias", ("b", "h", "q", "kv")),),
+    )  # fmt: skip
+    out, lse = attend(form, q, k, v, bias)
+    s = (q.double() @ k.double().repeat_interleave(2, 1).mT * 0.25) + bias
+    wanted_lse = s.logsumexp(-1)
+    p = (s - wanted_lse.nan_to_num(neginf=0.0)[..., None]).exp()
+    close(out, p @ v.double().repeat_interleave(2, 1))
+    close(lse, wanted_lse)
+    assert (lse[0, :, 1] == -math.inf).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize(("h", "hkv", "q", "kv"), [(7, 1, 1, 129), (4, 2, 63, 63), (2, 2, 2, 1)])
+def test_eight_bit_operands_of_many_shapes(dtype, h, hkv, q, kv):
+    x = [t.to(dtype) for t in operands(h=h, hkv=hkv, q=q, kv=kv, d=72, f=40)]
+    form = SoftmaxAttention(QK * 0.25, CACHED, group=h // hkv)
+    found, lse = attend(form, *x)
+    wanted, wanted_lse = by_rows(*(t.float() for t in x), causal_rows(q, kv))
+    assert (found.double() - wanted).abs().max() <= 2**-8 * wanted.abs().max()
+    close(lse, wanted_lse)
+
+
+def test_operands_of_stride_zero():
+    q, k, v = operands(b=3, h=4, hkv=4)
+    k, v = k[:1, :1].expand(3, 4, -1, -1), v[:1, :1].expand(3, 4, -1, -1)
+    close(attend(SoftmaxAttention(QK * 0.25), q, k, v)[0], by_rows(q, k, v)[0])
+
+
+@pytest.mark.parametrize("spread", [1e4, -1e4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_of_ten_thousand_in_narrow_types(spread, dtype):
+    """One key decides each row; its value comes out as it is stored."""
+    make = torch.Generator().manual_seed(5)
+    q = torch.full((1, 1, 40, 16), spread / 100).to(dtype)
+    place = torch.randperm(40, generator=make)
+    k = (place.float()[:, None].expand(-1, 16) / 40)[None, None].to(dtype)
+    v = torch.randn(1, 1, 40, 16, generator=make).to(dtype)
+    found, lse = attend(SoftmaxAttention(QK * 25.0), q, k, v)
+    best = int(place.argmax() if spread > 0 else place.argmin())
+    assert lse.isfinite().all()
+    assert torch.equal(found[0, 0], v[0, 0, best].expand(40, -1))

@@ -120,6 +120,92 @@ def test_dropout_is_philox_of_the_coordinates_forward_and_backward():
         assert (got.double() - want).abs().max() <= 2e-5 * want.abs().max()
 
 
+# Tuning
+
+
+def test_tuned_schedules_of_the_backward_are_found_and_used(tmp_path, monkeypatch):
+    """One timing for a class of shapes; the operator then takes the schedule from disk."""
+    from attn_rewrite.backends.triton import autotune, launch, prepare, tune
+
+    monkeypatch.setenv("ATTN_REWRITE_CACHE", str(tmp_path))
+    autotune.remembered.cache_clear()
+    case = CASES["bias"]
+    x = inputs_for(case, SIZES, torch.float32, 14)
+    cascade, timed = softmax_cascade(case.form(2), "case"), []
+    costs = lambda call: timed.append(call) or -float(len(timed))  # the last one is the fastest  # noqa: E731
+    monkeypatch.setattr(tune, "milliseconds", costs)
+    found = tune.tune_backward(cascade, x, ["bias"])
+    assert set(found) == {"queries", "keys", "reads"}
+    count = len(timed)
+    assert 3 < count <= 3 * 24
+    assert tune.tune_backward(cascade, x, ["bias"]) == found
+    assert len(timed) == count
+    assert len(list((tmp_path / "triton-tuned").iterdir())) == 3
+
+    monkeypatch.setattr(prepare, "is_tuned_for", lambda device: True)
+    used, kernel_of = {}, launch.kernel_of
+
+    def watched(source):
+        used[source.name] = source.schedule
+        return kernel_of(source)
+
+    monkeypatch.setattr(launch, "kernel_of", watched)
+    mine, exact = leaves(x, torch.float32), leaves(x, torch.float64)
+    pull = torch.randn(1, 4, 21, 24)
+    got = gradients(output(case, mine), mine, pull)
+    assert {f"backward_{part}": s for part, s in found.items()}.items() <= used.items()
+    wanted = gradients(reference(case, exact, torch.float64)[0], exact, pull)
+    for a, b in zip(got, wanted, strict=True):
+        assert (a.double() - b).abs().max() <= 2e-5 * b.abs().max()
+
+
+# The operators by torch's own checks; what compiles is left to the GPU suite
+
+CHECKS = ("test_schema", "test_faketensor", "test_autograd_registration")
+
+
+@pytest.mark.parametrize("name", ["causal", "bias", "sink logit"])
+def test_opcheck_of_the_operator(name):
+    x = leaves(inputs_for(CASES[name], SIZES, torch.float32, 8), torch.float32)
+    text = str(softmax_cascade(CASES[name].form(2), "case"))
+    operator = torch.ops.attn_rewrite.triton_cascade.default
+    torch.library.opcheck(operator, (list(x.values()), None, text, "", 0.0), test_utils=CHECKS)
+
+
+def test_opcheck_of_the_other_operators():
+    import attn_rewrite.ops  # noqa: F401
+    from attn_rewrite.backends.triton.schedule import Schedule, to_text
+
+    ops = torch.ops.attn_rewrite
+    x = inputs_for(CASES["cached"], SIZES, torch.float32, 8)
+    text = str(softmax_cascade(CASES["cached"].form(2), "case"))
+    out, lse = ops.triton_cascade(list(x.values()), None, text, "", 0.0)
+    pulls = [torch.randn_like(out), torch.randn_like(lse)]
+    plain = CHECKS[:2]
+    backward = (pulls, list(x.values()), out, lse, None, text, 0.0, [])
+    torch.library.opcheck(ops.triton_cascade_backward.default, backward, test_utils=plain)
+    starts = torch.tensor([0, 5, 5, 21], dtype=torch.int32)
+    flat = [t[0] for t in x.values()]
+    torch.library.opcheck(
+        ops.triton_varlen.default, (flat, starts, starts, 16, 16, text), test_utils=plain
+    )
+    table, lengths = (
+        torch.tensor([[1, 0]], dtype=torch.int32),
+        torch.tensor([20], dtype=torch.int32),
+    )
+    cache = [x["Q"][:, :, :3], torch.randn(2, 2, 16, 16), torch.randn(2, 2, 16, 24)]
+    torch.library.opcheck(ops.triton_paged.default, (cache, table, lengths, text), test_utils=plain)
+    lists = (
+        x["Q"],
+        [],
+        "(q - kv) // 8 % 2 == 0",
+        to_text(Schedule(skipping="lists")),
+        [1, 1, 70, 70],
+        "q",
+    )
+    torch.library.opcheck(ops.tile_lists.default, lists)
+
+
 # Through the whole pipeline
 
 

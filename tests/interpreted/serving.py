@@ -180,3 +180,51 @@ def test_a_bias_per_pair_has_no_place_in_sequences_end_to_end():
     case = CASES["bias"]
     with pytest.raises(LowerError, match="every pair"):
         attend_varlen(softmax_cascade(case.form(2), "case"), {}, None)
+
+
+@pytest.mark.parametrize("lens", [[0, 7, 0], [0, 0], [0, 0, 1], [129, 0, 2]])
+def test_sequences_of_no_tokens_anywhere(lens):
+    starts = torch.tensor([0, *torch.tensor(lens).cumsum(0)], dtype=torch.int32)
+    x = inputs_for(
+        ONE,
+        SIZES | {"b": 1, "h": 7, "group": 7, "q": sum(lens), "kv": sum(lens)},
+        torch.float32,
+        30,
+    )
+    found = attend_varlen(
+        softmax_cascade(ONE.form(7), "case"), {n: t[0] for n, t in x.items()},
+        Sequences(starts, starts, max(lens), max(lens)),
+    )  # fmt: skip
+    assert found["AV"].shape == (7, sum(lens), 24)
+    for i, length in enumerate(lens):
+        if length:
+            part = slice(int(starts[i]), int(starts[i + 1]))
+            mine = {n: t[None, :, part] for n, t in found.items()}
+            close(mine, ONE, {n: t[:, :, part] for n, t in x.items()})
+
+
+def test_a_window_over_shuffled_pages():
+    """Loop bounds count positions, wherever the pages lie; most pages are never read."""
+    case = Case(
+        (Q + Extent("kv") - Extent("q") >= KV) & (Q + Extent("kv") - Extent("q") - KV < 21),
+        lambda q, k, x: (
+            (k <= q + x["K"].shape[2] - x["Q"].shape[2])
+            & (q + x["K"].shape[2] - x["Q"].shape[2] - k < 21)
+        ),
+    )
+    page, lengths = 16, [75, 30]
+    table = torch.tensor([[9, 2, 7, 0, 4], [5, 11, 1, 3, 8]], dtype=torch.int32)
+    x = inputs_for(case, SIZES, torch.float32, 31)
+    cache = {n: torch.randn(12, 2, page, w) for n, w in (("K", 16), ("V", 24))}
+    for entry, first in ((0, 3), (1, 0)):  # pages before the window hold no numbers
+        for number in table[entry, :first]:
+            cache["K"][number] = torch.nan
+    found = decode(
+        softmax_cascade(case.form(2), "case"), {**x, **cache},
+        pages=Pages(table, torch.tensor(lengths, dtype=torch.int32)), splits=2, schedule=SMALL,
+    )  # fmt: skip
+    for entry, length in enumerate(lengths):
+        k, v = (torch.cat(list(cache[n][table[entry].long()]), 1)[None, :, :length] for n in "KV")
+        k = k.nan_to_num(0.0)
+        mine = {n: t[entry : entry + 1] for n, t in found.items()}
+        close(mine, case, {"Q": x["Q"][entry : entry + 1], "K": k, "V": v})
