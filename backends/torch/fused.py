@@ -3,8 +3,8 @@
 A row whose keys are one range is one call for all heads, on views of K and V; where the guard cuts
 through its blocks the call gets a mask.  Rows that see a few ranges run in pieces, long ones on
 views; rows that see scattered keys gather them, and what is too wide for the scratch memory runs in
-parts.  Pieces are weighted by their sums: the split of Flash-Decoding (Dao et al., 2023), reassociated and
-otherwise exact.
+parts.  Pieces are weighted by their sums: the split of Flash-Decoding (Dao et al., 2023),
+reassociated and otherwise exact.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from attn_rewrite.backends.torch.schedule import Row, Span, clipped
 from attn_rewrite.backends.torch.tiles import MAX_PARTS, Problem
 from attn_rewrite.cascade.expr import ranks_of
 
-# Elements of the mask and the gathered keys and values of one piece: 1.25 MB of float32.
-SCRATCH = 5 << 16
+# Elements of the mask and the gathered keys and values of one piece: 1 MB of float32.
+SCRATCH = 1 << 18
 # Elements of the output of one call: more heads and batch entries run one after the other.
 OUTPUTS = 1 << 17
 # Keys of a range that is worth a call of its own: merging its output costs less than a copy.

@@ -17,6 +17,8 @@ tiles of each side, from which `PRICES` of ``backends/torch/blocks.py`` are copi
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import math
 import multiprocessing
@@ -255,7 +257,7 @@ def _peak(name: str, length: int, threads: int, answer: multiprocessing.Queue[fl
     """Peak of one call beyond what the process held before, in MB."""
     torch.set_num_threads(threads)
     q, k, v = operands(length)
-    short = [t[:, :, :BLOCK] for t in (q, k, v)]
+    short = [t[:, :, : 8 * BLOCK] for t in (q, k, v)]  # what runs must be loaded before
     case = masks(length).get(name)
     block = BLOCK if case is None else side_of(case, length)  # chosen when a model is rewritten
 
@@ -266,6 +268,8 @@ def _peak(name: str, length: int, threads: int, answer: multiprocessing.Queue[fl
             tiled_attention(*tensors, case[1], str(case[0]), block)
 
     run(*short)
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory that was freed is no memory held
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = _status("VmRSS")
     run(q, k, v)
