@@ -533,6 +533,8 @@ def test_bigbird_draws_per_block_row_and_seed() -> None:
         ("radial(gamma=0.95, sink=false)", TokenLayout((33, 3600))),
         ("radial(rule='paper')", TokenLayout((33, 3600))),
         ("gna(window=[18, 24, 24])", TokenLayout((33, 45, 80))),
+        ("gna(window=[5, 8, 8], dilation=[3, 5, 5])", TokenLayout((33, 45, 80))),
+        ("gna(window=[5, 8, 8], stride=[2, 3, 1], dilation=[2, 2, 3])", TokenLayout((33, 45, 80))),
     ],
 )
 def test_large_masks_are_counted_without_a_matrix(policy: str, layout: TokenLayout) -> None:
@@ -549,8 +551,9 @@ def test_large_masks_are_counted_without_a_matrix(policy: str, layout: TokenLayo
     rows = np.random.default_rng(0).integers(0, 118_800, 24)
     some = values(mask, {"q": rows[:, None], "kv": np.arange(118_800)[None]})
     if policy.startswith("gna"):
-        assert (some.sum(1) == 18 * 24 * 24).all()
-        assert pairs.sum() == 118_800 * 18 * 24 * 24
+        seen = 5 * 8 * 8 if "dilation" in policy else 18 * 24 * 24
+        assert (some.sum(1) == seen).all()
+        assert pairs.sum() == 118_800 * seen
     kept = np.add.reduceat(some, np.arange(0, 118_800, 128), axis=1)
     # A key block that one query sees is not empty, and a full one is seen whole by every query.
     assert (pairs[rows // 128][kept > 0] > 0).all()
