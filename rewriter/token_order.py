@@ -106,20 +106,33 @@ def axis_orders(layout: TokenLayout) -> tuple[str, ...]:
     return tuple(map("".join, itertools.permutations(LETTERS[len(layout.grid)])))
 
 
-def tile_order(layout: TokenLayout, tile: tuple[int, ...]) -> TokenOrder:
+def tile_order(
+    layout: TokenLayout, tile: tuple[int, ...], dilation: tuple[int, ...] | None = None
+) -> TokenOrder:
     """Tiles one after the other, each row by row, and the tiles row by row too.
 
-    ``tile`` has one extent per axis of the grid and divides it (`PolicyError`).  Source: Sliding
-    Tile Attention (2502.04507), section 3; DraftAttention (2505.14708), its 8 x 16 patches.
+    ``tile`` has one extent per axis of the grid.  With a ``dilation`` per axis the tokens of one
+    remainder stand together: classes of remainders row by row, inside a class tiles of every
+    ``dilation``-th token, so that a dilated neighborhood is dense inside few tiles.  Tile times
+    dilation divides the grid (`PolicyError`).  Source: Sliding Tile Attention (2502.04507), section
+    3; DraftAttention (2505.14708), its 8 x 16 patches; dilation: Generalized Neighborhood Attention
+    (2504.16922), section 4, its token permutation.
     """
-    if len(tile) != len(layout.grid):
-        raise PolicyError(f"tile {_by(tile)} has {len(tile)} axes, the grid of {layout} another")
-    if any(n % t for n, t in zip(layout.grid, tile, strict=True)):
-        raise PolicyError(f"tile {_by(tile)} does not divide the grid of {layout}")
+    apart = (1,) * len(tile) if dilation is None else dilation
+    for name, sizes in (("tile", tile), ("dilation", apart)):
+        if len(sizes) != len(layout.grid):
+            raise PolicyError(
+                f"{name} {_by(sizes)} has {len(sizes)} axes, the grid of {layout} another"
+            )
+    if any(n % (t * d) for n, t, d in zip(layout.grid, tile, apart, strict=True)):
+        what = f"tile {_by(tile)}" + (f" with dilation {_by(apart)}" if dilation else "")
+        raise PolicyError(f"{what} does not divide the grid of {layout}")
     strides = [math.prod(layout.grid[axis + 1 :]) for axis in range(len(tile))]
-    outer = [(s * t, n // t) for s, t, n in zip(strides, tile, layout.grid, strict=True)]
-    inner = list(zip(strides, tile, strict=True))
-    return TokenOrder(layout, _joined([*outer, *inner]))
+    axes = list(zip(strides, tile, apart, layout.grid, strict=True))
+    classes = [(s, d) for s, _, d, _ in axes]
+    outer = [(s * t * d, n // (t * d)) for s, t, d, n in axes]
+    inner = [(s * d, t) for s, t, d, _ in axes]
+    return TokenOrder(layout, _joined([*classes, *outer, *inner]))
 
 
 def _by(sizes: tuple[int, ...]) -> str:

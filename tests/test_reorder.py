@@ -27,6 +27,7 @@ from attn_rewrite.graph import EagerBuilder
 from attn_rewrite.measuring import measure
 from attn_rewrite.plan import Step, rewritten
 from attn_rewrite.policy_text import parse_pipeline
+from attn_rewrite.simulate.mask import count_mask
 from attn_rewrite.site import Refusal
 from attn_rewrite.token_layout import TokenLayout
 from attn_rewrite.token_order import axis_order, axis_orders, tile_order
@@ -80,6 +81,33 @@ def test_tiles_of_a_small_grid() -> None:
     ]  # fmt: skip
 
 
+def test_classes_of_a_dilation_stand_together() -> None:
+    """Structured-sparse, section 11, NA-8: an axis of 7 padded to 8, tiles of 2, dilation 2."""
+    order = tile_order(TokenLayout((8,)), (2,), (2,)).indices(8)
+    assert order.tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
+    layout = TokenLayout((4, 12), text=1)
+    found = tile_order(layout, (2, 3), (1, 2)).indices(49)
+    want = [
+        1 + 12 * (2 * row + y) + 2 * (3 * column + x) + rest
+        for rest in range(2) for row in range(2) for column in range(2)
+        for y in range(2) for x in range(3)
+    ]  # fmt: skip
+    assert found.tolist() == [0, *want]
+
+
+def test_dilated_neighborhoods_are_dense_in_few_tiles() -> None:
+    """Blocks that a dilated window keeps: half the map as it stands, few by class."""
+    layout = TokenLayout((16, 16))
+    window = "neighborhood(window=[4, 4], dilation=[4, 4])"
+    counts = [
+        count_mask(policy, layout, block=16).to_json()
+        for policy in (window, f"{window} | reorder(dilation=[4, 4])")
+    ]
+    assert counts[0]["element_density"] == counts[1]["element_density"] == 1 / 16
+    assert [c["blocks_kept"] for c in counts] == [64, 16]
+    assert counts[1]["blocks_full"] == 16
+
+
 @given(
     grid=st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple),
     text=st.integers(0, 3),
@@ -112,6 +140,10 @@ def test_orders_that_do_not_fit() -> None:
         tile_order(layout, (3, 3))
     with pytest.raises(PolicyError, match="axes"):
         tile_order(layout, (2, 2, 2))
+    with pytest.raises(PolicyError, match="tile 2x3 with dilation 1x4 does not divide"):
+        tile_order(layout, (2, 3), (1, 4))
+    with pytest.raises(PolicyError, match="dilation 2 has 1 axes"):
+        tile_order(layout, (2, 3), (2,))
 
 
 @pytest.mark.parametrize(
@@ -334,7 +366,8 @@ def test_heads_that_share_keys_share_an_order() -> None:
     [
         "reorder()", 'reorder(order="hw", tile=[2, 2])', 'reorder(tile=[0, 2])',
         'reorder(order="hh", layout="grid=4x8")', 'reorder(tile=[3, 3], layout="grid=4x8")',
-        "reorder(order=[])",
+        "reorder(order=[])", 'reorder(order="hw", dilation=[2, 2])', "reorder(dilation=[0, 2])",
+        "reorder(dilation=[])", 'reorder(dilation=[3, 3], layout="grid=4x8")',
     ],
 )  # fmt: skip
 def test_policy_errors(text: str) -> None:

@@ -438,6 +438,27 @@ def test_s2_heads_cover_the_text_and_forget_for_good() -> None:
             assert (np.diff(c[n:, n].astype(int)) <= 0).all()
 
 
+def test_s2_stripes_by_distance() -> None:
+    """Spec, section 11, S2-5: 12 blocks, local 2, every third; row 11, and blocks that return."""
+    policy = "s2(local=2, vertical=3, block=2, mode='relative')"
+    size = {"q_len": 24, "kv_len": 24, "block_q": 2, "block_kv": 2}
+    cells = block_cover(mask_of(policy, TokenLayout((24,)), causal=True), **size) > 0
+    assert np.flatnonzero(cells[11]).tolist() == [1, 4, 7, 10, 11]
+    falls = [(np.diff(cells[n:, n].astype(int)) <= 0).all() for n in range(12)]
+    assert not all(falls)
+
+    def keep(causal: bool) -> Keep:
+        def kept(_: int, q: int, k: int) -> bool:
+            m, n = q // 2, k // 2
+            left, right = max(0, m - n - 2 + 1), max(0, n - m - 2 + 1)
+            return (left + right) % 3 == 0 and (not causal or k <= q)
+
+        return kept
+
+    check(policy, "length=23", keep(causal=False))
+    check(policy, "length=23", keep(causal=True), causal=True)
+
+
 def test_longlora_does_not_leak() -> None:
     def keep(h: int, q: int, k: int) -> bool:
         group = (lambda x: (x + 2) // 4) if h else (lambda x: x // 4)
@@ -512,6 +533,8 @@ def test_bigbird_draws_per_block_row_and_seed() -> None:
         ("radial(gamma=0.95, sink=false)", TokenLayout((33, 3600))),
         ("radial(rule='paper')", TokenLayout((33, 3600))),
         ("gna(window=[18, 24, 24])", TokenLayout((33, 45, 80))),
+        ("gna(window=[5, 8, 8], dilation=[3, 5, 5])", TokenLayout((33, 45, 80))),
+        ("gna(window=[5, 8, 8], stride=[2, 3, 1], dilation=[2, 2, 3])", TokenLayout((33, 45, 80))),
     ],
 )
 def test_large_masks_are_counted_without_a_matrix(policy: str, layout: TokenLayout) -> None:
@@ -528,8 +551,9 @@ def test_large_masks_are_counted_without_a_matrix(policy: str, layout: TokenLayo
     rows = np.random.default_rng(0).integers(0, 118_800, 24)
     some = values(mask, {"q": rows[:, None], "kv": np.arange(118_800)[None]})
     if policy.startswith("gna"):
-        assert (some.sum(1) == 18 * 24 * 24).all()
-        assert pairs.sum() == 118_800 * 18 * 24 * 24
+        seen = 5 * 8 * 8 if "dilation" in policy else 18 * 24 * 24
+        assert (some.sum(1) == seen).all()
+        assert pairs.sum() == 118_800 * seen
     kept = np.add.reduceat(some, np.arange(0, 118_800, 128), axis=1)
     # A key block that one query sees is not empty, and a full one is seen whole by every query.
     assert (pairs[rows // 128][kept > 0] > 0).all()
@@ -626,7 +650,7 @@ def test_what_does_not_fit_is_refused(policy: str, code: str) -> None:
     "policy",
     ["gna(window=0)", "gna(window=[3, 3], stride=[1])", "sta(window=[5], tile=[2])", "swin(window=4, shift=4)",
      "radial(rule='paper', gamma=0.5)", "radial(rule='new')", "union(of=[])", "clear",
-     "radial(layout='frames=4')"],
+     "radial(layout='frames=4')", "s2(mode='relative', offset=0)", "s2(mode='other')"],
 )  # fmt: skip
 def test_bad_options_are_policy_errors(policy: str) -> None:
     with pytest.raises(PolicyError):

@@ -47,6 +47,7 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> list[fused.Unit]:
 
     monkeypatch.setattr(fused.FusedKernel, "run", spy)
     monkeypatch.setattr(fused, "WORTH_ROW", 0)
+    monkeypatch.setattr(fused, "WORTH_CALL", 16)
     for module in (fused, patterns):
         monkeypatch.setattr(module, "SIDE", 8)
     return ran
@@ -65,7 +66,7 @@ def test_rows_equal_dense_attention(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(fused, "SCRATCH", scratch)
-    monkeypatch.setattr(fused, "_WAITING", scratch)
+    monkeypatch.setattr(fused, "OUTPUTS", scratch)
     monkeypatch.setattr(kernel_module, "_lanes", lambda problem: lanes)
     guard, mask = GUARDS[name]
     q, k, v = operands(shape, torch.float64)
@@ -156,28 +157,54 @@ def test_pieces_cover_the_row() -> None:
     keys = ((0, 300), (512, 5000), (6000, 6001))
     row = fused.Row((0, 128), keys, ((0, 300), (900, 1000)), True, 38, 30)
     parts = fused.pieces(row, 64)
-    assert sum(part.width for part in parts) == row.width
-    assert parts[0].keys[0] == (0, 300)
-    assert all(part.width * (128 + 128) <= fused.SCRATCH for part in parts)
-    masked = [(at + a, at + b) for at, part in _starts(parts) for a, b in part.masked]
-    assert sum(high - low for low, high in masked) == 400
+    seen = sorted(at for part in parts for span in part.keys for at in range(*span))
+    assert seen == [at for span in keys for at in range(*span)]
+    assert [part.keys for part in parts[-1:]] == [((0, 300), (6000, 6001))]
+    assert all(len(part.keys) == 1 for part in parts[:-1])
+    for part in parts:
+        each = 128 * bool(part.masked) + 128 * (len(part.keys) > 1)
+        assert part.width * each <= fused.SCRATCH
+    masked = sorted(at for part in parts for at in _masked_keys(part))
+    assert masked == [*range(300), *range(512 + 600, 512 + 700)]
+    assert [part.certain for part in parts] == [True] * len(parts)
     plain = fused.Row((0, 128), ((0, 100_000),), (), True, 782, 782)
     assert fused.pieces(plain, 64) == [plain]
 
 
-def _starts(parts: list[fused.Row]) -> list[tuple[int, fused.Row]]:
-    at, found = 0, []
-    for part in parts:
-        found.append((at, part))
-        at += part.width
-    return found
+def _masked_keys(part: fused.Row) -> list[int]:
+    keys = [at for span in part.keys for at in range(*span)]
+    return [keys[column] for span in part.masked for column in range(*span)]
 
 
 def test_merging_weighs_pieces_by_their_sums() -> None:
-    results = torch.tensor([[1.0], [3.0], [7.0]]).view(3, 1, 1, 1, 1).expand(-1, -1, -1, 2, -1)
-    sums = torch.tensor([[math.log(1), -math.inf], [math.log(3), -math.inf], [-math.inf] * 2])
-    got = fused.merged(results.clone(), sums.view(3, 1, 1, 2))
-    assert got.flatten().tolist() == pytest.approx([2.5, 0.0])
+    minus = -math.inf
+    sums = [[math.log(1), minus, minus], [math.log(3), minus, 5.0], [minus, minus, 1e4]]
+    results = [[1.0, 0.0, 0.0], [3.0, 0.0, 2.0], [0.0, 0.0, 4.0]]
+    total, kept = (torch.tensor(t[0]).view(1, 1, 3, 1) for t in (results, sums))
+    kept = kept[..., 0]
+    for result, lse in zip(results[1:], sums[1:], strict=True):
+        fused.merge(total, kept, torch.tensor(result).view(1, 1, 3, 1), torch.tensor([[lse]]))
+    assert total.flatten().tolist() == pytest.approx([2.5, 0.0, 4.0])
+    assert kept.flatten().tolist() == pytest.approx([math.log(4), minus, 1e4])
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 64])
+def test_calls_share_threads_or_lanes_do(lanes: int, rows: list[fused.Unit],
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[int] = []
+    original = kernel_module.run_in_lanes
+
+    def spy(tasks: Any, make: Any, count: int) -> None:
+        used.append(count)
+        original(tasks, make, 2)
+
+    monkeypatch.setattr(kernel_module, "run_in_lanes", spy)
+    monkeypatch.setattr(kernel_module, "_lanes", lambda problem: lanes)
+    q, k, v = operands((1, 4, 1, 64, 64, 8, 8, 32))
+    guard = (Q >= KV) & (Q - KV < 24)
+    tiled_attention(q, k, v, [], str(attention(guard)), 32)
+    assert min(unit.slices for unit in rows) == 4
+    assert used == ([64] if lanes == 64 else [])
 
 
 def test_a_smaller_tile_must_save_what_it_costs() -> None:

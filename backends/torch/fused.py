@@ -1,32 +1,39 @@
 """Rows of blocks on PyTorch's fused CPU attention, which gives the log-sum-exp of its rows.
 
 A row whose keys are one range is one call for all heads, on views of K and V; where the guard cuts
-through its blocks the call gets a mask.  Rows that see scattered keys gather them, and rows too
-wide for the scratch memory run in pieces, which are weighted by their sums: the split of
-Flash-Decoding (Dao et al., 2023), reassociated and otherwise exact.
+through its blocks the call gets a mask.  Rows that see a few ranges run in pieces, long ones on
+views; rows that see scattered keys gather them, and what is too wide for the scratch memory runs in
+parts.  Pieces are weighted by their sums: the split of Flash-Decoding (Dao et al., 2023),
+reassociated and otherwise exact.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from attn_rewrite.backends.torch.form import linear_score
 from attn_rewrite.backends.torch.patterns import SIDE, Guard
 from attn_rewrite.backends.torch.schedule import Row, Span, clipped
-from attn_rewrite.backends.torch.tiles import Problem
+from attn_rewrite.backends.torch.tiles import MAX_PARTS, Problem
 from attn_rewrite.cascade.expr import ranks_of
 
-# Elements of the mask and the gathered keys and values of one piece: 1.25 MB of float32 a thread.
-SCRATCH = 5 << 16
-# Elements of the outputs of pieces that wait to be merged.
-_WAITING = 1 << 17
+# Elements of the mask and the gathered keys and values of one piece: 1 MB of float32.
+SCRATCH = 1 << 18
+# Elements of the output of one call: more heads and batch entries run one after the other.
+OUTPUTS = 1 << 17
+# Keys of a range that is worth a call of its own: merging its output costs less than a copy.
+WORTH_CALL = 3 * SIDE
 # Scores a row has on average before one call for it pays; smaller ones run as stacks of tiles.
 WORTH_ROW = 1 << 14
+# Queries of a short row that PyTorch's kernel gives to one thread.
+_SLICE = 32
 
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -38,6 +45,12 @@ class Unit:
     batch: Span
     heads: Span
     row: Row
+
+    @property
+    def slices(self) -> int:
+        """Parts that PyTorch's kernel can share among threads."""
+        count = (self.batch[1] - self.batch[0]) * (self.heads[1] - self.heads[0])
+        return count * -(-self.row.height // _SLICE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,24 +77,38 @@ def fits(problem: Problem) -> bool:
     return sum(areas) >= WORTH_ROW * max(len(areas), 1)
 
 
-def units(problem: Problem, lanes: int) -> list[Unit]:
-    """Rows for all heads at once; for fewer where masks differ or rows are few."""
-    ranks, g = ranks_of(problem.form.guard), problem.group
-    few = lanes > 1 and sum(len(part.rows) for part in problem.schedule.parts) < 4 * lanes
-    batch = (0, problem.q.shape[0])
-    found = []
+def units(problem: Problem) -> list[Unit]:
+    """Rows for all heads at once where they are the same and the output of a call is small.
+
+    Rows that gather their keys and need no mask come last, head by head: the keys and values of one
+    head stay in the cache for all of them.
+    """
+    found: list[Unit] = []
+    gathering: list[Unit] = []
     for part in problem.schedule.parts:
-        heads = (part.heads[0] * g, part.heads[1] * g)
         for row in part.rows:
-            alone = bool(row.masked) and "b" in ranks
-            entries = _each(batch, 1 if few or alone else batch[1])
-            step = 1 if row.masked and "h" in ranks else g if few else heads[1] - heads[0]
-            count = len(pieces(row, problem.k.shape[3]))
-            if count > 1 and step > g:
-                each = count * (entries[0][1] - entries[0][0]) * row.height * problem.v.shape[3]
-                step = min(step, max(_WAITING // (each * g), 1) * g)
-            found += [Unit(b, h, row) for b in entries for h in _each(heads, step)]
-    return found
+            made = list(_units(problem, part.heads, row))
+            alone = not row.masked and len(row.keys) > 1
+            (gathering if alone else found).extend(made)
+    gathering.sort(key=lambda unit: (unit.batch, unit.heads))
+    return found + gathering
+
+
+def _units(problem: Problem, heads: Span, row: Row) -> Iterator[Unit]:
+    """One row for the given heads of the schedule."""
+    ranks, g = ranks_of(problem.form.guard) if row.masked else frozenset(), problem.group
+    first, last = heads[0] * g, heads[1] * g
+    fit = max(OUTPUTS // (row.height * problem.v.shape[3]), 1)
+    if "h" in ranks:
+        step = 1
+    elif row.masked or len(row.keys) == 1:
+        step = max(fit // g, 1) * g
+    else:
+        step = g
+    entries = 1 if "b" in ranks else max(fit // min(step, last - first), 1)
+    for batch in _each((0, problem.q.shape[0]), entries):
+        for some in _each((first, last), step):
+            yield Unit(batch, some, row)
 
 
 def _each(span: Span, step: int) -> list[Span]:
@@ -89,30 +116,48 @@ def _each(span: Span, step: int) -> list[Span]:
 
 
 def pieces(row: Row, depth: int) -> list[Row]:
-    """The row as rows of fewer keys, one after the other, whose masks and keys fit `SCRATCH`.
+    """The row as rows of fewer keys whose masks and gathered keys fit `SCRATCH`.
 
-    Keys of one range that need no mask are never cut.
+    Of a few ranges each that has at least `WORTH_CALL` keys has pieces of its own, the others are
+    taken together.  Keys of one range that need no mask are never cut.
     """
-    each = _scratch(row, depth)
+    if len(row.keys) > MAX_PARTS:
+        return _cut(row, depth)
+    columns: list[Span] = []
+    for low, high in row.keys:
+        start = columns[-1][1] if columns else 0
+        columns.append((start, start + high - low))
+    long = [[c] for c in columns if c[1] - c[0] >= WORTH_CALL]
+    short = [c for c in columns if c[1] - c[0] < WORTH_CALL]
+    found = [_part(row, group) for group in (*long, short) if group]
+    return [piece for part in found for piece in _cut(part, depth)]
+
+
+def _cut(row: Row, depth: int) -> list[Row]:
+    each = row.height * bool(row.masked) + 2 * depth * (len(row.keys) > 1)
     most = SCRATCH // each if each else row.width
     if row.width <= most:
         return [row]
     most = max(most // SIDE, 1) * SIDE
     step = -(-row.width // -(-row.width // most))
     step = min(-(-step // SIDE) * SIDE, most)
-    return [_part(row, at, min(at + step, row.width)) for at in range(0, row.width, step)]
+    return [_part(row, [span]) for span in _each((0, row.width), step)]
 
 
-def _scratch(row: Row, depth: int) -> int:
-    """Elements of scratch memory for each key of a row."""
-    return row.height * bool(row.masked) + 2 * depth * (len(row.keys) > 1)
-
-
-def _part(row: Row, start: int, stop: int) -> Row:
-    cut = [(max(low, start) - start, min(high, stop) - start) for low, high in row.masked]
-    masked = tuple((low, high) for low, high in cut if low < high)
-    certain = sum(high - low for low, high in masked) < stop - start
-    return replace(row, keys=clipped(row.keys, start, stop), masked=masked, certain=certain)
+def _part(row: Row, columns: Sequence[Span]) -> Row:
+    """Some of the columns of a row."""
+    keys: list[Span] = []
+    masked: list[Span] = []
+    at = 0
+    for start, stop in columns:
+        keys += clipped(row.keys, start, stop)
+        for low, high in row.masked:
+            first, last = max(low, start) - start, min(high, stop) - start
+            if first < last:
+                masked.append((at + first, at + last))
+        at += stop - start
+    certain = sum(high - low for low, high in masked) < at
+    return replace(row, keys=tuple(keys), masked=tuple(masked), certain=certain)
 
 
 class FusedKernel:
@@ -124,8 +169,9 @@ class FusedKernel:
         assert linear is not None
         self.scale = linear.scale
         depth = problem.k.shape[3]
-        rows = {id(u.row): u.row for u in planned}.values()
-        parts = [p for row in rows for p in pieces(row, depth)]
+        rows = {id(u.row): u.row for u in planned}
+        self._pieces = {key: pieces(row, depth) for key, row in rows.items()}
+        parts = [p for found in self._pieces.values() for p in found]
         masked = [p.height * p.width for p in parts if p.masked]
         self._memory = problem.q.new_empty(max(masked, default=0))
         self._made: tuple[object, _Mask] | None = None
@@ -136,28 +182,30 @@ class FusedKernel:
     def run(self, unit: Unit, out: Tensor) -> None:
         """The output of a row into ``out`` [b, h, q, f] of all rows."""
         place = out[slice(*unit.batch), slice(*unit.heads), slice(*unit.row.queries)]
-        parts = pieces(unit.row, self.problem.k.shape[3])
-        if len(parts) == 1:
-            for where, o, _ in self._calls(unit, parts[0]):
-                place[where].copy_(o)
-            return
-        shape, like = (len(parts), *place.shape), self.problem.q
-        results, sums = like.new_empty(shape), like.new_empty(shape[:-1])
+        parts, like = self._pieces[id(unit.row)], self.problem.q
+        total = place if place.dtype == like.dtype else like.new_empty(place.shape)
+        sums = like.new_empty(place.shape[:-1] if len(parts) > 1 else 0)
         for n, piece in enumerate(parts):
             for where, o, lse in self._calls(unit, piece):
-                results[n][where].copy_(o)
-                sums[n][where].copy_(lse)
-        place.copy_(merged(results, sums))
+                if n:
+                    merge(total[where], sums[where], o, lse)
+                    continue
+                total[where].copy_(o)
+                if len(parts) > 1:
+                    sums[where].copy_(lse)
+        if total is not place:
+            place.copy_(total)
 
     def _calls(
         self, unit: Unit, piece: Row
     ) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor]]:
         """Batch entries and heads of the unit, their outputs, and log-sum-exps [b, h, q]."""
         mask = self._mask(unit, piece)
+        index = _index(piece.keys) if len(piece.keys) > 1 else None
         for batch, heads, shared in self._groups(unit, piece):
             q = self.problem.q[slice(*batch), slice(*heads), slice(*piece.queries)]
-            k = _rows_of(self.problem.k[slice(*batch), slice(*shared)], piece, self._keys)
-            v = _rows_of(self.problem.v[slice(*batch), slice(*shared)], piece, self._values)
+            k = _rows_of(self.problem.k[slice(*batch), slice(*shared)], piece, index, self._keys)
+            v = _rows_of(self.problem.v[slice(*batch), slice(*shared)], piece, index, self._values)
             if k.shape[1] != q.shape[1]:
                 k, v = (t.expand(-1, q.shape[1], -1, -1) for t in (k, v))
             o, lse = _attend(q, k, v, 0.0, False, attn_mask=mask.added, scale=self.scale)
@@ -202,26 +250,33 @@ class FusedKernel:
         return self._made[1]
 
 
-def merged(results: Tensor, sums: Tensor) -> Tensor:
-    """Attention over the keys of all pieces: results [n, b, h, q, f], log-sum-exps [n, b, h, q].
+def merge(total: Tensor, sums: Tensor, result: Tensor, lse: Tensor) -> None:
+    """Add attention over further keys to ``total`` [b, h, q, f] and ``sums`` [b, h, q], in place.
 
-    A query without keys has a log-sum-exp of -inf in every piece, and gives 0.  The weights are
-    quotients of one sum, so they add up to 1 whatever the rounding of the log-sum-exps.
+    ``sums`` and ``lse`` are log-sum-exps, -inf for a query without keys, whose result is 0.  The
+    two weights of a query are one number and what it lacks to 1, whatever their rounding.
     """
-    top = sums.amax(0)
-    weights = (sums - top.masked_fill(top == -math.inf, 0.0)).exp_()
-    total = weights.sum(0)
-    weights.div_(total.masked_fill(total == 0, 1.0))
-    return results.mul_(weights.unsqueeze(-1)).sum(0)
+    share = torch.sigmoid(lse - sums).masked_fill_(lse == -math.inf, 0.0)
+    total.lerp_(result, share.unsqueeze(-1))
+    torch.logaddexp(sums, lse, out=sums)
 
 
-def _rows_of(tensor: Tensor, piece: Row, memory: Tensor) -> Tensor:
+def _index(keys: Sequence[Span]) -> Tensor:
+    """The positions of several ranges of keys."""
+    low, high = np.asarray(keys, np.int64).T
+    ends = np.cumsum(high - low)
+    return torch.from_numpy(np.arange(ends[-1]) + np.repeat(high - ends, high - low))
+
+
+def _rows_of(tensor: Tensor, piece: Row, index: Tensor | None, memory: Tensor) -> Tensor:
     """Rows of K or V [b, h, n, d] of a piece: a view, or gathered into ``memory``."""
-    if len(piece.keys) == 1:
+    if index is None:
         return tensor[:, :, slice(*piece.keys[0])]
     shape = (*tensor.shape[:2], piece.width, tensor.shape[3])
     out = memory[: math.prod(shape)].view(shape)
-    return torch.cat([tensor[:, :, low:high] for low, high in piece.keys], 2, out=out)
+    for b, h in itertools.product(range(shape[0]), range(shape[1])):
+        torch.index_select(tensor[b, h], 0, index, out=out[b, h])
+    return out
 
 
 def _from(span: Span, start: int) -> slice:

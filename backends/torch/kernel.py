@@ -41,7 +41,10 @@ def attend(problem: Problem, dtype: torch.dtype) -> Tensor:
         return out
     lanes = _lanes(problem)
     if fits(problem):
-        rows = units(problem, lanes)
+        rows = units(problem)
+        # PyTorch's threads share a call where it has enough to share; then one memory is enough.
+        if min((unit.slices for unit in rows), default=0) >= 2 * lanes:
+            lanes = 1
         _work_off(rows, lambda: _run_rows(problem, rows, out), lanes, out.device)
     else:
         planned = list(jobs(problem))

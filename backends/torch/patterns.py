@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from hashlib import blake2b
 from itertools import pairwise
 
+import numpy as np
 from torch import Tensor
 
 from attn_rewrite.backends.torch.emit import Emitter
@@ -31,7 +33,7 @@ class Squares:
 
     def __init__(self) -> None:
         self._at: dict[_Place, Tensor] = {}
-        self._distinct: dict[tuple[int, bytes], Tensor] = {}
+        self._distinct: dict[tuple[int, bytes], Tensor] = {}  # by width and digest
 
     def find(self, place: _Place) -> Tensor | None:
         """The square at ``place``, if it was seen."""
@@ -39,7 +41,8 @@ class Squares:
 
     def add(self, place: _Place, square: Tensor) -> Tensor:
         """Remember a square; the one it equals, if there is one."""
-        key = (square.shape[-1], square.contiguous().numpy().tobytes())
+        kept = np.packbits(square.contiguous().numpy())
+        key = (square.shape[-1], blake2b(kept, digest_size=32).digest())
         if key not in self._distinct and len(self._distinct) < _MOST:
             self._distinct[key] = square.contiguous()
         if key in self._distinct:

@@ -4,7 +4,12 @@ Each mask runs as one call of ``attn_rewrite::tiled_attention`` in the same proc
 non-causal SDPA and compiled FlexAttention; they take turns and the minimum of each is kept.
 ``ratio`` is the time over (block fraction at 128 x 128) x (dense time): 1.0 means that skipped
 blocks cost nothing.  Extra memory is the peak of one call in a fresh process, output included,
-beyond what it held before the call.  Where FlexAttention does not compile its row says so.
+beyond what it held before the call; dense SDPA is measured likewise in the same run.  Where
+FlexAttention does not compile its row says so.
+
+Rows of earlier runs in the results file stay if machine, shape, threads and PyTorch are the same;
+every row says when it was measured, and how often.  ``--prices`` measures what a score costs in
+tiles of each side, from which `PRICES` of ``backends/torch/blocks.py`` are copied.
 
     python examples/benchmarks/torch_tiles.py --length 8192 --threads 2 --repeat 7
 """
@@ -12,6 +17,8 @@ beyond what it held before the call.  Where FlexAttention does not compile its r
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import math
 import multiprocessing
@@ -19,7 +26,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from datetime import date
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,13 +35,13 @@ import torch
 from torch import Tensor
 
 from attn_rewrite.backends.torch import tile_counts, tiled_attention
-from attn_rewrite.backends.torch.blocks import choose_block
+from attn_rewrite.backends.torch.blocks import PRICES, choose_block
 from attn_rewrite.cascade.attention import QK, SoftmaxAttention, as_softmax, softmax_cascade
 from attn_rewrite.cascade.expr import KV, Call, Const, Expr, H, Q, Rank, Read, call, eq
 from attn_rewrite.cascade.ir import Cascade, TensorDecl
 
 BATCH, HEADS, WIDTH, BLOCK = 1, 8, 64, 128
-LIMIT = 1.8
+LIMIT, MEMORY_LIMIT = 1.8, 1.1
 RESULTS = Path(__file__).parent / "results" / "torch_tiles.json"
 Case = tuple[Cascade, list[Tensor]]
 
@@ -168,13 +175,21 @@ def flex(case: Case, length: int) -> tuple[Callable[[], Tensor] | None, dict[str
     return run, {"flex_mask_s": made - start, "flex_compile_s": end - made}
 
 
-def measure(case: Case, length: int, repeat: int, *, with_flex: bool) -> dict[str, float | str]:
+def tables_of(case: Case) -> dict[str, Any]:
+    """Values of the block lists of a mask."""
+    return {"L": case[1][0].numpy()} if case[1] else {}
+
+
+def side_of(case: Case, length: int) -> int:
+    """The side of the tiles that the planner chooses."""
+    return choose_block(case[0], {"q": length, "kv": length, "h": HEADS}, tables_of(case))
+
+
+def measure(case: Case, length: int, repeat: int, *, with_flex: bool) -> dict[str, Any]:
     """Times of the kernels, taking turns."""
     cascade, reads = case
     q, k, v = operands(length)
-    text = str(cascade)
-    tables = {"L": reads[0].numpy()} if reads else {}
-    block = choose_block(cascade, {"q": length, "kv": length, "h": HEADS}, tables)
+    text, block = str(cascade), side_of(case, length)
 
     def dense() -> Tensor:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)
@@ -188,11 +203,14 @@ def measure(case: Case, length: int, repeat: int, *, with_flex: bool) -> dict[st
     if peer:
         told["flex_difference"] = float((outputs[2] - outputs[1]).abs().max())
     turns = [[seconds(function) for function in functions] for _ in range(repeat)]
-    counts = tile_counts(cascade, length, length, BLOCK, HEADS, tables=tables)
+    counts = tile_counts(cascade, length, length, BLOCK, HEADS, tables=tables_of(case))
     slow, fast, *other = (min(t) for t in zip(*turns, strict=True))
+    ratios = sorted(t[1] / t[0] / counts.density for t in turns)
     if peer:
         told |= {"flex_s": other[0], "flex_ratio": other[0] / (slow * counts.density)}
     return {
+        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+        "repeat": repeat,
         "block": block,
         "block_fraction": counts.density,
         "partial_fraction": 1 - counts.full / counts.executed,
@@ -200,9 +218,33 @@ def measure(case: Case, length: int, repeat: int, *, with_flex: bool) -> dict[st
         "tiled_s": fast,
         "speedup": slow / fast,
         "ratio": fast / (slow * counts.density),
-        "ratio_median": statistics.median(t[1] / t[0] for t in turns) / counts.density,
+        "ratio_of_turns": [ratios[0], statistics.median(ratios), ratios[-1]],
         **told,
     }
+
+
+def prices(length: int, repeat: int) -> dict[str, Any]:
+    """What a score costs in tiles of each side, over the largest side: by mask, and the mean."""
+    q, k, v = operands(length)
+    by_mask: dict[str, dict[str, float]] = {}
+    for name, case in masks(length).items():
+        cascade, reads = case
+        best = dict.fromkeys(PRICES, math.inf)
+        for turn in range(repeat + 1):
+            for side in PRICES:
+                spent = seconds(partial(tiled_attention, q, k, v, reads, str(cascade), side))
+                best[side] = min(best[side], spent) if turn else math.inf
+        each = {
+            side: spent
+            / tile_counts(cascade, length, length, side, HEADS, tables=tables_of(case)).pairs
+            for side, spent in best.items()
+        }
+        by_mask[name] = {str(side): cost / each[max(each)] for side, cost in each.items()}
+        print(f"{name:32s}", by_mask[name], flush=True)
+    mean = {s: statistics.geometric_mean(m[s] for m in by_mask.values()) for s in map(str, PRICES)}
+    print(f"{'mean':32s}", mean)
+    when = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"measured": when, "repeat": repeat, "by_mask": by_mask, "mean": mean}
 
 
 def _status(field: str) -> float:
@@ -213,21 +255,21 @@ def _status(field: str) -> float:
 
 def _peak(name: str, length: int, threads: int, answer: multiprocessing.Queue[float]) -> None:
     """Peak of one call beyond what the process held before, in MB."""
+    torch.set_num_threads(threads)
     q, k, v = operands(length)
-    short = [t[:, :, :BLOCK] for t in (q, k, v)]
-    cascade, reads = masks(length).get(name, (None, []))
+    short = [t[:, :, : 8 * BLOCK] for t in (q, k, v)]  # what runs must be loaded before
+    case = masks(length).get(name)
+    block = BLOCK if case is None else side_of(case, length)  # chosen when a model is rewritten
 
     def run(*tensors: Tensor) -> None:
-        if cascade is None:
+        if case is None:
             torch.nn.functional.scaled_dot_product_attention(*tensors)
         else:
-            size = tensors[0].shape[2]
-            tables = {"L": reads[0].numpy()} if reads else {}
-            block = choose_block(cascade, {"q": size, "kv": size, "h": HEADS}, tables)
-            tiled_attention(*tensors, reads, str(cascade), block)
+            tiled_attention(*tensors, case[1], str(case[0]), block)
 
-    torch.set_num_threads(threads)
     run(*short)
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory that was freed is no memory held
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = _status("VmRSS")
     run(q, k, v)
@@ -235,6 +277,7 @@ def _peak(name: str, length: int, threads: int, answer: multiprocessing.Queue[fl
 
 
 def extra_memory(name: str, length: int, threads: int) -> float:
+    """`_peak` in a process of its own."""
     context = multiprocessing.get_context("spawn")
     answer: multiprocessing.Queue[float] = context.Queue()
     process = context.Process(target=_peak, args=(name, length, threads, answer))
@@ -244,40 +287,63 @@ def extra_memory(name: str, length: int, threads: int) -> float:
     return found
 
 
+def record_of(length: int, threads: int) -> dict[str, Any]:
+    """What every row of a results file has in common."""
+    return {
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "threads": threads,
+        "shape": [BATCH, HEADS, length, WIDTH],
+        "fraction_block": BLOCK,
+        "output_mb": math.prod((BATCH, HEADS, length, WIDTH)) * 4 / 2**20,
+    }
+
+
+def earlier(path: Path, common: Mapping[str, Any]) -> dict[str, Any]:
+    """The results file, if it is of the same machine and sizes."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    same = all(found.get(name) == value for name, value in common.items())
+    return found if same else {}
+
+
+def shown(row: Mapping[str, Any]) -> str:
+    """A row as one line."""
+    numbers = {k: f"{v:.3f}" if isinstance(v, float) else v for k, v in row.items()}
+    return "  ".join(f"{k} {v}" for k, v in numbers.items() if not isinstance(v, list))
+
+
 def main() -> None:
+    """Measure what the arguments ask for, and write the results file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=7)
-    parser.add_argument("--only", default="", help="masks whose name has this in it")
+    parser.add_argument("--only", action="append", help="masks whose name has this in it")
     parser.add_argument("--no-flex", action="store_true", help="leave FlexAttention out")
+    parser.add_argument("--prices", action="store_true", help="measure tile sides instead")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    length, threads = arguments.length, arguments.threads
-    rows = {}
-    for name, case in masks(length).items():
-        if arguments.only not in name:
-            continue
-        row = measure(case, length, arguments.repeat, with_flex=not arguments.no_flex)
-        rows[name] = {**row, "extra_mb": extra_memory(name, length, threads)}
-        told = (
-            f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[name].items()
-        )
-        print(f"{name:32s}", "  ".join(told), flush=True)
-    worst = max(float(row["ratio"]) for row in rows.values())
-    print(f"worst ratio {worst:.2f} (limit {LIMIT})")
-    record = {
-        "date": date.today().isoformat(),
-        "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "threads": arguments.threads,
-        "shape": [BATCH, HEADS, arguments.length, WIDTH],
-        "fraction_block": BLOCK,
-        "dense_extra_mb": extra_memory("dense", length, threads),
-        "output_mb": math.prod((BATCH, HEADS, arguments.length, WIDTH)) * 4 / 2**20,
-        "masks": rows,
-    }
+    length, threads, repeat = arguments.length, arguments.threads, arguments.repeat
+    record = record_of(length, threads)
+    known = earlier(arguments.output, record)
+    rows, found = dict(known.get("masks", {})), known.get("prices")
+    if arguments.prices:
+        found = prices(length, repeat)
+    else:
+        dense_mb = extra_memory("dense", length, threads)
+        for name, case in masks(length).items():
+            if not any(part in name for part in arguments.only or [""]):
+                continue
+            row = measure(case, length, repeat, with_flex=not arguments.no_flex)
+            extra = extra_memory(name, length, threads)
+            rows[name] = {**row, "extra_mb": extra, "dense_extra_mb": dense_mb}
+            print(f"{name:32s}", shown(rows[name]), flush=True)
+        worst = max(float(row["ratio"]) for row in rows.values())
+        memory = max(float(row["extra_mb"]) / row["dense_extra_mb"] for row in rows.values())
+        print(f"worst ratio {worst:.2f} (limit {LIMIT}), memory {memory:.2f} ({MEMORY_LIMIT})")
+    rows = {name: rows[name] for name in masks(length) if name in rows}
+    record |= {"masks": rows} | ({"prices": found} if found else {})
     arguments.output.parent.mkdir(exist_ok=True)
     arguments.output.write_text(json.dumps(record, indent=2) + "\n")
 

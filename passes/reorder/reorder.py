@@ -24,7 +24,9 @@ class Reorder(Transform):
     """Attend over the grid's tokens along other axes first, or tile by tile.
 
     Q, K and V are permuted as the attention sees them (after rotary embedding), masks and biases
-    with them, and the output is put back, so nothing changes but the order of sums.  Patterns that
+    with them, and the output is put back, so nothing changes but the order of sums.  A ``dilation``
+    brings the tokens of one remainder together, which makes dilated neighborhoods dense in few
+    tiles.  Patterns that
     stand after it in a pipeline speak of the new order: ``reorder(order="hwf") | window(size=512)``
     is a window over time.  Text around the grid stays where it is.
     """
@@ -41,18 +43,28 @@ class Reorder(Transform):
         Option("axes from slowest to fastest, as hwf; a list has one entry per key head"),
     ] = None
     tile: Annotated[tuple[int, ...] | None, Option("extents of a tile, one per axis")] = None
+    dilation: Annotated[
+        tuple[int, ...] | None,
+        Option("distance of the tokens of a tile, one per axis; without a tile: of neighbours"),
+    ] = None
     layout: Annotated[
         str | None, Option("what positions mean, as grid=30x48x80,text=256; none: from the model")
     ] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.order is None) == (self.tile is None):
-            raise ValueError("reorder: give order (as hwf) or tile (as [8, 16]), one of them")
-        if self.order == () or self.tile == ():
+        tiled = self.tile is not None or self.dilation is not None
+        if (self.order is not None) == tiled:
+            raise ValueError(
+                "reorder: give order (as hwf) or tile (as [8, 16], with dilation where wanted), "
+                "one of them"
+            )
+        if () in (self.order, self.tile, self.dilation):
             raise ValueError("reorder: the list is empty")
-        if self.tile is not None and min(self.tile) < 1:
-            raise ValueError(f"reorder: tile is {list(self.tile)}, expected positive extents")
+        for name in ("tile", "dilation"):
+            sizes = getattr(self, name)
+            if sizes is not None and min(sizes) < 1:
+                raise ValueError(f"reorder: {name} is {list(sizes)}, expected positive extents")
         try:
             given = None if self.layout is None else TokenLayout.parse(self.layout)
             if given is not None:
@@ -62,8 +74,9 @@ class Reorder(Transform):
 
     def orders(self, layout: TokenLayout) -> tuple[TokenOrder, ...]:
         """The order of all heads, or one per key head (`PolicyError` where it does not fit)."""
-        if self.tile is not None:
-            return (tile_order(layout, self.tile),)
+        if self.tile is not None or self.dilation is not None:
+            tile = self.tile or (1,) * len(layout.grid)
+            return (tile_order(layout, tile, self.dilation),)
         names = (self.order,) if isinstance(self.order, str) else self.order or ()
         return tuple(axis_order(layout, name) for name in names)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from attn_rewrite.cascade.expr import TRUE, Expr, call, eq
+from attn_rewrite.cascade.expr import TRUE, Call, Const, Expr, call, eq
 from attn_rewrite.passes.sparse.laid_out import (
     Grid,
     LaidOut,
@@ -47,6 +47,8 @@ class Span:
         """
         if self.dilation == 1:
             return self._window(q, kv, extent)
+        if isinstance(extent, Const):  # one digit of the position, on the first axis too
+            q, kv = _digit(q, extent), _digit(kv, extent)
         d = self.dilation
         length = (extent - q % d + (d - 1)) // d
         return eq(q % d, kv % d) & self._window(q // d, kv // d, length)
@@ -59,6 +61,14 @@ class Span:
         leader = call("min", group + self.stride // 2, length - 1) if self.stride > 1 else q
         start = clamp(leader - self.size // 2, 0, length - self.size)
         return (kv >= start) & (kv < start + self.size)
+
+
+def _digit(coordinate: Expr, extent: Const) -> Expr:
+    """The coordinate modulo its extent, which changes nothing inside the grid."""
+    match coordinate:
+        case Call("mod", (_, modulus)) if modulus == extent:
+            return coordinate
+    return coordinate % extent
 
 
 @dataclass(frozen=True)
