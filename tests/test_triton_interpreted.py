@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 FOLDER = Path(__file__).parent / "interpreted"
 
 
-@pytest.mark.parametrize("name", ["kernels", "gradients", "serving", "edges", "quantised"])
+@pytest.mark.parametrize("name", ["kernels", "gradients", "serving", "edges", "quantised", "codes"])
 def test_interpreted(name: str, tmp_path: Path) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "ATTN_REWRITE_CACHE": str(tmp_path)}
     command = [

@@ -127,7 +127,9 @@ def main(policies: list[str], count: int, place: Path) -> None:
     for policy in policies:
         row = measured(policy, essays)
         rows = {**kept(place, head), policy: row}
-        place.write_text(json.dumps({**head, "rows": list(rows.values())}, indent=1) + "\n", "utf-8")
+        place.write_text(
+            json.dumps({**head, "rows": list(rows.values())}, indent=1) + "\n", "utf-8"
+        )
         print(f"{policy:16} {row['heads_quantised']} heads, lowest {row['lowest_cosine']:.7f}")
         assert row["heads_quantised"] == HEADS, policy
         assert row["lowest_cosine"] >= LEAST.get(policy, 0.0), policy
