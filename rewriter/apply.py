@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import fx
 
+from attn_rewrite.gates import Gate, emit_gates
 from attn_rewrite.graph import (
     Builder,
     GraphBuilder,
@@ -43,11 +45,13 @@ class Emits(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Replacement:
-    """A site and the kernel that takes its place; ``tables`` follow the site's own inputs."""
+    """A site and the kernel that takes its place; ``tables`` follow the site's own inputs, and
+    ``gates`` multiply its output."""
 
     site: Site
     kernel: Emits
     tables: Mapping[str, Table] = field(default_factory=dict)
+    gates: tuple[Gate, ...] = ()
 
 
 def splice(host: fx.GraphModule, replacements: Iterable[Replacement]) -> fx.GraphModule:
@@ -96,6 +100,22 @@ def settle(module: fx.GraphModule) -> tuple[Gathers, Gathers]:
             inner.recompile()
         before, after = before + here, after + count_gathers(inner.graph)
     return before, after
+
+
+def fold_into_kernels(module: fx.GraphModule) -> Gathers:
+    """Gathers that Triton kernels can make themselves become theirs; what is left is counted."""
+    from attn_rewrite.backends.triton.quantise import fold_gathers
+
+    left = Gathers()
+    for inner in module.modules():
+        if not isinstance(inner, fx.GraphModule):
+            continue
+        if fold_gathers(inner.graph):
+            sweep(inner.graph)
+            inner.graph.lint()
+            inner.recompile()
+        left = left + count_gathers(inner.graph)
+    return left
 
 
 def relax_views(node: fx.Node) -> None:
@@ -147,6 +167,12 @@ def compute(build: GraphBuilder, item: Replacement, twins: _Twins) -> Any:
     inputs = [arrange(build, o, v, site.groups(n), sizes) for n, (o, v) in values.items()]
     inputs += [_constant(build, item, name, twins) for name in item.tables]
     result = item.kernel.emit(build, inputs)
+    if item.gates:
+        assert build.point is not None
+        build.at(build.point, **{k: v for k, v in build.meta.items() if k != SITE_KEY})
+        local = partial(twins.local, build=build)
+        module = twins.module_of(build.graph)
+        result = emit_gates(build, site, item.gates, module, result, local, sizes)
     dtype = site.output.node.meta["val"].dtype
     if result.meta["val"].dtype != dtype:
         result = build.call(aten.to.dtype, result, dtype)
@@ -155,7 +181,7 @@ def compute(build: GraphBuilder, item: Replacement, twins: _Twins) -> Any:
 
 def _constant(build: GraphBuilder, item: Replacement, name: str, twins: _Twins) -> fx.Node:
     """A table of the plan as a buffer of the graph, not one of the model's state."""
-    module = next(m for m in twins.modules.values() if m.graph is build.graph)
+    module = twins.module_of(build.graph)
     place = "attn_rewrite_table_" + re.sub(r"\W", "_", f"{item.site.name}_{name}")
     device = item.site.inputs["Q"].node.meta["val"].device
     table = torch.from_numpy(item.tables[name]).to(device)
@@ -182,6 +208,10 @@ class _Twins:
 
     modules: dict[fx.GraphModule, fx.GraphModule]
     nodes: dict[fx.Node, fx.Node]
+
+    def module_of(self, graph: fx.Graph) -> fx.GraphModule:
+        """The copied module that ``graph`` belongs to."""
+        return next(m for m in self.modules.values() if m.graph is graph)
 
     def local(self, node: fx.Node, build: GraphBuilder | None = None) -> fx.Node:
         """The copy of ``node`` (a node of the host, or of a canonicalised copy of it)."""

@@ -21,6 +21,7 @@ from torch import fx, nn
 
 from attn_rewrite import knobs
 from attn_rewrite.errors import PolicyError
+from attn_rewrite.gates import refuse_gates
 from attn_rewrite.lowering import check_backend
 from attn_rewrite.optimized import OptimizedModule
 from attn_rewrite.passes.transform import Exactness
@@ -114,6 +115,7 @@ def read_options(options: Mapping[str, Any]) -> tuple[Policy, str]:
             "a budget needs measurements, and graphs captured just in time have no values: give "
             "optimize() example inputs, or leave the budget out"
         )
+    refuse_gates(policy)
     return policy, compiler
 
 

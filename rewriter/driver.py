@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 from torch import fx, nn
 
 from attn_rewrite import knobs
-from attn_rewrite.apply import Replacement, settle, splice
+from attn_rewrite.apply import Replacement, fold_into_kernels, settle, splice
 from attn_rewrite.backends.torch.lower import Kernel
 from attn_rewrite.calls import CallForm
 from attn_rewrite.capture import Captured, capture_model
 from attn_rewrite.cascade.ir import Cascade
 from attn_rewrite.errors import PolicyError
+from attn_rewrite.gates import Gate, gates_of
 from attn_rewrite.lowering import check_backend, lower_site
 from attn_rewrite.passes.canonicalize import canonicalize
 from attn_rewrite.passes.find import find
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
     from attn_rewrite.budget import Budget
     from attn_rewrite.optimized import OptimizedModule
+    from attn_rewrite.packed_decoder import PackedDecoder
 
 
 @dataclass
@@ -69,11 +71,14 @@ class Decision:
     refusal: Refusal | None = None
     backend: str = "auto"
     tables: Mapping[str, Table] = field(default_factory=dict)
+    gates: tuple[Gate, ...] = ()
 
     @property
     def replacement(self) -> Replacement | None:
         """The splice to make, if any."""
-        return None if self.kernel is None else Replacement(self.site, self.kernel, self.tables)
+        if self.kernel is None:
+            return None
+        return Replacement(self.site, self.kernel, self.tables, self.gates)
 
 
 def find_attention(
@@ -198,7 +203,7 @@ def _decide(site: Site, plan: Plan, backend: str) -> Decision:
     tables = plan.tables_of(site, cascade)
     if isinstance(tables, Refusal):
         return Decision(site, refusal=tables)
-    return lowered(site, cascade, backend, tables)
+    return replace(lowered(site, cascade, backend, tables), gates=gates_of(site, steps))
 
 
 def lowered(
@@ -307,7 +312,11 @@ class Spliced:
 def spliced(captured: Captured, decisions: list[Decision]) -> Spliced:
     """The host graph with every lowered site in place."""
     graph = splice(captured.graph, replacements(decisions))
-    return Spliced(graph, *(settle(graph) if graph is not captured.graph else (Gathers(),) * 2))
+    if graph is captured.graph:
+        return Spliced(graph, Gathers(), Gathers())
+    before, after = settle(graph)
+    folded = any(d.kernel is not None and d.kernel.name == "triton" for d in decisions)
+    return Spliced(graph, before, fold_into_kernels(graph) if before.total and folded else after)
 
 
 def _again(
@@ -320,10 +329,12 @@ def _again(
     backend: str,
     calibration: Any,
     cached: bool = False,
-) -> OptimizedModule:
+    packed: bool = False,
+) -> Any:
     """Capture and rewrite a source that moved: example inputs follow its device and dtype.
 
-    ``cached``: a step with a past instead, lowered for ONNX, which has no other use for it.
+    ``cached``: a step with a past instead, lowered for ONNX, which has no other use for it;
+    ``packed``: such a step as a `PackedDecoder`.
     """
     from torch.utils import _pytree as pytree
 
@@ -344,6 +355,8 @@ def _again(
         given = Calibration.of(calibration)
         calibration = replace(given, inputs=pytree.tree_map(follow, given.inputs))
     args, kwargs = pytree.tree_map(follow, (captured.args, captured.kwargs))
+    if packed:
+        return _packed(source, policy, plan, args, kwargs)
     if cached:
         from attn_rewrite.decoding import capture_step
 
@@ -357,3 +370,15 @@ def _again(
         source, policy, args, kwargs, dynamic_shapes=dynamic_shapes, plan=plan, backend=backend,
         calibration=calibration,
     )  # fmt: skip
+
+
+def _packed(
+    source: nn.Module, policy: Policy, plan: Plan | None, args: Any, kwargs: Any
+) -> PackedDecoder:
+    """A later step of ``source`` with its cache in few bits."""
+    from attn_rewrite.decoding import capture_step
+    from attn_rewrite.packed_decoder import packed_decoder
+
+    step = capture_step(source, args, kwargs)
+    findings = find(canonicalize(step.graph))
+    return packed_decoder(step, findings, plan or make_plan(findings, policy), source)

@@ -12,17 +12,19 @@ import torch
 from torch import fx, nn
 
 from attn_rewrite.errors import AttnRewriteError
+from attn_rewrite.gates import carry_gates
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from attn_rewrite.calls import CallForm
+    from attn_rewrite.packed_decoder import PackedDecoder
     from attn_rewrite.plan import Plan
     from attn_rewrite.report import Report
     from attn_rewrite.site import Site
 
 _GUARD = "Guard failed:"
-Rebuild = Callable[..., "OptimizedModule"]  # of a source module; cached= for its later steps
+Rebuild = Callable[..., Any]  # of a source module; cached=, packed= for its later steps
 
 
 class OptimizedModule(nn.Module):
@@ -120,7 +122,23 @@ class OptimizedModule(nn.Module):
             raise AttnRewriteError(
                 "a cache needs the source module, which is not held here: optimize the original"
             )
-        return self._rebuild(self._source, cached=True)  # type: ignore[no-any-return]
+        later: OptimizedModule = self._rebuild(self._source, cached=True)
+        carry_gates(self, later)
+        return later
+
+    def with_packed_cache(self) -> PackedDecoder:
+        """A decoder that goes on from what it has read, its keys and values stored in the few bits
+        that a policy of ``kv_int8``, ``kv_int4`` or ``kv_int2`` names.
+
+        Runs on torch operators.  Raises `PolicyError` with the reason where the policy names
+        something else, or the attention of a later step is more than causal.
+        """
+        if self._source is None or self._rebuild is None:
+            raise AttnRewriteError(
+                "a packed cache needs the source module, which is not held here: optimize the "
+                "original"
+            )
+        return self._rebuild(self._source, packed=True)  # type: ignore[no-any-return]
 
     @property
     def form(self) -> CallForm | None:
@@ -168,7 +186,9 @@ class OptimizedModule(nn.Module):
                 f"module is not held: optimize the original in {moved.dtype} on {moved.device}"
             )
         self._source._apply(fn, recurse)
-        self._become(self._rebuild(self._source))
+        again: OptimizedModule = self._rebuild(self._source)
+        carry_gates(self, again)
+        self._become(again)
         return self
 
     def _become(self, other: OptimizedModule) -> None:

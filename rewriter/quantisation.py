@@ -25,6 +25,8 @@ _NO_GAIN = (
 
 def notes(decisions: Iterable[Decision], plan: Plan) -> Iterator[str]:
     """One sentence per policy and cascade that quantises, and one on speed where a CPU runs it."""
+    decisions = tuple(decisions)
+    yield from _gates(decisions)
     counted: dict[tuple[str, str], int] = {}
     on_cpu = False
     for item in decisions:
@@ -41,6 +43,17 @@ def notes(decisions: Iterable[Decision], plan: Plan) -> Iterator[str]:
         yield f"{label}, {sites} site{'s' * (sites > 1)}: {passes}"
     if on_cpu:
         yield _NO_GAIN
+
+
+def _gates(decisions: Iterable[Decision]) -> Iterator[str]:
+    """How many heads have a gate, and where its error is found."""
+    heads = [len(g.heads) for d in decisions if d.kernel is not None for g in d.gates]
+    if heads:
+        yield (
+            f"gated: {sum(heads)} heads of {len(heads)} sites got a gate with parameters of its "
+            "own; errors of a site are those of the attention before its gate, the end-to-end "
+            "error has both"
+        )
 
 
 @lru_cache(maxsize=256)

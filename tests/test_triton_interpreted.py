@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 FOLDER = Path(__file__).parent / "interpreted"
 
 
-FILES = ["kernels", "gradients", "serving", "edges", "quantised", "mutations", "long"]
+FILES = ["kernels", "gradients", "serving", "edges", "quantised", "codes", "mutations", "long"]
 SLOW = ["mutations", "long"]
 
 

@@ -2,9 +2,10 @@
 
 The kernel is that of `core_of`: an ordinary cascade whose operands are stored in 8 bits, so the
 emitter needs no case for it.  Products of int8 codes accumulate in int32, of 8-bit floats in
-float32; scales enter the score where the placement rule let them stand.  Codes are made by torch
-operators in float64, as the oracle makes them: a code that rounds the other way is an error of a
-whole step.  int4 codes are stored and multiplied as int8, since no product of Triton takes less.
+float32; scales enter the score where the placement rule let them stand.  Codes are made in float64,
+as the oracle makes them: a code that rounds the other way is an error of a whole step.  Integer
+codes of blocks, tokens and channels are made by one kernel an operand (`quantise`), others by torch
+operators.  int4 codes are stored and multiplied as int8, since no product of Triton takes less.
 
 Probabilities that are rounded are rounded below the maximum of the complete row, as the cascade
 says, which takes two passes over the keys.
@@ -18,8 +19,8 @@ from typing import Any
 
 import torch
 
-from attn_rewrite.backends.torch.einsums import emit_stages
 from attn_rewrite.backends.torch.emit import cast
+from attn_rewrite.backends.triton.quantise import emit_fused
 from attn_rewrite.backends.triton.schedule import Device
 from attn_rewrite.cascade.ir import Cascade, TensorDecl
 from attn_rewrite.cascade.staged import as_staged, core_of, stages_of
@@ -80,7 +81,7 @@ def emit_codes(
 ) -> list[Any]:
     """The inputs of the core: codes, scales and means made, everything else handed on."""
     named: Mapping[str, Any] = dict(zip((t.name for t in decls), inputs, strict=True))
-    made = emit_stages(build, held.stages, {t.name: named[t.name] for t in held.stages.inputs})
+    made = emit_fused(build, held.stages, {t.name: named[t.name] for t in held.stages.inputs})
     return [
         cast(build, made[t.name], _STORED[t.dtype]) if t.name in made else named[t.name]
         for t in held.core.inputs

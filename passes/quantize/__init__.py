@@ -11,5 +11,6 @@ SCHEMES: tuple[str, ...] = (
     "kv_cache:KvInt4",
     "kv_cache:KvInt2",
     "clipped:ClippedSoftmax",
+    "gated:Gated",
     "calibrated:Calibrated",
 )
