@@ -10,6 +10,7 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -487,6 +488,7 @@ def test_a_mask_that_skips_nothing_is_not_called_sparse(tmp_path: Path) -> None:
     assert "no whole blocks at this length" in site.detail
 
 
+@pytest.mark.slow
 def test_lengths_are_fixed_where_that_is_asked_for(tmp_path: Path) -> None:
     layer = torch.nn.TransformerEncoderLayer(32, 4, 48, batch_first=True, dropout=0.0).eval()
     done = ar.optimize(layer, "window(size=8)", (torch.randn(2, 300, 32),))
@@ -529,6 +531,15 @@ def test_verify_finds_a_wrong_value_shape_and_name(artifact: OnnxArtifact) -> No
 def test_providers_that_do_not_start_are_an_error(artifact: OnnxArtifact) -> None:
     with pytest.raises(ToolError, match="CUDAExecutionProvider"):
         artifact.session(["CUDAExecutionProvider", "CPUExecutionProvider"])
+
+
+def test_nodes_that_fall_back_to_the_cpu_are_listed(artifact: OnnxArtifact) -> None:
+    """Azure's provider is in every wheel and runs none of our operators."""
+    with pytest.warns(RuntimeWarning, match=r"nodes run on the CPU, not on Azure.*: .*\d MatMul"):
+        artifact.session(["AzureExecutionProvider", "CPUExecutionProvider"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        artifact.session(["CPUExecutionProvider"])
 
 
 def test_a_run_that_fails_is_an_error(artifact: OnnxArtifact) -> None:

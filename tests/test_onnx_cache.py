@@ -277,12 +277,20 @@ def test_a_cache_that_cannot_be_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_exports(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    model, _ = made("llama")
+@pytest.mark.parametrize(("name", "cache"), [("llama", "int8"), ("gpt2", "float")])
+def test_the_command_exports_and_verifies(
+    name: str, cache: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model, _ = made(name)
     model.save_pretrained(tmp_path / "model")
     out = tmp_path / "out"
-    words = ["--policy", "exact", "--export", "onnx:onnxruntime", "--cache", "float"]
+    words = ["--policy", "exact", "--export", "onnx:onnxruntime", "--cache", cache]
     sizes = ["--length", "16", "-o", str(out), "--json"]
     assert run(["optimize", str(tmp_path / "model"), *words, *sizes]) == 0
     (export,) = json.loads(capfd.readouterr().out)["exports"]
-    assert (export["file"], export["cache"]) == ("model.onnx", "float")
+    assert (export["file"], export["cache"]) == ("model.onnx", cache)
+    assert bool(export["approximation"]) == (cache == "int8")
+    assert run(["verify", str(out), "--json"]) == 0
+    errors = json.loads(capfd.readouterr().out)["errors"]
+    assert errors["model.onnx"]["logits"] < 1e-4
+    assert "present.1.value" in errors["model.onnx"]

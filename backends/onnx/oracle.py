@@ -69,7 +69,7 @@ class _Evaluation(torch.fx.Interpreter):
     def run_node(self, n: torch.fx.Node) -> Any:
         value = super().run_node(n)
         if n.target is torch.ops.aten.round.default:
-            given = self.env[n.args[0]]
+            given = self.fetch_args_kwargs_from_env(n)[0][0]
             self.rounded[n.name] = given
             if n.name in self.slack:
                 value = _turned(value, given, self.slack[n.name])
