@@ -211,6 +211,20 @@ def test_a_cache_of_codes(
         np.testing.assert_array_equal(generated(artifact, given, NEW), wanted)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_positions_are_asked_for_where_they_are_learned(name: str) -> None:
+    from attn_rewrite.decoding import step_inputs
+
+    torch.manual_seed(0)
+    step = step_inputs(MODELS[name]().eval(), (), prompt(2, 8, padded=True))
+    if name != "gpt2":
+        assert "position_ids" not in step
+        return
+    assert step["position_ids"].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert step["input_ids"].shape == (2, 4)
+    assert step["attention_mask"].shape == (2, 8)
+
+
 def test_what_a_cache_returns_is_found_behind_an_empty_append() -> None:
     """A cache that is rebuilt where it is returned, as the exporter of torch writes it."""
     from attn_rewrite.backends.onnx.oracle import expected

@@ -268,7 +268,7 @@ def _effect_of_ties(
 def _slack(own: torch.Tensor, wide: torch.Tensor) -> float:
     """How far from a tie a value may be and still be rounded to the other side."""
     eps = torch.finfo(own.dtype).eps if own.dtype.is_floating_point else 0.0
-    return _allowed(own.double().numpy(), wide.numpy(), 1, eps)
+    return _allowed(_array(own), _array(wide), 1, eps)
 
 
 def _output_types(program: ExportedProgram) -> dict[str, torch.dtype | None]:
