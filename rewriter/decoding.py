@@ -54,7 +54,9 @@ def step_inputs(
     """Keyword arguments of a call that goes on where the first half of the example ended.
 
     The past is computed by ``model`` from the first half of ``input_ids`` [B, L]; the call has the
-    rest, the whole ``attention_mask`` where one was given, and ``use_cache=True``.  Raises
+    rest, the whole ``attention_mask`` where one was given, and ``use_cache=True``.  Where a mask
+    was given and the model's answer depends on where a text begins (learned positions), it also has
+    ``position_ids`` [B, L]: under padding on the left only the caller can say them.  Raises
     `PolicyError` where the model has no such call, or the example is too short for one.
     """
     parameters = inspect.signature(model.forward).parameters
@@ -69,6 +71,8 @@ def step_inputs(
             f"{type(model).__name__} cannot be exported with its cache: {reason}; leave the cache "
             "out, or name a decoder-only language model"
         )
+    if _wants_positions(model, parameters, given):
+        given["position_ids"] = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     half = ids.shape[1] // 2
     first, rest = _split(model, given, half)
     return {**rest, PAST: _past(model, first), "use_cache": True}
@@ -85,6 +89,32 @@ def _why_not(model: nn.Module, parameters: Mapping[str, Any], ids: Any) -> str |
     if ids.shape[1] < _NEEDED:
         return f"its example has {ids.shape[1]} tokens, expected at least {_NEEDED}"
     return None
+
+
+def _wants_positions(
+    model: nn.Module, parameters: Mapping[str, Any], given: Mapping[str, Any]
+) -> bool:
+    """Whether a text that begins at position 1 gives other numbers than one that begins at 0.
+
+    Rotary embeddings do not: only distances count.  A model is asked rather than its source, since
+    positions are spelled in many ways.
+    """
+    mask = given.get("attention_mask")
+    if "position_ids" not in parameters or given.get("position_ids") is not None:
+        return False
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        return False
+    start = torch.arange(mask.shape[1] - 1, device=mask.device)[None]  # none beyond the last
+    call = {n: v for n, v in given.items() if n not in ("use_cache", PAST, "attention_mask")}
+    call["input_ids"] = call["input_ids"][:, :-1]
+    with torch.no_grad():
+        here, there = (
+            pytree.tree_leaves(model(**call, position_ids=start + by, use_cache=False))[0]
+            for by in (0, 1)
+        )
+    # Far above what the rounding of rotated keys may change, far below what another position does.
+    slack = torch.finfo(here.dtype).eps ** 0.5
+    return bool((here - there).abs().max() > slack * here.abs().max())
 
 
 def _split(

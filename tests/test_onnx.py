@@ -10,6 +10,7 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,9 @@ import torch.nn.functional as functional
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-import attn_rewrite.ops  # noqa: F401  (registers attn_rewrite::tiled_attention)
+import attn_rewrite as ar
+import attn_rewrite.ops  # registers attn_rewrite::tiled_attention
 from attn_rewrite.backends.onnx import dense, runtime
-from attn_rewrite.backends.onnx import export as export_module
 from attn_rewrite.backends.onnx.artifact import OnnxArtifact
 from attn_rewrite.backends.onnx.export import export_onnx
 from attn_rewrite.cascade.attention import QK, SoftmaxAttention, softmax_cascade
@@ -338,7 +339,7 @@ def test_static_programs_keep_their_sizes(tmp_path: Path) -> None:
 
 @pytest.fixture
 def external(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export_module, "EXTERNAL_BYTES", 0)
+    monkeypatch.setattr("attn_rewrite.backends.onnx.writing.EXTERNAL_BYTES", 0)
 
 
 @pytest.mark.usefixtures("external")
@@ -443,7 +444,7 @@ def test_wrong_numbers_leave_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_file_that_does_not_load_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export_module, "IR_VERSION", 99)
+    monkeypatch.setattr("attn_rewrite.backends.onnx.translate.IR_VERSION", 99)
     with pytest.raises(ToolError, match=r"cannot load m\.onnx") as caught:
         export_onnx(capture(Sdpa(), tokens(2, 9)), tmp_path / "m.onnx")
     assert caught.value.stage == "onnxruntime"
@@ -459,6 +460,48 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         export_onnx(capture(Sdpa(), tokens(2, 9)), tmp_path / "m.onnx")
     assert caught.value.stage == "disk"
     assert not list(tmp_path.iterdir())
+
+
+def test_another_rounding_of_a_near_tie_is_allowed_and_no_more() -> None:
+    """2.5 steps of a quarter: float32 may round it to 2 or 3, which is a quarter in the output."""
+    from attn_rewrite.backends.onnx.oracle import expected
+
+    class Codes(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"codes": (x / 0.25).round() * 0.25, "plain": 2 * x}
+
+    program = torch.export.export(Codes(), (torch.zeros(4),))
+    apart = expected(program, {"x": np.float32([0.3, -1.1, 2.2, 0.0])})
+    assert apart.bounds["codes"] < 1e-5
+    tie = expected(program, {"x": np.float32([0.3, -1.1, 2.2, 0.625])})
+    assert 0.5 <= tie.bounds["codes"] < 0.5 + 1e-5
+    assert tie.bounds["plain"] < 1e-5
+    np.testing.assert_array_equal(tie.outputs["codes"], [0.25, -1.0, 2.25, 0.5])
+
+
+def test_a_mask_that_skips_nothing_is_not_called_sparse(tmp_path: Path) -> None:
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 48, batch_first=True, dropout=0.0).eval()
+    example = (torch.randn(2, 48, 32),)
+    done = ar.optimize(layer, "window(size=8)", example, dynamic_shapes={})
+    (site,) = export_onnx(done, tmp_path / "m.onnx").sites
+    assert (site.form, site.skips) == ("dense mask", False)
+    assert "no whole blocks at this length" in site.detail
+
+
+@pytest.mark.slow
+def test_lengths_are_fixed_where_that_is_asked_for(tmp_path: Path) -> None:
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 48, batch_first=True, dropout=0.0).eval()
+    done = ar.optimize(layer, "window(size=8)", (torch.randn(2, 300, 32),))
+    free = export_onnx(done, tmp_path / "free.onnx")
+    fixed = export_onnx(done, tmp_path / "fixed.onnx", static=True)
+    assert free.inputs[0].shape == ("batch", "sequence", 32)
+    assert fixed.inputs[0].shape == ("batch", 300, 32)
+    assert fixed.metadata["attn_rewrite.lengths"] == "those of the example: asked for"
+    with pytest.raises(PolicyError, match="static= needs what optimize returned"):
+        export_onnx(done.program, tmp_path / "no.onnx", static=True)
+    with pytest.raises(PolicyError, match="static= and cache="):
+        export_onnx(done, tmp_path / "no.onnx", static=True, cache="float")
+    assert not (tmp_path / "no.onnx").exists()
 
 
 @pytest.fixture(scope="module")
@@ -488,6 +531,15 @@ def test_verify_finds_a_wrong_value_shape_and_name(artifact: OnnxArtifact) -> No
 def test_providers_that_do_not_start_are_an_error(artifact: OnnxArtifact) -> None:
     with pytest.raises(ToolError, match="CUDAExecutionProvider"):
         artifact.session(["CUDAExecutionProvider", "CPUExecutionProvider"])
+
+
+def test_nodes_that_fall_back_to_the_cpu_are_listed(artifact: OnnxArtifact) -> None:
+    """Azure's provider is in every wheel and runs none of our operators."""
+    with pytest.warns(RuntimeWarning, match=r"nodes run on the CPU, not on Azure.*: .*\d MatMul"):
+        artifact.session(["AzureExecutionProvider", "CPUExecutionProvider"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        artifact.session(["CPUExecutionProvider"])
 
 
 def test_a_run_that_fails_is_an_error(artifact: OnnxArtifact) -> None:

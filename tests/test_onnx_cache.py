@@ -78,8 +78,10 @@ def generated(artifact: OnnxArtifact, given: dict[str, torch.Tensor], steps: int
             shape = [batch, spec.shape[1], 0, spec.shape[3]]
             feed[spec.name] = np.zeros(shape, spec.dtype)
     names, tokens = [s.name for s in artifact.outputs], []
+    wanted = {s.name for s in artifact.inputs}
     for _ in range(steps):
-        wanted = {s.name for s in artifact.inputs}
+        held = feed["attention_mask"].cumsum(-1) - 1
+        feed["position_ids"] = held.clip(0)[:, -feed["input_ids"].shape[1] :]
         out = dict(zip(names, session.run(names, {n: feed[n] for n in wanted}), strict=True))
         tokens.append(out["logits"][:, -1].argmax(-1))
         feed["input_ids"] = tokens[-1][:, None]
@@ -88,12 +90,37 @@ def generated(artifact: OnnxArtifact, given: dict[str, torch.Tensor], steps: int
     return np.stack(tokens, 1)
 
 
-def greedy(model: Any, given: dict[str, torch.Tensor], steps: int) -> np.ndarray:
-    """The tokens that transformers generates."""
+def greedy(
+    model: Any, given: dict[str, torch.Tensor], steps: int, codes: Codes | None = None
+) -> np.ndarray:
+    """The tokens that transformers generates, with ``codes`` from a cache that is rounded to them."""
     options = {"do_sample": False, "max_new_tokens": steps, "min_new_tokens": steps}
+    if codes is not None:
+        options["past_key_values"] = rounded_cache(codes)
     with torch.no_grad():
         ids = model.generate(**given, **options, use_cache=True, pad_token_id=0)
     return ids[:, given["input_ids"].shape[1] :].numpy()
+
+
+def rounded_cache(codes: Codes) -> Any:
+    """A cache of transformers that holds, of every number, what its code of 8 bits stands for."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    scales = {n: torch.from_numpy(a) for n, a in codes.scales.items()}
+
+    class Rounded(DynamicLayer):
+        def __init__(self, index: int) -> None:
+            super().__init__()
+            self.scales = [scales[f"past_key_values.{index}.{part}"] for part in ("key", "value")]
+
+        def update(self, keys: torch.Tensor, values: torch.Tensor, *rest: Any, **more: Any) -> Any:
+            pair = zip((keys, values), self.scales, strict=True)
+            held = ((x / s).round().clamp(-128, 127) * s for x, s in pair)
+            return super().update(*held, *rest, **more)
+
+    cache = DynamicCache()
+    cache.layers = [Rounded(i) for i in range(len(scales) // 2)]
+    return cache
 
 
 @pytest.fixture(scope="module")
@@ -126,17 +153,17 @@ def test_greedy_generation_equals_pytorch(
     assert [s.form for s in artifact.sites] == [FORMS[target]] * 2
     assert {s.name for s in artifact.sites} == {s.name for s in done.report.sites}
     names = [s.name for s in artifact.inputs]
-    assert names[:2] == ["input_ids", "attention_mask"]
-    assert {n.removeprefix("past_key_values.") for n in names[2:]} == {
+    # Learned positions: where a text begins under padding is the caller's to say.
+    positions = ["position_ids"] if name == "gpt2" else []
+    assert [n for n in names if "." not in n] == ["input_ids", "attention_mask", *positions]
+    assert {n.removeprefix("past_key_values.") for n in names if "." in n} == {
         f"{i}.{part}" for i in range(2) for part in ("key", "value")
     }
     shapes = {s.name: s.shape for s in artifact.inputs}
     assert shapes["attention_mask"] == ("batch", "total_sequence")
     assert shapes["past_key_values.1.value"][::2] == ("batch", "past_sequence")
     seen: set[int] = set()
-    # GPT-2 learns its positions: under padding it wants position_ids, which the file does not take.
-    padded = () if name == "gpt2" else (prompt(2, 9, padded=True),)
-    for given in (prompt(1, 7), prompt(3, 20), *padded):
+    for given in (prompt(1, 7), prompt(3, 20), prompt(2, 9, padded=True)):
         wanted = greedy(model, given, NEW)
         seen |= set(wanted.flat)
         np.testing.assert_array_equal(generated(artifact, given, NEW), wanted)
@@ -156,6 +183,63 @@ def check_operators(path: Path, heads: int, **options: int | bytes) -> None:
         found = {a.name: a.i if a.type == a.INT else a.s for a in operator.attribute}
         wanted = {"num_heads": 4, "kv_num_heads": heads, **options}
         assert wanted.items() <= found.items()
+
+
+@pytest.mark.parametrize(
+    "target", [pytest.param("portable", marks=pytest.mark.slow), "onnxruntime"]
+)
+def test_a_cache_of_codes(
+    decoders: Callable[[str], tuple[torch.nn.Module, Any]], target: str, tmp_path: Path
+) -> None:
+    model, done = decoders("llama")
+    artifact = export_onnx(done, tmp_path / "m.onnx", target=target, cache="int8")
+    dtypes = {s.name: s.dtype for s in (*artifact.inputs, *artifact.outputs)}
+    cached = {n for n in dtypes if n.startswith(("past_key_values.", "present."))}
+    assert {dtypes[n] for n in cached} == {"int8"}
+    assert len(cached) == 8
+    # The codes are an approximation, the file's own error is not: it is that of float32.
+    assert 1e-4 < artifact.approximation["logits"] < 0.05
+    assert artifact.errors["logits"] < 1e-5
+    assert max(artifact.errors[n] for n in cached if n.startswith("present.")) < 0.51
+    if target == "onnxruntime":
+        check_operators(artifact.path, 2, kv_cache_bit_width=8, k_quant_type=b"PER_CHANNEL")
+    codes = artifact.codes
+    assert codes is not None
+    assert Codes.from_text(codes.to_text()).scales.keys() == codes.scales.keys()
+    for given in (prompt(1, 7), prompt(3, 20), prompt(2, 9, padded=True)):
+        wanted = greedy(model, given, NEW, codes)
+        np.testing.assert_array_equal(generated(artifact, given, NEW), wanted)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_positions_are_asked_for_where_they_are_learned(name: str) -> None:
+    from attn_rewrite.decoding import step_inputs
+
+    torch.manual_seed(0)
+    step = step_inputs(MODELS[name]().eval(), (), prompt(2, 8, padded=True))
+    if name != "gpt2":
+        assert "position_ids" not in step
+        return
+    assert step["position_ids"].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert step["input_ids"].shape == (2, 4)
+    assert step["attention_mask"].shape == (2, 8)
+
+
+def test_what_a_cache_returns_is_found_behind_an_empty_append() -> None:
+    """A cache that is rebuilt where it is returned, as the exporter of torch writes it."""
+    from attn_rewrite.backends.onnx.oracle import expected
+
+    class Appends(torch.nn.Module):
+        def forward(self, past: torch.Tensor, new: torch.Tensor) -> dict[str, torch.Tensor]:
+            held = torch.cat([past, new], -2)
+            return {"total": held.sum((1, 2)), "held": torch.cat([past.new_zeros(0), held], -2)}
+
+    past, new = torch.randn(2, 1, 3, 4), torch.randn(2, 1, 2, 4)
+    program = torch.export.export(Appends(), (past, new))
+    given = {"held": np.ones((2, 1, 5, 4), np.float32)}
+    found = expected(program, {"past": past, "new": new}, given)
+    np.testing.assert_array_equal(found.outputs["total"], np.full((2, 4), 5.0))
+    np.testing.assert_allclose(found.appended["held"], torch.cat([past, new], -2).numpy())
 
 
 def test_codes_that_are_not_the_nearest_are_found() -> None:
@@ -194,7 +278,7 @@ def test_a_cache_that_cannot_be_is_refused(tmp_path: Path) -> None:
     place = tmp_path / "m.onnx"
     for options, error, words in (
         ({"cache": "float"}, PolicyError, "decoder-only"),
-        ({"cache": "int8"}, PolicyError, "unknown cache 'int8'"),
+        ({"cache": "int4"}, PolicyError, "unknown cache 'int4'"),
     ):
         with pytest.raises(error, match=words):
             export_onnx(done, place, **options)
@@ -207,12 +291,20 @@ def test_a_cache_that_cannot_be_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_exports(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    model, _ = made("llama")
+@pytest.mark.parametrize(("name", "cache"), [("llama", "int8"), ("gpt2", "float")])
+def test_the_command_exports_and_verifies(
+    name: str, cache: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model, _ = made(name)
     model.save_pretrained(tmp_path / "model")
     out = tmp_path / "out"
-    words = ["--policy", "exact", "--export", "onnx:onnxruntime", "--cache", "float"]
+    words = ["--policy", "exact", "--export", "onnx:onnxruntime", "--cache", cache]
     sizes = ["--length", "16", "-o", str(out), "--json"]
     assert run(["optimize", str(tmp_path / "model"), *words, *sizes]) == 0
     (export,) = json.loads(capfd.readouterr().out)["exports"]
-    assert (export["file"], export["cache"]) == ("model.onnx", "float")
+    assert (export["file"], export["cache"]) == ("model.onnx", cache)
+    assert bool(export["approximation"]) == (cache == "int8")
+    assert run(["verify", str(out), "--json"]) == 0
+    errors = json.loads(capfd.readouterr().out)["errors"]
+    assert errors["model.onnx"]["logits"] < 1e-4
+    assert "present.1.value" in errors["model.onnx"]

@@ -1,17 +1,18 @@
 """Models of many families under many policies: every pair exports, loads and agrees with PyTorch.
 
-Agreement is checked by the export itself, against float64, at two sizes.  What is labelled sparse
-skips: the scores that a file computes are counted by instrumenting its loops.
+Agreement is checked by the export itself, against float64.  What is labelled sparse skips: the
+scores that a file computes are counted by instrumenting its loops.  Every pair is there at the
+sizes of the example, fast enough for every run; `make matrix` adds dynamic batch and lengths.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx.inliner
 import onnxruntime as ort
@@ -21,6 +22,7 @@ import torch
 import attn_rewrite as ar
 from attn_rewrite import export_onnx
 from attn_rewrite.backends.onnx.artifact import OnnxArtifact
+from attn_rewrite.capture import capture_model
 
 LENGTH, WIDTH = 448, 32
 SIZES = {"hidden_size": WIDTH, "num_hidden_layers": 1, "intermediate_size": 48, "vocab_size": 60}
@@ -61,25 +63,25 @@ def t5() -> Model:
     from transformers import T5Config, T5Model
 
     sizes = {"d_model": WIDTH, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
-    decoder = {"decoder_input_ids": ids(40)["input_ids"]}
-    return T5Model(T5Config(vocab_size=60, use_cache=False, **sizes)), ids(64) | decoder
+    decoder = {"decoder_input_ids": ids(320)["input_ids"]}
+    return T5Model(T5Config(vocab_size=60, use_cache=False, **sizes)), ids() | decoder
 
 
 def vit() -> Model:
     from transformers import ViTConfig, ViTModel
 
     sizes = {k: v for k, v in SIZES.items() if k != "vocab_size"} | HEADS
-    model = ViTModel(ViTConfig(image_size=32, patch_size=4, **sizes), add_pooling_layer=False)
-    return model, {"pixel_values": torch.randn(2, 3, 32, 32)}
+    model = ViTModel(ViTConfig(image_size=76, patch_size=4, **sizes), add_pooling_layer=False)
+    return model, {"pixel_values": torch.randn(2, 3, 76, 76)}
 
 
 def dit() -> Model:
     from diffusers import DiTTransformer2DModel
 
-    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1, "sample_size": 16}
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1, "sample_size": 40}
     other = {"in_channels": 4, "patch_size": 2, "num_embeds_ada_norm": 10, "norm_num_groups": 1}
     example = {
-        "hidden_states": torch.randn(2, 4, 16, 16),
+        "hidden_states": torch.randn(2, 4, 40, 40),
         "timestep": torch.tensor([3, 5]),
         "class_labels": torch.tensor([1, 2]),
     }
@@ -132,12 +134,11 @@ POLICIES = {
     "sinks": "window(size=12, sinks=3)",
     "chunked": "chunked(size=32)",
     "longformer": "longformer(window=16)",
-    "bigbird": "bigbird(block=16)",
+    "bigbird": "bigbird(block=16, global_blocks=1, random=1)",
     "int8": "int8",
     "both": "window(size=16) | int8",
 }
 SPARSE = [name for name in POLICIES if name not in ("exact", "int8")]
-SHORT = ("t5", "vit", "dit")  # a step of tiles holds all of their tokens
 PAIRS = [(m, p) for m in MODELS for p in POLICIES]
 
 
@@ -163,29 +164,56 @@ def scores_of(artifact: OnnxArtifact, example: dict[str, Any]) -> int:
     return int(sum(c.sum() for c in counts))
 
 
-@pytest.mark.matrix
-@pytest.mark.parametrize(("model", "policy"), PAIRS)
-def test_a_model_under_a_policy(model: str, policy: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def translations_read_once() -> Iterator[None]:
+    """torch reads its 500 translations anew at every export, a third of the time of a small one."""
+    import onnxscript._framework_apis.torch_2_5 as apis
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(apis, "get_torchlib_ops", functools.cache(apis.get_torchlib_ops))
+        yield
+
+
+@functools.cache
+def captured(model: str) -> tuple[torch.export.ExportedProgram, dict[str, Any]]:
+    """A model at the sizes of its example, captured once for all policies."""
     torch.manual_seed(0)
     made, example = MODELS[model]()
-    done = ar.optimize(made.eval(), POLICIES[policy], (), example)
-    artifact = export_onnx(done, tmp_path / "m.onnx")
+    return capture_model(made.eval(), (), example, dynamic_shapes={}).program, example
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "policy"), PAIRS)
+def test_a_model_under_a_policy(model: str, policy: str, tmp_path: Path) -> None:
+    program, example = captured(model)
+    check(ar.optimize(program, POLICIES[policy], (), example), example, policy, tmp_path / "m.onnx")
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(("model", "policy"), PAIRS)
+def test_a_model_under_a_policy_at_any_size(model: str, policy: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    made, example = MODELS[model]()
+    check(
+        ar.optimize(made.eval(), POLICIES[policy], (), example),
+        example, policy, tmp_path / "m.onnx",
+    )  # fmt: skip
+
+
+def check(done: Any, example: dict[str, Any], policy: str, place: Path) -> None:
+    """The export agrees, has every rewritten site, and skips where the policy is sparse."""
+    artifact = export_onnx(done, place)
     assert artifact.errors, "the export compares with the program"
     assert done.report.sites
     rewritten = {s.name for s in done.report.sites if s.status in ("rewritten", "unbudgeted")}
     assert rewritten or policy != "exact"
     forms = {s.name: s for s in artifact.sites}
     assert rewritten <= set(forms)
-    with torch.no_grad():
-        wanted = leaves(done(**example))
-    got = artifact.run({n: t.numpy() for n, t in example.items()})
-    for array, tensor in zip(got.values(), wanted, strict=True):
-        np.testing.assert_allclose(array, tensor.numpy(), rtol=1e-3, atol=1e-4)
     if policy not in SPARSE:
         return
     sparse = [forms[name] for name in rewritten]
     assert all(s.skips for s in sparse), [s.detail for s in sparse]
-    if rewritten and model not in SHORT:
+    if rewritten:
         dense = sum(2 * s.hq * size(s.q_len) * size(s.kv_len) for s in done.sites)
         assert 0 < scores_of(artifact, example) < dense
 
@@ -193,11 +221,6 @@ def test_a_model_under_a_policy(model: str, policy: str, tmp_path: Path) -> None
 def size(extent: Any) -> int:
     """An extent in the example: dynamic ones are the length of the text."""
     return extent if isinstance(extent, int) else LENGTH
-
-
-def leaves(output: Any) -> list[torch.Tensor]:
-    found = torch.utils._pytree.tree_leaves(output)
-    return [leaf for leaf in found if isinstance(leaf, torch.Tensor)]
 
 
 def test_the_matrix_is_whole() -> None:

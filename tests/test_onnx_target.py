@@ -20,6 +20,7 @@ from attn_rewrite import export_onnx
 from attn_rewrite.backends.onnx.sites import SITE_KEY
 from attn_rewrite.cascade.attention import QK, SoftmaxAttention
 from attn_rewrite.cascade.text import parse
+from attn_rewrite.cli.app import run
 from tests.test_onnx import HQ, Sdpa, Tiled, bound, capture, tokens
 from tests.test_onnx_window import causal_window
 
@@ -188,15 +189,28 @@ def test_bench_in_onnx_runtime(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "words"),
     [
-        ("optimize", "no-such-model", "-o", "out", "--export", "onnx:portabel"),
-        ("bench", "no-such-model", "--runtime", "onnx"),
+        (("optimize", "--export", "onnx:portabel"), "'onnx:portabel' is not known"),
+        (("optimize", "--cache", "float"), "--cache is about ONNX files"),
+        (("optimize", "--static"), "--static is about ONNX files"),
+        (("optimize", "--export", "onnx", "--cache", "int4"), "unknown cache 'int4'"),
+        (("optimize", "--export", "onnx", "--cache", "int8", "--static"), "static= and cache="),
+        (("bench", "--runtime", "onnx"), "'onnx' is not known"),
     ],
 )
-def test_options_are_checked_before_the_model_is_loaded(arguments: tuple[str, ...]) -> None:
-    command = [sys.executable, "-m", "attn_rewrite", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "is not known" in done.stderr
-    assert "no-such-model" not in done.stderr
+def test_options_are_checked_before_the_model_is_loaded(
+    arguments: tuple[str, ...],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command, *options = arguments
+    out = ["-o", "out"] if command == "optimize" else []
+    assert run([command, "no-such-model", *out, *options]) == 2
+    shown = " ".join(capfd.readouterr().err.split())
+    assert words in shown
+    assert "no-such-model" not in shown
+    assert not list(tmp_path.iterdir())

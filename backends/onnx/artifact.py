@@ -57,7 +57,8 @@ class OnnxArtifact:
     def session(self, providers: Sequence[str] | None = None, *, threads: int = 2) -> Any:
         """An ``onnxruntime.InferenceSession`` (CPU unless ``providers`` says otherwise).
 
-        `ToolError` where the file cannot be loaded or a provider did not start.
+        `ToolError` where the file cannot be loaded or a provider did not start; a `RuntimeWarning`
+        lists the nodes that a provider other than the CPU's leaves to the CPU.
         """
         return open_session(self.path, providers, threads=threads)
 

@@ -7,19 +7,15 @@ temporary folder beside its place, which is removed whatever happens.
 from __future__ import annotations
 
 import collections
-import contextlib
 import json
-import logging
-import tempfile
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attn_rewrite.backends.onnx.runtime import require_exporter
-from attn_rewrite.errors import LowerError, PolicyError, ToolError
+from attn_rewrite.errors import LowerError, PolicyError
 from attn_rewrite.site import Refusal
 
 if TYPE_CHECKING:
@@ -31,12 +27,9 @@ if TYPE_CHECKING:
     from attn_rewrite.backends.onnx.sites import SiteLowering
 
 TARGETS = ("portable", "onnxruntime")
-CACHES = (None, "float")
-DEFAULT_OPSET, IR_VERSION = 20, 10
+CACHES = (None, "float", "int8")
+DEFAULT_OPSET = 20
 OPSETS = range(18, 25)
-# Weights above this go to a file of their own: a protobuf is held in memory twice while it is
-# written, and cannot exceed 2 GiB.
-EXTERNAL_BYTES = 1 << 27
 
 
 def export_onnx(
@@ -47,6 +40,7 @@ def export_onnx(
     opset: int | None = None,
     verify: bool = True,
     cache: str | None = None,
+    static: bool = False,
 ) -> OnnxArtifact:
     """Write ``optimized`` (an `OptimizedModule`, or an ``ExportedProgram``) as ONNX.
 
@@ -56,11 +50,13 @@ def export_onnx(
     unless asked otherwise (18 to 24); the IR version is 10.  Batch and lengths that are dynamic in
     the program stay dynamic under readable names.  Where a sparse site has no band of fixed width
     the lengths become those of the example (``attn_rewrite.lengths`` of the metadata says so), so
-    that only the blocks its mask keeps are in the file.
+    that only the blocks its mask keeps are in the file; ``static`` asks for that at every site.
 
-    ``cache`` ("float") writes the later steps of a decoder instead: the file takes
+    ``cache`` ("float" or "int8") writes the later steps of a decoder instead: the file takes
     ``past_key_values.0.key`` [batch, heads, past, width] and so on (of length 0 at the first call)
-    and returns ``present.0.key``.  ``optimized`` has to hold its source module then.
+    and returns ``present.0.key``.  ``optimized`` has to hold its source module then.  An int8 cache
+    is approximate: codes by scales per head and channel, measured on the example inputs; what that
+    does to the other outputs is measured too (`OnnxArtifact.approximation`).
 
     With ``verify`` the file is opened in ONNX Runtime and compared with the program on its example
     inputs, and at another batch size and length where those are dynamic, before it gets its name.
@@ -69,27 +65,33 @@ def export_onnx(
     form, `ToolError` where a package is missing or a tool fails, `VerifyError` where the numbers
     disagree; no file is left behind then.
     """
-    number = check_options(target, opset, cache)
+    number = check_options(target, opset, cache, static)
     require_exporter()
+    from attn_rewrite.backends.onnx.writing import write
+
     optimized = optimized if cache is None else _step_of(optimized)
     from attn_rewrite.backends.onnx.artifact import OnnxArtifact
-    from attn_rewrite.portable import plain_program
 
-    program = getattr(optimized, "program", optimized)
-    made = _lowered(plain_program(program), number, target, cache)
+    if static and not hasattr(optimized, "at_one_length"):
+        raise PolicyError(
+            f"static= needs what optimize returned, got {type(optimized).__name__}: export a "
+            "program with the lengths it shall have."
+        )
+    made = _lowered_at(optimized, number, target, cache, static)
     dense = _dense_though_sparse(optimized, made.sites)
-    if dense and hasattr(optimized, "at_one_length") and cache is None:
+    if dense and hasattr(optimized, "at_one_length") and cache is None and not static:
         # Which blocks to run is known once the lengths are.
-        made = _lowered(plain_program(optimized.at_one_length()), number, target, cache)
+        made = _lowered_at(optimized, number, target, cache, True)
         dense = _dense_though_sparse(optimized, made.sites)
-        made = replace(made, fixed=True)
     _refuse_dense(dense)
-    model, sites, codes = made.model, made.sites, made.codes
+    model, codes = made.model, made.codes
+    sites = _masks_named(optimized, made.sites)
     census = node_census(model)
     _check_census(census, target)
     metadata = _metadata(optimized, target, number, [s.to_json() for s in sites])
     if made.fixed:
-        metadata["attn_rewrite.lengths"] = "those of the example: a mask has no band of fixed width"
+        why = "asked for" if static else "a mask has no band of fixed width"
+        metadata["attn_rewrite.lengths"] = f"those of the example: {why}"
     if cache is not None:
         metadata["attn_rewrite.cache"] = cache
     if codes is not None:
@@ -107,7 +109,7 @@ def export_onnx(
         source=made.program,
         codes=codes,
     )
-    return _write(model, draft, verify)
+    return write(model, draft, verify)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,20 +123,31 @@ class _Lowered:
     fixed: bool = False
 
 
+def _lowered_at(
+    optimized: Any, number: int, target: str, cache: str | None, fixed: bool
+) -> _Lowered:
+    """The program lowered, its lengths ``fixed`` to those of the example or as it has them."""
+    from attn_rewrite.portable import plain_program
+
+    program = optimized.at_one_length() if fixed else getattr(optimized, "program", optimized)
+    return replace(_lowered(plain_program(program), number, target, cache), fixed=fixed)
+
+
 def _lowered(program: ExportedProgram, number: int, target: str, cache: str | None) -> _Lowered:
     import onnx_ir.passes.common as common
 
     from attn_rewrite.backends.onnx import names
     from attn_rewrite.backends.onnx.sites import expand, site_names
+    from attn_rewrite.backends.onnx.translate import finish, quiet, translate
 
-    with _quiet():
-        model = _translate(program, number)
+    with quiet():
+        model = translate(program, number)
         common.InlinePass()(model)  # the only functions of the file are its rewritten sites
         codes = _quantised(model, program, number) if cache == "int8" else None
         sites = expand(model, number, site_names(program), target)
         names.rename_inputs(model)
         names.rename_outputs(model, names.output_names(program))
-        _finish(model, number)
+        finish(model, number)
         names.rename_axes(model, names.axis_names(program))
     return _Lowered(program, model, sites, codes)
 
@@ -159,7 +172,9 @@ def _step_of(optimized: Any) -> Any:
     return optimized.with_cache()
 
 
-def check_options(target: str, opset: int | None = None, cache: str | None = None) -> int:
+def check_options(
+    target: str, opset: int | None = None, cache: str | None = None, static: bool = False
+) -> int:
     """The opset to write for these options; `PolicyError` where they cannot be served.
 
     Needs no model, so that a command can ask before it loads one.
@@ -167,7 +182,11 @@ def check_options(target: str, opset: int | None = None, cache: str | None = Non
     if target not in TARGETS:
         raise PolicyError(f"unknown ONNX target {target!r}; expected {' or '.join(TARGETS)}.")
     if cache not in CACHES:
-        raise PolicyError(f"unknown cache {cache!r}; expected float, or none.")
+        raise PolicyError(f"unknown cache {cache!r}; expected float or int8, or none.")
+    if static and cache is not None:
+        raise PolicyError(
+            "static= and cache= were both given: the lengths of a step grow with its cache."
+        )
     number = DEFAULT_OPSET if opset is None else opset
     if number in OPSETS:
         return number
@@ -178,109 +197,6 @@ def check_options(target: str, opset: int | None = None, cache: str | None = Non
         else "torch's exporter starts at 18"
     )
     raise PolicyError(f"opset {number} is not supported: {why}; use {OPSETS[0]} to {OPSETS[-1]}.")
-
-
-def _refuse_mutation(program: ExportedProgram) -> None:
-    """ONNX has no state: a program that writes to a buffer or an input would lose the write.
-
-    Only the functional form of a program (as torch's exporter makes it) lists its writes.
-    """
-    signature = program.graph_signature
-    written = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
-    if written:
-        names = ", ".join(sorted(set(written.values())))
-        reason = f"the model writes to {names}, and an ONNX graph keeps no state between calls"
-        raise LowerError(
-            f"ONNX: {reason}; export in eval mode, or make the state an input and an output.",
-            [Refusal("onnx-mutation", reason)],
-        )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """torch's exporter and the version converter chat through logging and warnings."""
-    loggers = [
-        logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "onnx_ir", "onnx_ir.passes")
-    ]
-    levels = [log.level for log in loggers]
-    for log in loggers:
-        log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for log, level in zip(loggers, levels, strict=True):
-            log.setLevel(level)
-
-
-def _translate(program: ExportedProgram, opset: int) -> ir.Model:
-    """The program as ONNX, with a marker node per attention and no optimisation yet."""
-    import torch
-
-    from attn_rewrite.backends.onnx.sites import translations
-    from attn_rewrite.backends.onnx.strides import contiguous_attention
-
-    try:
-        exported = torch.onnx.export(
-            contiguous_attention(program),
-            dynamo=True,
-            opset_version=opset,
-            optimize=False,
-            verbose=False,
-            custom_translation_table=translations(),
-        )
-    except torch.onnx.errors.OnnxExporterError as error:
-        cause = _deepest(error)
-        if isinstance(cause, LowerError):
-            raise cause from None
-        raise LowerError(
-            f"ONNX: torch's exporter cannot translate the model: {cause}; "
-            "rewrite that operator in the model or export with the torch backend.",
-            [Refusal("onnx-translation", str(cause))],
-        ) from error
-    assert exported is not None
-    assert exported.exported_program is not None
-    _refuse_mutation(exported.exported_program)
-    return exported.model
-
-
-def _deepest(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def _finish(model: ir.Model, opset: int) -> None:
-    """Fold and clean the graph; names, opsets and the IR version of the file."""
-    import onnx_ir.passes.common as common
-    import onnxscript.optimizer
-
-    model.ir_version = IR_VERSION
-    model.opset_imports[""] = opset
-    for function in model.functions.values():
-        function.opset_imports[""] = opset
-    if opset < 23:
-        onnxscript.optimizer.optimize_ir(model, inline=False)
-    else:
-        # From 23 on the optimiser fuses RotaryEmbedding with tables of batch 1, which ONNX Runtime
-        # refuses at any other batch.
-        common.RemoveUnusedNodesPass()(model)
-        common.RemoveUnusedFunctionsPass()(model)
-    common.RemoveUnusedOpsetsPass()(model)
-    _drop_traces(model)
-
-
-def _drop_traces(model: ir.Model) -> None:
-    """Remove torch's stack traces: they are most of a small file and name the user's folders."""
-    import onnx_ir as ir
-
-    owners: list[Any] = [model.graph, *model.graph.inputs, *model.graph.initializers.values()]
-    for node in ir.traversal.RecursiveGraphIterator(model.graph):
-        owners += [node, *node.outputs]
-    for owner in owners:
-        for key in [k for k in owner.metadata_props if k.startswith("pkg.")]:
-            del owner.metadata_props[key]
 
 
 def node_census(model: ir.Model) -> dict[str, int]:
@@ -299,11 +215,30 @@ def _dense_though_sparse(
     optimized: Any, sites: tuple[SiteLowering, ...]
 ) -> tuple[SiteLowering, ...]:
     """Sites that the plan makes sparse and that would leave as a dense mask, or its causal half."""
+    sparse = _sparse_sites(optimized)
+    return tuple(s for s in sites if s.name in sparse and s.form in ("dense mask", "half"))
+
+
+def _sparse_sites(optimized: Any) -> set[str]:
     from attn_rewrite.passes.transform import SparsePattern
 
     steps = getattr(getattr(optimized, "plan", None), "steps", ())
-    sparse = {s.site for s in steps if any(isinstance(t, SparsePattern) for t in s.transforms)}
-    return tuple(s for s in sites if s.name in sparse and s.form in ("dense mask", "half"))
+    return {s.site for s in steps if any(isinstance(t, SparsePattern) for t in s.transforms)}
+
+
+def _masks_named(optimized: Any, sites: tuple[SiteLowering, ...]) -> tuple[SiteLowering, ...]:
+    """``sites``, with sparse ones that the rewriting left to one dense operator called that.
+
+    It does so where the mask leaves out next to no whole block, as at a length of one block.
+    """
+    sparse = _sparse_sites(optimized)
+    why = "every key is read, since the mask leaves out no whole blocks at this length"
+    return tuple(
+        replace(s, form="dense mask", detail=f"{s.detail}: {why}")
+        if s.name in sparse and s.form in ("dense", "Attention")
+        else s
+        for s in sites
+    )
 
 
 def _refuse_dense(dense: tuple[SiteLowering, ...]) -> None:
@@ -311,8 +246,8 @@ def _refuse_dense(dense: tuple[SiteLowering, ...]) -> None:
     if dense:
         reason = f"the plan makes it sparse, and here it would compute {dense[0].detail}"
         raise LowerError(
-            f"ONNX: {dense[0].name}: {reason}; export with fixed lengths, where the blocks to run "
-            "are known, or keep the site exact.",
+            f"ONNX: {dense[0].name}: {reason}; export with fixed lengths (static=True, or --static "
+            "and --length), where the blocks to run are known, or keep the site exact.",
             [Refusal("onnx-dense-mask", s.detail, site=s.name) for s in dense],
         )
 
@@ -375,61 +310,3 @@ def _plain(value: Any) -> str:
         value = value()
     to_json = getattr(value, "to_json", None)
     return json.dumps(to_json(), default=str) if to_json else str(value)
-
-
-def _write(model: ir.Model, draft: OnnxArtifact, verify: bool) -> OnnxArtifact:
-    """Write beside the place, check there, and rename; the artifact with its size and errors."""
-    place = draft.path
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as folder:
-            return _write_into(model, draft, Path(folder), verify)
-    except OSError as error:
-        raise ToolError(f"cannot write {place}: {error.strerror or error}", stage="disk") from error
-
-
-def _write_into(model: ir.Model, draft: OnnxArtifact, folder: Path, verify: bool) -> OnnxArtifact:
-    import onnx_ir as ir
-
-    place, temporary = draft.path, folder / draft.path.name
-    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
-    external = weights > EXTERNAL_BYTES
-    # An older model at this place keeps its data until the new one has taken the name: the two
-    # names of the data file alternate.
-    data, other = f"{place.name}.data", f"{place.name}.1.data"
-    if place.with_name(data).exists():
-        data, other = other, data
-    ir.save(model, temporary, external_data=data if external else None)
-    size = sum(f.stat().st_size for f in folder.iterdir())
-    written = replace(draft, path=temporary)
-    errors, approximation = _check(written, in_child=external) if verify else ({}, {})
-    if external:
-        (folder / data).replace(place.with_name(data))
-    temporary.replace(place)
-    for stale in {other} | (set() if external else {data}):
-        place.with_name(stale).unlink(missing_ok=True)
-    return replace(draft, bytes=size, errors=errors, approximation=approximation)
-
-
-def _check(written: OnnxArtifact, in_child: bool) -> tuple[dict[str, float], dict[str, float]]:
-    """The largest error per output over the program's example inputs, and what codes of the cache
-    do to the first of them; {} where the program has none."""
-    from attn_rewrite.backends.onnx.artifact import against_program
-    from attn_rewrite.backends.onnx.oracle import as_arrays, example_inputs, own_outputs
-
-    assert written.source is not None
-    plain = example_inputs(written.source)
-    if not plain:
-        written.session()
-        return {}, {}
-    codes, runs = written.codes, [as_arrays(inputs) for inputs in plain]
-    if codes is not None:
-        runs = [codes.encoded(inputs) for inputs in runs]
-    outputs = written.run_all(runs, in_child=in_child)
-    worst: dict[str, float] = {}
-    for inputs, got in zip(runs, outputs, strict=True):
-        errors = against_program(written.path.name, written.source, codes, inputs, got)
-        worst = {name: max(error, worst.get(name, 0.0)) for name, error in errors.items()}
-    if codes is None:
-        return worst, {}
-    return worst, codes.approximation(outputs[0], own_outputs(written.source, plain[0]))

@@ -1,7 +1,8 @@
 """What an exported file is compared with: the program itself, in its own types and in float64.
 
 The two runs give the bound for ONNX Runtime's error: twice what the program itself is off, or the
-rounding that as many contractions may add up to, whichever is more.
+rounding that as many contractions may add up to, whichever is more.  Where the program rounds to
+codes a third run shows what another rounding of near ties does, which no runtime can be held to.
 """
 
 from __future__ import annotations
@@ -49,16 +50,29 @@ class _Evaluation(torch.fx.Interpreter):
 
     Weights are widened one operator at a time, so that no second copy of the model exists; every
     other value is widened where it is made, so that writes in place reach it.  ``held`` replaces
-    values by node name; what they were is kept in ``seen``.
+    values by node name; what they were is kept in ``seen``.  ``rounded`` keeps what every ``round``
+    was given; within ``slack`` of a tie its result is the other neighbour.
     """
 
-    def __init__(self, program: ExportedProgram, wide: bool, held: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        program: ExportedProgram,
+        wide: bool,
+        held: Mapping[str, Any],
+        slack: Mapping[str, float],
+    ) -> None:
         super().__init__(program.graph_module)
-        self.wide, self.held = wide, held
+        self.wide, self.held, self.slack = wide, held, slack
         self.seen: dict[str, Any] = {}
+        self.rounded: dict[str, torch.Tensor] = {}
 
     def run_node(self, n: torch.fx.Node) -> Any:
         value = super().run_node(n)
+        if n.target is torch.ops.aten.round.default:
+            given = self.fetch_args_kwargs_from_env(n)[0][0]
+            self.rounded[n.name] = given
+            if n.name in self.slack:
+                value = _turned(value, given, self.slack[n.name])
         if n.name not in self.held:
             return value
         self.seen[n.name] = value
@@ -69,6 +83,13 @@ class _Evaluation(torch.fx.Interpreter):
             return super().call_function(target, args, kwargs)
         args, kwargs = pytree.tree_map(_widened, (args, kwargs))
         return pytree.tree_map(_widened, super().call_function(target, args, kwargs))
+
+
+def _turned(rounded: torch.Tensor, given: torch.Tensor, slack: float) -> torch.Tensor:
+    """``rounded``, with the other neighbour where ``given`` is within ``slack`` of a tie."""
+    low = given.floor()
+    near = (given - low - 0.5).abs() <= slack
+    return torch.where(near, 2 * low + 1 - rounded, rounded)
 
 
 def _widened(value: Any) -> Any:
@@ -95,13 +116,26 @@ def _arguments(program: ExportedProgram, inputs: Mapping[str, Any], wide: bool) 
             yield constants[spec.target]
 
 
+@dataclass(frozen=True)
+class _Run:
+    """Outputs by name, what the held ones were, and what every ``round`` was given by node."""
+
+    outputs: Arrays
+    appended: Arrays
+    rounded: Mapping[str, torch.Tensor]
+
+
 def _run(
-    program: ExportedProgram, inputs: Mapping[str, Any], wide: bool, held: Arrays | None = None
-) -> tuple[Arrays, Arrays]:
-    """Outputs by name, and what the ``held`` ones (by output name) were before."""
+    program: ExportedProgram,
+    inputs: Mapping[str, Any],
+    wide: bool,
+    held: Arrays | None = None,
+    slack: Mapping[str, float] | None = None,
+) -> _Run:
+    """One run; ``held`` are outputs by name that are taken as given."""
     nodes = _made_by(program) if held else {}
     given = {nodes[name]: torch.as_tensor(array) for name, array in (held or {}).items()}
-    evaluation = _Evaluation(program, wide, given)
+    evaluation = _Evaluation(program, wide, given, slack or {})
     with torch.no_grad():
         results = evaluation.run(*_arguments(program, inputs, wide))
     specs = program.graph_signature.output_specs
@@ -112,7 +146,8 @@ def _run(
     ]
     named = zip(output_names(program), kept, strict=True)
     outputs = {name: _array(value) for name, value in named}
-    return outputs, {name: _array(evaluation.seen[nodes[name]]) for name in held or ()}
+    before = {name: _array(evaluation.seen[nodes[name]]) for name in held or ()}
+    return _Run(outputs, before, evaluation.rounded)
 
 
 def _made_by(program: ExportedProgram) -> dict[str, str]:
@@ -121,10 +156,28 @@ def _made_by(program: ExportedProgram) -> dict[str, str]:
     made = {}
     for name, spec in zip(output_names(program), _tensor_outputs(program), strict=True):
         node = nodes[spec.arg.name]
-        while str(getattr(node.target, "_opname", "")) in _FORWARDS:
-            node = node.all_input_nodes[0]
+        while (before := _forwarded(node)) is not None:
+            node = before
         made[name] = node.name
     return made
+
+
+def _forwarded(node: torch.fx.Node) -> torch.fx.Node | None:
+    """The one value that ``node`` only hands on; None where it computes something.
+
+    A cache that is rebuilt where it is returned is appended to an empty one: that is no new value.
+    """
+    name = str(getattr(node.target, "_opname", ""))
+    if name in _FORWARDS:
+        return node.all_input_nodes[0]
+    joined = list(node.args[0]) if name == "cat" else []  # type: ignore[arg-type]
+    parts = [part for part in joined if not _is_empty(part)]
+    return parts[0] if len(parts) == 1 else None
+
+
+def _is_empty(node: torch.fx.Node) -> bool:
+    """Whether a tensor has no elements at any size (torch lets [0] stand for it in ``cat``)."""
+    return any(isinstance(n, int) and n == 0 for n in sizes_of(node.meta.get("val")))
 
 
 def _tensor_outputs(program: ExportedProgram) -> list[Any]:
@@ -137,7 +190,7 @@ def _tensor_outputs(program: ExportedProgram) -> list[Any]:
 
 def own_outputs(program: ExportedProgram, inputs: Mapping[str, Any]) -> Arrays:
     """What ``program`` gives on ``inputs`` in its own types."""
-    return _run(program, inputs, False)[0]
+    return _run(program, inputs, False).outputs
 
 
 def _array(value: Any) -> np.ndarray[Any, Any]:
@@ -174,18 +227,48 @@ def expected(
     ``held`` gives outputs that are taken as they are, in all that is computed from them: the
     numbers of a file's codes, which a rounding may turn to either side.
     """
-    (own, near), (wide, appended) = (_run(program, inputs, w, held) for w in (False, True))
-    depth = _contractions(program)
+    own, wide = (_run(program, inputs, w, held) for w in (False, True))
+    depth, turns = _contractions(program), _effect_of_ties(program, inputs, held, own, wide)
     outputs: Arrays = {}
     bounds: dict[str, float] = {}
     for name, dtype in _output_types(program).items():
         floating = dtype is not None and dtype.is_floating_point
         # An integer (an argmax) may differ in float64 where it is a near tie: it has to be the own.
-        outputs[name] = wide[name] if floating else own[name]
+        outputs[name] = wide.outputs[name] if floating else own.outputs[name]
         eps = torch.finfo(dtype).eps if floating and dtype is not None else 0.0
-        pair = (near[name], appended[name]) if name in appended else (own[name], wide[name])
-        bounds[name] = _allowed(*pair, depth, eps) if floating else 0.0
-    return Expected(outputs, bounds, appended)
+        near, far = (r.appended if name in wide.appended else r.outputs for r in (own, wide))
+        allowed = _allowed(near[name], far[name], depth, eps) if floating else 0.0
+        bounds[name] = allowed + turns.get(name, 0.0)
+    return Expected(outputs, bounds, wide.appended)
+
+
+def _effect_of_ties(
+    program: ExportedProgram,
+    inputs: Mapping[str, Any],
+    held: Arrays | None,
+    own: _Run,
+    wide: _Run,
+) -> dict[str, float]:
+    """What rounding near ties to their other side changes in every output, twice.
+
+    A tie is near where the program's own error may turn it.  All are turned in one run: some of
+    what they do may cancel, hence twice.  Empty where the program rounds nothing.
+    """
+    slack = {n: _slack(own.rounded[n], given) for n, given in wide.rounded.items()}
+    if not slack:
+        return {}
+    turned = _run(program, inputs, True, held, slack).outputs
+    return {
+        name: 2 * float(np.max(np.abs(turned[name] - array), initial=0.0))
+        for name, array in wide.outputs.items()
+        if array.dtype.kind == "f" and np.isfinite(array).all()
+    }
+
+
+def _slack(own: torch.Tensor, wide: torch.Tensor) -> float:
+    """How far from a tie a value may be and still be rounded to the other side."""
+    eps = torch.finfo(own.dtype).eps if own.dtype.is_floating_point else 0.0
+    return _allowed(_array(own), _array(wide), 1, eps)
 
 
 def _output_types(program: ExportedProgram) -> dict[str, torch.dtype | None]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import importlib.metadata
 import importlib.util
 import json
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from attn_rewrite.errors import ToolError
 STAGE = "onnxruntime"
 WHEELS = ("onnxruntime", "onnxruntime-gpu")
 THREADS = 2
+CPU = "CPUExecutionProvider"
 
 
 def _installed(distribution: str) -> bool:
@@ -75,7 +78,8 @@ def open_session(
     """An ``InferenceSession`` on ``path``; `ToolError` where it cannot be loaded.
 
     The pool does not spin (other sessions and processes share the cores).  A provider that was
-    asked for and did not start is an error, never a silent fall back to the CPU.  ``prepack`` False
+    asked for and did not start is an error, never a silent fall back to the CPU; single nodes that
+    an accelerator leaves to the CPU are listed in a ``RuntimeWarning``.  ``prepack`` False
     leaves weights as they are in the file: slower to run, faster to load, no second copy.
     ``profile`` is the start of the name of a file that says where each node ran.
     """
@@ -89,7 +93,9 @@ def open_session(
         options.add_session_config_entry("session.disable_prepacking", "1")
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    wanted = list(providers) if providers is not None else ["CPUExecutionProvider"]
+    wanted = list(providers) if providers is not None else [CPU]
+    if set(wanted) != {CPU}:
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     _require(ort, wanted, ort.get_available_providers())
     try:
         session = ort.InferenceSession(str(path), options, providers=wanted)
@@ -99,7 +105,23 @@ def open_session(
             stage=STAGE,
         ) from error
     _require(ort, wanted, session.get_providers())
+    if set(wanted) != {CPU}:
+        _say_what_fell_back(session, path, [p for p in wanted if p != CPU])
     return session
+
+
+def _say_what_fell_back(session: Any, path: Path, wanted: Sequence[str]) -> None:
+    """Warn of the nodes that the providers ``wanted`` do not run."""
+    parts = [p for p in session.get_provider_graph_assignment_info() if p.ep_name == CPU]
+    names = collections.Counter(node.op_type for part in parts for node in part.get_nodes())
+    if names:
+        listed = ", ".join(f"{count} {name}" for name, count in sorted(names.items()))
+        warnings.warn(
+            f"{path.name}: {names.total()} nodes run on the CPU, not on {', '.join(wanted)}: "
+            f"{listed}; `OnnxArtifact.placement` says where each operator ran",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _require(ort: Any, wanted: Sequence[str], started: Sequence[str]) -> None:

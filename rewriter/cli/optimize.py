@@ -60,10 +60,18 @@ class Rewriting:
         str | None,
         typer.Option(
             metavar="TYPE",
-            help="float: ONNX files of a decoder take past_key_values of the model's type and "
+            help="float or int8: ONNX files of a decoder take past_key_values of this type and "
             "return the present ones.",
         ),
     ] = None
+    static: Annotated[
+        bool,
+        typer.Option(
+            "--static",
+            help="ONNX files of the example's length alone (--length), with the blocks to run as "
+            "constants. Without it only where a mask needs that.",
+        ),
+    ] = False
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier result in DIR.")] = (
         False
     )
@@ -78,6 +86,7 @@ class _Request:
     budget: Budget | None
     onnx: dict[str, str]  # file name -> target
     cache: str | None
+    static: bool
     triton: tuple[str, ...]  # targets, each once
 
 
@@ -183,33 +192,35 @@ def _read(rewriting: Rewriting) -> _Request:
         policy=read_policy(rewriting.policy),
         plan=read_plan(rewriting.plan),
         budget=read_budget(rewriting.budget),
-        onnx=_onnx_files(rewriting.export, rewriting.cache),
+        onnx=_onnx_files(rewriting),
         cache=rewriting.cache,
+        static=rewriting.static,
         triton=tuple(dict.fromkeys(e.partition(":")[2] for e in rewriting.export if e in TRITON)),
     )
 
 
-def _onnx_files(exports: list[str], cache: str | None) -> dict[str, str]:
+def _onnx_files(rewriting: Rewriting) -> dict[str, str]:
     """File name and target of every ONNX export; model.pt2 is always written."""
     from attn_rewrite.budget import suggest
     from attn_rewrite.errors import PolicyError
 
     targets: list[str] = []
-    for text in exports:
+    for text in rewriting.export:
         if text not in EXPORTS:
             raise PolicyError(f"--export {text!r} is not known{suggest(text, EXPORTS)}")
         kind, _, target = text.partition(":")
         if kind == "onnx" and (target or "portable") not in targets:
             targets.append(target or "portable")
-    if cache is not None and not targets:
-        raise PolicyError("--cache is about ONNX files; give --export onnx as well")
+    for option, given in (("--cache", rewriting.cache is not None), ("--static", rewriting.static)):
+        if given and not targets:
+            raise PolicyError(f"{option} is about ONNX files; give --export onnx as well")
     if targets:
         from attn_rewrite.backends.onnx.export import check_options
         from attn_rewrite.backends.onnx.runtime import require_exporter
 
         require_exporter()
         for target in targets:
-            check_options(target, cache=cache)
+            check_options(target, cache=rewriting.cache, static=rewriting.static)
     names = ["model.onnx", *(f"model.{target}.onnx" for target in targets[1:])]
     return dict(zip(names, targets, strict=False))
 
@@ -222,7 +233,9 @@ def _export(
         from attn_rewrite import export_onnx
 
         with terminal.stage(f"exporting {name} and comparing it in ONNX Runtime"):
-            artifact = export_onnx(optimized, folder / name, target=target, cache=request.cache)
+            artifact = export_onnx(
+                optimized, folder / name, target=target, cache=request.cache, static=request.static
+            )
         artifacts.append(_artifact(artifact, name))
     return artifacts
 
@@ -249,6 +262,7 @@ def _artifact(artifact: OnnxArtifact, name: str) -> dict[str, Any]:
         "file": name,
         "target": artifact.target,
         "cache": artifact.metadata.get("attn_rewrite.cache"),
+        "lengths": artifact.metadata.get("attn_rewrite.lengths", "dynamic"),
         "opset": artifact.opset,
         "bytes": artifact.bytes,
         "errors": dict(artifact.errors),
@@ -277,6 +291,8 @@ def _view(
             f"largest error against the program {worst:.2g}",
             markup=False,
         )
+        if artifact["lengths"] != "dynamic":
+            console.print(f"  its lengths are {artifact['lengths']}", markup=False)
         for name, error in artifact["approximation"].items():
             console.print(
                 f"  the int8 cache changes {name} by {error:.2g} (unbudgeted)", markup=False

@@ -140,10 +140,19 @@ def _outputs(model: OptimizedModule, loaded: LoadedModel) -> Arrays:
 def _onnx_outputs(path: Path, inputs: dict[str, Any]) -> Arrays:
     from attn_rewrite.backends.onnx.oracle import as_arrays
     from attn_rewrite.backends.onnx.runtime import open_session, run_session
+    from attn_rewrite.errors import PolicyError
 
     session = open_session(path)
-    wanted = {value.name for value in session.get_inputs()}
+    wanted = {value.name: value.shape for value in session.get_inputs()}
     given = as_arrays({name: value for name, value in inputs.items() if name in wanted})
+    for name, array in given.items():
+        pairs = list(zip(wanted[name], array.shape, strict=False))
+        if any(isinstance(fixed, int) and fixed != now for fixed, now in pairs):
+            raise PolicyError(
+                f"{path.name} takes {name} of {wanted[name]}, and the inputs here have "
+                f"{list(array.shape)}: give the --batch and --length, or the --inputs, it was "
+                "exported with"
+            )
     return run_session(session, given)
 
 

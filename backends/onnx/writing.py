@@ -1,0 +1,77 @@
+"""A file that gets its name once it was opened and compared, or no file at all."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from attn_rewrite.errors import ToolError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from attn_rewrite.backends.onnx.artifact import OnnxArtifact
+
+# Weights above this go to a file of their own: a protobuf is held in memory twice while it is
+# written, and cannot exceed 2 GiB.
+EXTERNAL_BYTES = 1 << 27
+
+
+def write(model: ir.Model, draft: OnnxArtifact, verify: bool) -> OnnxArtifact:
+    """Write beside the place, check there, and rename; the artifact with its size and errors."""
+    place = draft.path
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as folder:
+            return _write_into(model, draft, Path(folder), verify)
+    except OSError as error:
+        raise ToolError(f"cannot write {place}: {error.strerror or error}", stage="disk") from error
+
+
+def _write_into(model: ir.Model, draft: OnnxArtifact, folder: Path, verify: bool) -> OnnxArtifact:
+    import onnx_ir as ir
+
+    place, temporary = draft.path, folder / draft.path.name
+    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
+    external = weights > EXTERNAL_BYTES
+    # An older model at this place keeps its data until the new one has taken the name: the two
+    # names of the data file alternate.
+    data, other = f"{place.name}.data", f"{place.name}.1.data"
+    if place.with_name(data).exists():
+        data, other = other, data
+    ir.save(model, temporary, external_data=data if external else None)
+    size = sum(f.stat().st_size for f in folder.iterdir())
+    written = replace(draft, path=temporary)
+    errors, approximation = _check(written, in_child=external) if verify else ({}, {})
+    if external:
+        (folder / data).replace(place.with_name(data))
+    temporary.replace(place)
+    for stale in {other} | (set() if external else {data}):
+        place.with_name(stale).unlink(missing_ok=True)
+    return replace(draft, bytes=size, errors=errors, approximation=approximation)
+
+
+def _check(written: OnnxArtifact, in_child: bool) -> tuple[dict[str, float], dict[str, float]]:
+    """The largest error per output over the program's example inputs, and what codes of the cache
+    do to the first of them; {} where the program has none."""
+    from attn_rewrite.backends.onnx.artifact import against_program
+    from attn_rewrite.backends.onnx.oracle import as_arrays, example_inputs, own_outputs
+
+    assert written.source is not None
+    plain = example_inputs(written.source)
+    if not plain:
+        written.session()
+        return {}, {}
+    codes, runs = written.codes, [as_arrays(inputs) for inputs in plain]
+    if codes is not None:
+        runs = [codes.encoded(inputs) for inputs in runs]
+    outputs = written.run_all(runs, in_child=in_child)
+    worst: dict[str, float] = {}
+    for inputs, got in zip(runs, outputs, strict=True):
+        errors = against_program(written.path.name, written.source, codes, inputs, got)
+        worst = {name: max(error, worst.get(name, 0.0)) for name, error in errors.items()}
+    if codes is None:
+        return worst, {}
+    return worst, codes.approximation(outputs[0], own_outputs(written.source, plain[0]))
