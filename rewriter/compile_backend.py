@@ -6,7 +6,8 @@
 (``"auto"``, ``"torch"`` or ``"triton"``: what computes the rewritten attention).  Gradients
 survive: AOTAutograd and Inductor run after the rewrite.  ``ATTN_REWRITE_DUMP`` gets one folder
 ``graph-00``, ``graph-01``, ... per captured graph.  Nothing is measured here, as the graphs
-hold no values: a policy with a budget is refused.
+hold no values: a policy with a budget is refused.  Sites are named by their place in the compiled
+model also where one graph serves many layers, and rules for layers are those of each call's layer.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
-from attn_rewrite import knobs
 from attn_rewrite.errors import PolicyError
 from attn_rewrite.gates import refuse_gates
+from attn_rewrite.jit_graph import GraphRecord, LayerGraph, find_in
 from attn_rewrite.lowering import check_backend
 from attn_rewrite.optimized import OptimizedModule
+from attn_rewrite.owners import Numbers, Owners
 from attn_rewrite.passes.transform import Exactness
-from attn_rewrite.policy import Policy
+from attn_rewrite.policy import Policy, glob_matches
 from attn_rewrite.site import Refusal, Site
 
 if TYPE_CHECKING:
@@ -36,21 +38,15 @@ COMPILERS = ("inductor", "aot_eager", "eager")
 OPTIONS = ("policy", "compiler", "session", "backend")
 
 
-@dataclass(frozen=True, eq=False)
-class GraphRecord:
-    """One graph that was compiled: its sites, how each is computed, and the refusals."""
-
-    sites: tuple[Site, ...]
-    kernels: dict[str, str]  # site -> kernel; sites left as they are do not appear
-    refusals: tuple[Refusal, ...]
-    steps: tuple[Step, ...] = ()
-
-
 @dataclass
 class Session:
-    """What happened in the graphs of one compiled model, in order; `clear` forgets it."""
+    """What happened in the graphs of one compiled model, in order; `clear` forgets it.
+
+    A graph that serves several layers has a record for each of them, from the first call on.
+    """
 
     graphs: list[GraphRecord] = field(default_factory=list)
+    numbers: Numbers = field(default_factory=Numbers)
 
     def clear(self) -> None:
         """Forget every graph."""
@@ -79,10 +75,27 @@ def attn_rewrite(
     """The backend registered with Dynamo (entry point ``torch_dynamo_backends``)."""
     options = dict(options or {})
     policy, compiler = read_options(options)
-    rewritten, record = rewrite_graph(gm, example_inputs, policy, options.get("backend", "auto"))
     session = options.get("session")
-    if session is not None:
-        session.graphs.append(record)
+    session = Session() if session is None else session
+
+    def compile_for(rewritten: fx.GraphModule) -> Callable[..., Any]:
+        return _compiled(rewritten, example_inputs, compiler)
+
+    graph = LayerGraph(
+        found=find_in(gm, example_inputs),
+        policy=policy,
+        backend=options.get("backend", "auto"),
+        compile=compile_for,
+        rename=session.numbers.give,
+        record=session.graphs.append,
+        owners=Owners(gm.graph),
+    )
+    return graph.prepare(example_inputs)
+
+
+def _compiled(
+    rewritten: fx.GraphModule, example_inputs: list[Any], compiler: str
+) -> Callable[..., Any]:
     if compiler == "eager":
         return rewritten.forward
     if compiler == "aot_eager":
@@ -117,96 +130,6 @@ def read_options(options: Mapping[str, Any]) -> tuple[Policy, str]:
         )
     refuse_gates(policy)
     return policy, compiler
-
-
-def rewrite_graph(
-    gm: fx.GraphModule, example_inputs: list[Any], policy: Policy, backend: str = "auto"
-) -> tuple[fx.GraphModule, GraphRecord]:
-    """Retrace, find, plan, lower and splice one graph."""
-    from attn_rewrite.apply import settle, splice
-    from attn_rewrite.driver import Stopwatch, decide, graph_text, replacements
-    from attn_rewrite.passes.canonicalize import canonicalize
-    from attn_rewrite.passes.find import find
-    from attn_rewrite.retrace import is_flex, retrace, without_blocks
-
-    opaque = _opaque(gm)
-    if opaque is not None:
-        return gm, _recorded(GraphRecord((), {}, (opaque,)))
-    watch = Stopwatch(dumper=knobs.Dumper(knobs.graph_directory()))
-    dump = watch.dumper.write
-    traced = retrace(without_blocks(gm), example_inputs)
-    dump("capture", lambda: graph_text(traced), suffix=".fx")
-    host = canonicalize(traced)
-    dump("canonicalize", lambda: graph_text(host), suffix=".fx")
-    findings = find(host)
-    if not findings.sites:
-        left = gm if any(map(is_flex, gm.graph.nodes)) else traced
-        return left, _recorded(GraphRecord((), {}, findings.refusals))
-    plan, decisions = decide(findings, _for_graph(policy, findings.sites), None, watch, backend)
-    done = {d.site.name: d.kernel.name for d in decisions if d.kernel is not None}
-    said = tuple(d.refusal for d in decisions if d.refusal is not None)
-    refusals = (*findings.refusals, *plan.refusals, *said)
-    rewritten = splice(traced, replacements(decisions))
-    if any(map(is_flex, rewritten.graph.nodes)):
-        return gm, _recorded(
-            GraphRecord(findings.sites, {}, (*refusals, *_blocks_needed(rewritten)))
-        )
-    record = GraphRecord(findings.sites, done, refusals, plan.steps)
-    if rewritten is not traced:
-        settle(rewritten)
-    dump("spliced", lambda: graph_text(rewritten), suffix=".fx")
-    return rewritten, _recorded(record)
-
-
-# Operators with a graph of their own inside that cannot be traced again.
-_OPAQUE = {
-    "tag_activation_checkpoint": "activation checkpointing",
-}
-
-
-def _opaque(gm: fx.GraphModule) -> Refusal | None:
-    """Why a graph is left to the compiler as it is: it calls an operator of `_OPAQUE`."""
-    from attn_rewrite.graph import source_line
-
-    for node in gm.graph.nodes:
-        name = getattr(node.target, "__name__", "")
-        if node.op == "call_function" and name in _OPAQUE:
-            reason = (
-                f"the graph holds {_OPAQUE[name]}, whose inside cannot be traced again just in "
-                "time; capture it ahead of time with example inputs, or leave that out"
-            )
-            return Refusal("opaque-operator", reason, str(node.format_node()), source_line(node))
-    return None
-
-
-def _blocks_needed(rewritten: fx.GraphModule) -> tuple[Refusal, ...]:
-    """Why a graph with a call of flex_attention that stays is left as it is."""
-    from attn_rewrite.graph import source_line
-    from attn_rewrite.retrace import is_flex
-
-    node = next(filter(is_flex, rewritten.graph.nodes))
-    reason = (
-        "a call of flex_attention stays in this graph, and its block lists cannot be traced again "
-        "just in time: the whole graph is left as it is"
-    )
-    return (Refusal("flex-blocks", reason, str(node.format_node()), source_line(node)),)
-
-
-def _recorded(record: GraphRecord) -> GraphRecord:
-    """Tell the refusals of a graph where the debug level asks for them."""
-    knobs.tell(2, lambda: "\n".join(["refusals", *map(str, record.refusals)]))
-    return record
-
-
-def _for_graph(policy: Policy, sites: tuple[Site, ...]) -> Policy:
-    """The rules whose layers occur in this graph: another graph of the model may hold the rest."""
-    from attn_rewrite.policy import Rule, Where, glob_matches
-
-    rules = [
-        r for r in policy.rules
-        if not r.where.layer or any(glob_matches(g, s) for g in r.where.layer for s in sites)
-    ]  # fmt: skip
-    return Policy(rules or [Rule(Where(), "keep")])
 
 
 class JustInTimeModule(OptimizedModule):
@@ -280,8 +203,20 @@ class JustInTimeModule(OptimizedModule):
             refusals=tuple(r for r in said if r.site not in names),
             versions=versions(),
             inputs="none: captured just in time",
-            notes=(f"graphs compiled so far: {len(self.session.graphs)}; nothing was measured",),
+            notes=(
+                f"graphs compiled so far: {len(self.session.graphs)}; nothing was measured",
+                *self._unmet(),
+            ),
         )
+
+    def _unmet(self) -> tuple[str, ...]:
+        """Rules for layers that no Site was in so far."""
+        policy: Policy = self._policy[0]
+        globs = dict.fromkeys(g for rule in policy.rules for g in rule.where.layer)
+        return tuple(
+            f"layer {glob!r} of the policy matched no Site so far"
+            for glob in globs if not any(glob_matches(glob, s) for s in self.sites)
+        )  # fmt: skip
 
     @property
     def training(self) -> bool:

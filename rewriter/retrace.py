@@ -6,6 +6,8 @@ parameters are marked, so that a projection is not taken for a product of two ac
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -14,7 +16,7 @@ from torch._guards import detect_fake_mode
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from attn_rewrite.graph import PARAMETER
+from attn_rewrite.graph import PARAMETER, is_parameter
 
 
 def retrace(module: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:
@@ -35,7 +37,7 @@ def retrace(module: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:
     symbolic: Literal["symbolic", "fake"] = "fake"
     if mode is not None and mode.shape_env is not None:
         symbolic = "symbolic"
-    with torch.set_grad_enabled(torch.is_grad_enabled()):
+    with torch.set_grad_enabled(torch.is_grad_enabled()), _checkpoints_traceable(module):
         traced = make_fx(
             run, tracing_mode=symbolic, pre_dispatch=True, _allow_non_fake_inputs=True
         )(*fakes)
@@ -43,9 +45,53 @@ def retrace(module: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:
     fresh = [n for n in traced.graph.nodes if n.op == "placeholder"]
     for old, new, value in zip(placeholders, fresh, inputs, strict=True):
         new.meta[PARAMETER] = isinstance(value, torch.nn.Parameter) or _named_parameter(old)
+    _finish(traced)
+    return traced
+
+
+def _finish(traced: fx.GraphModule) -> None:
+    """Values and parameters of every node, in the graphs that are called as well."""
+    if traced.meta.get(_CONTEXT) is _recompute:
+        del traced.meta[_CONTEXT]
     for node in traced.graph.nodes:
         node.meta.setdefault("val", node.meta.get("example_value"))
-    return traced
+        inner = node.args[0] if node.args else None
+        if node.op != "call_function" or not isinstance(inner, fx.Node) or inner.op != "get_attr":
+            continue
+        called = getattr(traced, str(inner.target), None)
+        if not isinstance(called, fx.GraphModule):
+            continue
+        inputs = [n for n in called.graph.nodes if n.op == "placeholder"]
+        for given, own in zip(node.args[1:], inputs, strict=False):
+            if isinstance(given, fx.Node):
+                own.meta.setdefault(PARAMETER, is_parameter(given))
+        _finish(called)
+
+
+# Where PyTorch keeps what a checkpointed graph recomputes; without it everything.
+_CONTEXT = "_checkpoint_context_fn"
+
+
+def _recompute() -> Any:
+    """What PyTorch takes where the caller of ``checkpoint`` said nothing: recompute everything."""
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    return create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.PREFER_RECOMPUTE)
+
+
+@contextmanager
+def _checkpoints_traceable(module: fx.GraphModule) -> Iterator[None]:
+    """Tracing a checkpointed graph again reads what it recomputes: it is said meanwhile."""
+    silent = [
+        m for m in module.modules() if isinstance(m, fx.GraphModule) and _CONTEXT not in m.meta
+    ]
+    for inner in silent:
+        inner.meta[_CONTEXT] = _recompute
+    try:
+        yield
+    finally:
+        for inner in silent:
+            del inner.meta[_CONTEXT]
 
 
 def is_flex(node: fx.Node) -> bool:

@@ -348,19 +348,229 @@ def test_stages_of_every_graph_are_dumped(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_checkpointed_attention_is_refused_not_broken() -> None:
-    class Checkpointed(Attention):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+class Checkpointed(nn.Module):
+    """Two layers whose activations are computed again in the backward pass."""
 
-    model, x = Checkpointed().train(), torch.randn(2, 5, 32)
-    module, session = eager(model)
-    module(x).sum().backward()
-    found = {n: p.grad.clone() for n, p in model.named_parameters()}
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Attention(dropout) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+        return x
+
+
+def gradients(model: nn.Module, run: nn.Module, *args: torch.Tensor) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    model(x).sum().backward()
-    assert all(torch.equal(found[n], p.grad) for n, p in model.named_parameters())
-    assert [r.code for g in session.graphs for r in g.refusals] == ["opaque-operator"]
+    out = run(*args)
+    (out if isinstance(out, torch.Tensor) else out.logits).square().mean().backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager", INDUCTOR])
+def test_checkpointed_attention(compiler: str) -> None:
+    """The graph that is computed again is rewritten like any other; gradients are the original's."""
+    model, x = Checkpointed().train(), torch.randn(2, 13, 32)
+    module = compiled(model, ar.Policy.parse("exact"), compiler)
+    found, wanted = gradients(model, module, x), gradients(model, model, x)
+    (graph,) = module.session.graphs
+    assert graph.kernels == {"layers.0#0": "sdpa", "layers.1#0": "sdpa"}
+    assert graph.refusals == ()
+    assert found.keys() == wanted.keys()
+    for name, grad in wanted.items():
+        assert (found[name] - grad).abs().max() <= 1e-5 * max(1.0, grad.abs().max()), name
+
+
+def test_checkpointed_windows() -> None:
+    model, x = Checkpointed().train(), torch.randn(2, 13, 32)
+    module, session = eager(model, "window(size=4)")
+    keep = (distance := torch.arange(13)[:, None] - torch.arange(13)) <= 2
+    keep &= -distance <= 1
+
+    class Reference(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in model.layers:
+                attended = nn.functional.scaled_dot_product_attention(
+                    *layer.split(x), attn_mask=keep
+                )
+                x = x + layer.out(attended.transpose(1, 2).flatten(2))
+            return x
+
+    found, wanted = gradients(model, module, x), gradients(model, Reference(), x)
+    assert all(session.graphs[0].kernels.values())
+    for name, grad in wanted.items():
+        assert (found[name] - grad).abs().max() <= 1e-5 * max(1.0, grad.abs().max()), name
+
+
+def test_what_a_checkpoint_recomputes_stays() -> None:
+    """A selective checkpoint keeps its choice, and Dynamo's graph is left as it was."""
+    from functools import partial
+
+    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+    chosen = partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+
+    class Selective(Attention):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            plain = checkpoint(super().forward, x, use_reentrant=False)
+            return plain + checkpoint(super().forward, x, use_reentrant=False, context_fn=chosen)
+
+    seen: list[object] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[torch.Tensor]):
+        run = attn_rewrite(gm, inputs, options={"compiler": "eager"})
+        for graph in (gm, run.__self__):
+            seen.append([m.meta.get("_checkpoint_context_fn") for m in graph.children()])
+        return run
+
+    model, x = Selective().train(), torch.randn(2, 5, 32)
+    module = torch.compile(model, backend=backend)
+    found, wanted = gradients(model, module, x), gradients(model, model, x)
+    assert all(torch.allclose(found[n], wanted[n], atol=1e-6) for n in wanted)
+    assert [[m is not None for m in metas] for metas in seen] == [[False, True]] * 2
+
+
+def test_gradient_checkpointing_of_a_library() -> None:
+    model = small("llama", "sdpa").train()
+    model.gradient_checkpointing_enable()
+    ids = torch.randint(3, 100, (2, 9))
+    module = compiled(model, ar.Policy.parse("exact"), "aot_eager")
+    found, wanted = gradients(model, module, ids), gradients(model, model, ids)
+    sites = {s.name for s in module.sites}
+    assert sites == {f"model.layers.{i}.self_attn#0" for i in range(2)}
+    assert {n for g in module.session.graphs for n in g.kernels} == sites
+    for name, grad in wanted.items():
+        assert (found[name] - grad).abs().max() <= 1e-5 * max(1.0, grad.abs().max()), name
+
+
+# A graph break in a loop over layers: one graph serves them all
+
+
+class Broken(nn.Module):
+    """Three layers, with a graph break in each at another place."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+
+        class Layer(Attention):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                parts = self.split(x)
+                if place == "inside":
+                    torch._dynamo.graph_break()
+                attended = nn.functional.scaled_dot_product_attention(*parts)
+                if place == "around":
+                    torch._dynamo.graph_break()
+                return x + self.out(attended.transpose(1, 2).flatten(2))
+
+        self.place = place
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+            if self.place == "between":
+                torch._dynamo.graph_break()
+        return x
+
+    def windowed(self, x: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+        distance = torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1])
+        for layer, size in zip(self.layers, sizes, strict=True):
+            keep = (distance <= size // 2) & (-distance <= size - 1 - size // 2)
+            attended = nn.functional.scaled_dot_product_attention(*layer.split(x), attn_mask=keep)
+            x = x + layer.out(attended.transpose(1, 2).flatten(2))
+        return x
+
+
+SCHEDULE = ar.Policy(
+    rules=[
+        ar.Rule(where=ar.Where(layer="layers.0"), apply="window(size=2)"),
+        ar.Rule(where=ar.Where(layer="layers.2*"), apply="window(size=5)"),
+    ]
+)
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager", INDUCTOR])
+@pytest.mark.parametrize("place", ["between", "inside", "around"])
+def test_layers_that_share_a_graph(place: str, compiler: str) -> None:
+    """Each layer has the name that it has ahead of time, and its own rule."""
+    if (place, compiler) not in (("between", "inductor"), ("inside", "aot_eager")):
+        compiler = "eager"
+    model, x, session = Broken(place).eval(), torch.randn(2, 9, 32), Session()
+    options = {"policy": SCHEDULE, "compiler": compiler, "session": session}
+    module = torch.compile(model, backend=attn_rewrite, options=options)
+    wanted = model.windowed(x, [2, 40, 5])
+    for _ in range(2):
+        with torch.no_grad():
+            assert (module(x) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    names = [f"layers.{i}#0" for i in range(3)]
+    assert [[s.name for s in g.sites] for g in session.graphs if g.sites] == [[n] for n in names]
+    assert {n for g in session.graphs for n in g.kernels} == {names[0], names[2]}
+    assert not session.refusals
+
+
+def test_layers_that_share_a_graph_have_the_names_of_the_ahead_of_time_path() -> None:
+    model, x = Broken("none").eval(), torch.randn(2, 9, 32)
+    ahead = [s.name for s in ar.find_attention(model, (x,)).sites]
+    for place in ("between", "inside", "around"):
+        torch._dynamo.reset()
+        module = ar.optimize(Broken(place).eval(), "exact")
+        module(x)
+        assert [s.name for s in module.sites] == ahead
+
+
+def test_a_replaced_layer_is_the_layer_of_its_place() -> None:
+    """What a parameter is, is asked anew where another stands in its place."""
+    model, x = Broken("between").eval(), torch.randn(2, 9, 32)
+    module, session = eager(model)
+    with torch.no_grad():
+        module(x)
+        model.layers[1] = Broken("between").layers[0].eval()
+        del model.layers[0]
+        assert torch.allclose(module(x), model(x), atol=1e-6)
+    assert {s.name for s in session.sites} <= {f"layers.{i}#0" for i in range(3)}
+
+
+def test_a_layer_that_cannot_be_told_is_refused_with_a_warning() -> None:
+    """Parameters that belong to no module of the model: no rule for a layer is applied."""
+    model, x = Broken("between").eval(), torch.randn(2, 9, 32)
+    session = Session()
+    options = {"policy": SCHEDULE, "compiler": "eager", "session": session}
+    other = {n: p.detach().clone() for n, p in model.named_parameters()}
+
+    class Outer(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return run(x)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return model(x)
+
+    with torch.no_grad():
+        wanted = torch.func.functional_call(model, other, (x,))
+        module = torch.compile(Outer(), backend=attn_rewrite, options=options)
+        with pytest.warns(UserWarning, match="layer that this graph runs for"):
+            found = module(x)
+    assert torch.allclose(found, wanted, atol=1e-6)
+    assert {r.code for r in session.refusals} == {"unknown-layer"}
+    assert all(r.site and r.source and r.node for r in session.refusals)
+
+
+def test_two_attentions_of_a_module_in_two_graphs_have_two_names() -> None:
+    """Numbers go on over graph breaks, and a graph for another length has those it had."""
+
+    class Twice(Attention):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = super().forward(x)
+            torch._dynamo.graph_break()
+            return super().forward(x)
+
+    module, session = eager(Twice().eval())
+    with torch.no_grad():
+        for length in (5, 9, 7):
+            module(torch.randn(2, length, 32))
+    names = [[s.name for s in g.sites] for g in session.graphs]
+    assert names[:2] == [["attention#0"], ["attention#1"]]
+    assert names[2:] in ([], names[:2])
 
 
 def test_diffusers_transformer_in_a_loop() -> None:
@@ -400,3 +610,12 @@ def test_report_and_plan_fill_as_graphs_are_compiled() -> None:
     assert site.steps == ("window(size=4)",)
     assert [step.site for step in model.plan.steps] == [site.name]
     assert "graphs compiled so far: 1" in str(model.report)
+    assert "matched no Site" not in str(model.report)
+
+
+def test_a_rule_for_no_layer_is_said_in_the_report() -> None:
+    policy = ar.Policy(rules=[ar.Rule(where=ar.Where(layer="layers.7"), apply="window(size=4)")])
+    model = compiled(Broken("between").eval(), policy, "eager")
+    with torch.no_grad():
+        model(torch.randn(2, 9, 32))
+    assert "layer 'layers.7' of the policy matched no Site so far" in str(model.report)
