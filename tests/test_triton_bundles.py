@@ -96,6 +96,8 @@ def test_a_bundle_runs_with_its_own_lists(name, tmp_path):
     artifact = export_triton(found, tmp_path / "bundle", target="cuda:90")
     assert not artifact.refusals, artifact.refusals
     assert set(artifact.tables) == {"attention#0", "attention#1"}
+    for file in artifact.tables.values():
+        assert "0/tiles" in load_file(tmp_path / "bundle" / file)
     outputs, launches = run_bundle(tmp_path / "bundle", dict(zip("QKV", x, strict=True)), tmp_path)
     assert len(launches) == 2
     for number, wanted in enumerate(found(*x)):

@@ -18,7 +18,7 @@ import attn_rewrite.ops  # noqa: F401
 from attn_rewrite.backends.triton import autotune, build, loader, prepare
 from attn_rewrite.backends.triton.aot import LIMITS, compile_source, grid_formula, parse_target
 from attn_rewrite.backends.triton.bundle import fits
-from attn_rewrite.backends.triton.choose import choose_schedule
+from attn_rewrite.backends.triton.choose import choose_schedule, unlisted
 from attn_rewrite.backends.triton.decode import decode
 from attn_rewrite.backends.triton.emit import emit
 from attn_rewrite.backends.triton.gradient import backward_of
@@ -198,6 +198,28 @@ def test_blocks_with_lists_hold_whole_positions():
     assert chosen.block_rows % chosen.pack == 0
     with pytest.raises(ValueError, match="whole number of positions"):
         Schedule(block_rows=64, pack=7, skipping="lists")
+
+
+@pytest.mark.parametrize(
+    ("text", "skipping"),
+    [("q >= kv", "bounds"), ("(q >= kv) & ((q - kv) % 3 == 0)", "bounds"),
+     ("(q >= kv) & keep[h, q // 64, kv // 64]", "lists"), ("keep[h, q // 64, kv // 64]", "lists"),
+     ("(q >= kv) & ((q // 128 + kv // 128) % 4 == 0)", "lists"),
+     ("(q >= kv) & (doc[b, q] == doc[b, kv])", "bounds"), ("doc[b, q] == doc[b, kv]", "none")],
+)  # fmt: skip
+def test_lists_where_loop_bounds_leave_many_tiles_to_the_mask(text, skipping):
+    """A causal table of blocks is skipped by its table; where lists save nothing, none is made."""
+    reads = (
+        TensorDecl("keep", ("h", "qb", "kb"), dtype="bool"),
+        TensorDecl("doc", ("b", "q"), dtype="i32"),
+    )
+    guard = parse_expr(text)
+    form = SoftmaxAttention(QK * 0.1, guard, reads=tuple(r for r in reads if f"{r.name}[" in text))
+    found = program(form)
+    chosen = choose_schedule(found, {"d": 64, "f": 64}, 2, Device())
+    assert chosen.skipping == skipping
+    without = {"lists": "bounds" if ">=" in text else "none"}
+    assert unlisted(found, chosen) == without.get(skipping, skipping)
 
 
 def test_products_of_float32_are_as_torch_makes_them():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from attn_rewrite.backends.triton import loader
 from attn_rewrite.backends.triton.aot import LIMITS, Binary, Limits, compile_source, parse_target
+from attn_rewrite.backends.triton.choose import unlisted
 from attn_rewrite.backends.triton.emit import Source, emit
 from attn_rewrite.backends.triton.lower import TritonKernel, lower
 from attn_rewrite.backends.triton.schedule import Schedule
@@ -57,8 +58,8 @@ def export_triton(optimized: OptimizedModule, folder: str | Path, *, target: str
 
     ``target`` is ``cuda:80``, ``cuda:90``, ``cuda:100`` or ``hip:gfx942``; no GPU is needed.  Sites
     with the same kernel share it.  Lists of tiles, tables of the plan and the order of tokens are
-    written for each site (`site_tables`); where a length is dynamic there is no list, and every
-    tile runs (`TritonArtifact.notes` says so).  A kernel whose default schedule spills registers,
+    written for each site (`site_tables`); where a length is dynamic there is no list, and more
+    tiles run (`TritonArtifact.notes` says so).  A kernel whose default schedule spills registers,
     or takes more shared memory than a processor has, is compiled with smaller tiles; `ToolError`
     where none fits, `PolicyError` for an unknown target, `LowerError` where no site has a kernel.
     """
@@ -109,9 +110,11 @@ def _without_lists(source: Source, site: Site) -> tuple[Source, str]:
     missing = missing_extents(source.program, site)
     if not missing:
         return source, ""
-    schedule = source.schedule.with_(skipping="none")
+    skipping = unlisted(source.program, source.schedule)
     lanes = {r: int(site.extents()[r]) for r in source.program.roles.lanes}
-    note = f"no list of tiles, as the extents of {', '.join(missing)} are dynamic: every tile runs"
+    runs = "every tile runs" if skipping == "none" else "tiles within the bounds of its mask run"
+    note = f"no list of tiles, as the extents of {', '.join(missing)} are dynamic: {runs}"
+    schedule = source.schedule.with_(skipping=skipping)
     return emit(source.program, schedule, lanes, name=source.name), note
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from attn_rewrite.backends.triton.bounds import loop_ranges
 from attn_rewrite.backends.triton.emit import groups
 from attn_rewrite.backends.triton.lists import blockwise_tables
 from attn_rewrite.backends.triton.program import Program, reads_of
 from attn_rewrite.backends.triton.schedule import Device, Schedule, default_schedule
-from attn_rewrite.backends.triton.traversal import has_bounds
-from attn_rewrite.cascade.expr import Expr, Rank, Read, ranks_of, walk
+from attn_rewrite.backends.triton.traversal import has_bounds, integer_tensors
+from attn_rewrite.cascade.cover import Cover, block_cover
+from attn_rewrite.cascade.expr import Expr, Rank, Read, conjunction, conjuncts, ranks_of, walk
 
 # Up to this many queries heads of a group are packed: rows of a block would be empty otherwise.
 FEW_ROWS = 16
@@ -54,17 +56,58 @@ def _lower_tiles(
 
 
 def choose_skipping(program: Program) -> str:
-    """Closed form where the guard has one; lists where blocks are known; else every tile runs."""
+    """Closed form where the guard has one; lists where blocks are known; else every tile runs.
+
+    A guard of which only a part has bounds (causal, and a table of blocks) takes lists where they
+    leave out more.
+    """
     guards = program.guards()
     if not guards:
         return "none"
-    if has_bounds(program):
-        return "bounds"
     (guard, *others) = guards
     roles = {program.roles.row, program.roles.along}
-    if others or roles != {"q", "kv"} or not _by_position(guard):
-        return "none"
-    return "lists"
+    listed = not others and roles == {"q", "kv"} and _by_position(guard)
+    if has_bounds(program):
+        return "lists" if listed and _lists_pay(program, guard) else "bounds"
+    return "lists" if listed else "none"
+
+
+def unlisted(program: Program, schedule: Schedule) -> str:
+    """What a kernel does where lists cannot be made."""
+    if schedule.skipping != "lists":
+        return schedule.skipping
+    return "bounds" if has_bounds(program) else "none"
+
+
+# A length at which tiles are counted, in tiles of usual sides, and what lists must save.
+_LENGTH, _SIDES, _SAVED = 2048, (128, 64), 0.2
+
+
+def _lists_pay(program: Program, guard: Expr) -> bool:
+    """Do the terms that loop bounds leave to the mask empty many tiles?"""
+    roles = program.roles
+    whole = integer_tensors(program)
+
+    def bounds(term: Expr) -> bool:
+        ranges = loop_ranges(term, roles.row, roles.along, whole)
+        return bool(ranges) and all(r.exact for r in ranges)
+
+    if bounds(guard):
+        return False
+    if blockwise_tables(guard):
+        return True
+    left = conjunction(tuple(t for t in conjuncts(guard) if bounds(t)))
+    listed, bounded = (_tiles(g) for g in (guard, left))
+    return listed < (1 - _SAVED) * bounded
+
+
+def _tiles(guard: Expr) -> int:
+    """Tiles of one head that ``guard`` leaves, at a usual length."""
+    found = block_cover(
+        guard, q_len=_LENGTH, kv_len=_LENGTH, block_q=_SIDES[0], block_kv=_SIDES[1], head=0,
+        batch=0, extents={"h": 1, "b": 1},
+    )  # fmt: skip
+    return int((found != Cover.EMPTY).sum())
 
 
 def _by_position(guard: Expr) -> bool:
@@ -74,8 +117,6 @@ def _by_position(guard: Expr) -> bool:
 
 
 def _has_free_term(guard: Expr) -> bool:
-    from attn_rewrite.cascade.expr import conjuncts
-
     terms = conjuncts(guard)
     return any(not any(isinstance(n, Read) for n in walk(t)) for t in terms)
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attn_rewrite.backends.triton.choose import unlisted
 from attn_rewrite.backends.triton.emit import Source
 from attn_rewrite.backends.triton.launch import (
     Call,
@@ -184,7 +185,9 @@ def decode(
     first = inputs["Q"]
     lanes = lanes_of(form.partial, inputs)
     chosen = widened(schedule or default_of(form.partial, inputs), inputs)
-    chosen = chosen.with_(split=True, paged=pages is not None, **_small(chosen, first))
+    chosen = chosen.with_(
+        split=True, paged=pages is not None, **_small(form.partial, chosen, first)
+    )
     source = emitted(form.partial, chosen, lanes, "decode_part")
     sizes = extents_of(source, inputs, _sizes(inputs, pages))
     chunk, splits = _chunk(source, sizes, splits)
@@ -196,12 +199,11 @@ def decode(
     return {o.name: call.tensors[o.name] for o in source.outputs}
 
 
-def _small(schedule: Schedule, q: Tensor) -> dict[str, Any]:
+def _small(program: Program, schedule: Schedule, q: Tensor) -> dict[str, Any]:
     """Few rows need a low tile; positions of lists do not exist while decoding."""
     rows = q.shape[2] * schedule.pack
     side = max(16, min(schedule.block_rows, 1 << max(0, rows - 1).bit_length()))
-    skipping = schedule.skipping if schedule.skipping != "lists" else "none"
-    return {"block_rows": side, "skipping": skipping}
+    return {"block_rows": side, "skipping": unlisted(program, schedule)}
 
 
 def _sizes(inputs: Mapping[str, Tensor], pages: Pages | None) -> dict[str, int]:

@@ -113,7 +113,7 @@ class Kernel:
         own = {r: n for a in tables.values() for r, n in zip(a.ranks, a.shape, strict=True)}
         for argument in self.meta["arguments"]:
             rank = argument.get("rank")
-            if argument["kind"] == "extent" and rank in own and rank not in elsewhere:
+            if argument.get("kind") == "extent" and rank in own and rank not in elsewhere:
                 found[argument["name"]] = own[rank]
         for argument in self.meta["arguments"]:
             tensor = argument.get("tensor", "")

@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from attn_rewrite.backends.triton.choose import unlisted
 from attn_rewrite.backends.triton.launch import Call, launch, result_dtype, without_gradients
 from attn_rewrite.backends.triton.prepare import (
     default_of,
@@ -60,7 +61,7 @@ def attend_varlen(
     first = wide["Q"]
     rows = {**wide, "Q": first[:, :, : sequences.longest_q]}
     chosen = widened(schedule or default_of(program, rows), wide)
-    skipping = chosen.skipping if chosen.skipping == "bounds" else "none"
+    skipping = unlisted(program, chosen)
     source = emitted(program, chosen.with_(varlen=True, skipping=skipping), lanes, "varlen")
     count = len(sequences.q_starts) - 1
     sizes = {

@@ -205,3 +205,70 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
     out = run(CASES["dense"], x, dropout=0.25)
     assert abs(out.mean().item() - 1.0) < 0.02
     assert out.std() > 0.001
+
+
+@pytest.mark.parametrize("name", ["causal", "bias"])
+def test_tuned_kernels_compute_the_same(name, tmp_path, monkeypatch):
+    from attn_rewrite.backends.triton import autotune
+    from attn_rewrite.backends.triton.tune import tune, tune_backward
+
+    monkeypatch.setenv("ATTN_REWRITE_CACHE", str(tmp_path))
+    autotune.remembered.cache_clear()
+    x = inputs_for(CASES[name], SIZES, torch.float32, 16)
+    pull = torch.randn(2, 4, 301, 64, device="cuda")
+
+    def gradients():
+        mine = {n: t.clone().requires_grad_() for n, t in on_gpu(x).items()}
+        return torch.autograd.grad(run(CASES[name], mine), list(mine.values()), pull)
+
+    plain = gradients()
+    cascade = softmax_cascade(CASES[name].form(2), "case")
+    tune(cascade, on_gpu(x))
+    wanted = [n for n in x if n not in "QKV"]
+    assert set(tune_backward(cascade, on_gpu(x), wanted)) >= {"queries", "keys"}
+    check(run(CASES[name], on_gpu(x)), CASES[name], x)
+    for a, b in zip(gradients(), plain, strict=True):
+        assert torch.allclose(a, b, atol=1e-4, rtol=1e-3)
+
+
+def test_the_loader_of_a_bundle_launches_on_this_gpu(tmp_path):
+    """A binary compiled ahead of time for this processor, with nothing but its files."""
+    import json
+
+    from attn_rewrite.backends.triton.aot import TARGETS, compile_source, parse_target
+    from attn_rewrite.backends.triton.choose import choose_schedule
+    from attn_rewrite.backends.triton.emit import emit
+    from attn_rewrite.backends.triton.launch import Call, arguments, extents_of
+    from attn_rewrite.backends.triton.loader import Bundle
+    from attn_rewrite.backends.triton.prepare import stages
+
+    major, minor = torch.cuda.get_device_capability()
+    target = f"cuda:{major}{minor}"
+    if torch.version.hip or target not in TARGETS:
+        pytest.skip(f"no bundle is made for {target}")
+    case, lanes = CASES["causal"], {"d": 64, "f": 64}
+    (stage,) = stages(str(softmax_cascade(case.form(2), "case")))
+    schedule = choose_schedule(stage.program, lanes, 2, parse_target(target))
+    source = emit(stage.program, schedule, lanes)
+    binary = compile_source(source, target, "bfloat16", lanes)
+    (tmp_path / "k.cubin").write_bytes(binary.files["cubin"])
+    (tmp_path / "k.json").write_text(json.dumps({"kernel": "k", **binary.metadata}))
+    (tmp_path / "kernels.json").write_text(json.dumps({"target": target, "sites": {"a": ["k"]}}))
+    x = inputs_for(case, SIZES, torch.bfloat16, 17)
+    there = on_gpu({n: t.contiguous() for n, t in x.items()})
+    outputs = {
+        "AV": torch.empty_like(there["Q"]), "LSE": torch.empty(2, 4, 301, device="cuda"),
+    }  # fmt: skip
+    ranks = {t.name: t.ranks for t in source.program.cascade.inputs}
+    ranks |= {o.name: o.ranks for o in source.outputs}
+    sizes = extents_of(source, there)
+    given = arguments(source, Call({**there, **outputs}, ranks, sizes))
+    (kernel,) = Bundle(tmp_path).of_site("a")
+    names = [a["name"] for a in kernel.meta["arguments"]]
+    values = {n: v.data_ptr() if isinstance(v, torch.Tensor) else v for n, v in given.items()}
+    kernel(
+        kernel.grid(b=2, h=4, q=301), torch.cuda.current_stream().cuda_stream,
+        **{n: values[n] for n in names},
+    )  # fmt: skip
+    torch.cuda.synchronize()
+    check(outputs["AV"], case, x)
