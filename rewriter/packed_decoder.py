@@ -209,7 +209,8 @@ def _scheme(site: Site, steps: tuple[Step, ...]) -> QuantisedCache:
     """The one scheme that the steps of a Site name."""
     named = [t for s in steps for t in s.transforms if not isinstance(t, Identity)]
     one = named[0] if len(set(named)) == 1 else None
-    heads = {h for s in steps for h in (s.heads or range(site.hq)) if named}
+    mine = [s for s in steps if one in s.transforms]
+    heads = {h for s in mine for h in (range(site.hq) if s.heads is None else s.heads)}
     if not isinstance(one, QuantisedCache) or len(heads) < site.hq:
         said = "; ".join(s.label for s in steps) or "nothing"
         raise _refusal(

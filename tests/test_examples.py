@@ -17,6 +17,7 @@ SHORT = (
     "video_radial.py",
     "long_context_streaming.py",
     "paro_calibrate.py",
+    "decode_packed_cache.py",
 )
 # demo.py runs demo_embeddings.py, and both read the texts of demo_texts.py.
 DEMO = ("demo.py", "demo_embeddings.py", "demo_texts.py")

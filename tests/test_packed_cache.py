@@ -70,6 +70,14 @@ def test_a_ramp_in_two_bits():
     assert (same == 2.5).all()
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_range_wider_than_float16_reaches(bits):
+    x = torch.tensor([[-60000.0, 60000.0, 0.0, 59000.0]], dtype=torch.float16)
+    found = Packed.of(x, bits, torch.float16).numbers(bits, 4)
+    assert found.isfinite().all()
+    assert (found.double() - x.double()).abs().max() <= 0.51 * 120000 / (2**bits - 1)
+
+
 @pytest.mark.parametrize(("bits", "saved"), [(2, 5.3), (4, 3.2), (8, 1.77)])
 def test_memory(bits, saved):
     """Of 16-bit operands, codes and one low end and step for 32 elements are left."""

@@ -66,7 +66,7 @@ def test_steps_are_those_of_a_cache_in_codes(make):
     torch.manual_seed(0)
     model = make()
     ids = torch.randint(0, 40, (2, PROMPT + sum(STEPS)))
-    decoder = ar.optimize(model, POLICY, (ids[:, :8],)).with_packed_cache()
+    decoder = ar.optimize(model, POLICY, (ids[:, :8].contiguous(),)).with_packed_cache()
     oracle, at = Stored(), PROMPT
     with torch.no_grad():
         wanted = model(ids[:, :at], past_key_values=oracle).logits

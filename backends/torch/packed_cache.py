@@ -44,8 +44,12 @@ class Packed:
 
     def numbers(self, bits: int, count: int) -> Tensor:
         """What the codes stand for, [..., count], in the type of the steps."""
-        codes = unpack(self.codes, bits, count).to(self.step.dtype)
-        return codes * self.step[..., None] + self.low[..., None]
+        kind = self.step.dtype
+        # A code times its step may be twice as far as the numbers reach, which float16 has no room
+        # for.
+        work = kind if kind.itemsize > 2 else torch.float32
+        codes = unpack(self.codes, bits, count).to(work)
+        return (codes * self.step.to(work)[..., None] + self.low.to(work)[..., None]).to(kind)
 
     def part(self, start: int, stop: int) -> Packed:
         """Entries ``start`` to ``stop`` of dimension 2."""

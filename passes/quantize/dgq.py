@@ -30,12 +30,15 @@ class Dgq(Quantisation):
 
     name: ClassVar[str] = "dgq"
     maps_only: ClassVar[bool] = True
-    source: ClassVar[str] = "Ryu et al. 2025 (DGQ), section 4.2"
+    source: ClassVar[str] = "Ryu et al. 2025 (DGQ), section 4.2; steps=2: Li et al. 2023 (RepQ-ViT)"
 
     bits: Annotated[int, Option("bits of a code", minimum=2, maximum=8)] = 8
     start: Annotated[
         int | None, Option("first keys left alone; none: 1 in cross-attention, else 0", minimum=0)
     ] = None
+    steps: Annotated[
+        Literal[1, 2], Option("codes for each halving; 2: powers of the root of one half")
+    ] = 1
     per: Annotated[Literal["tensor", "row"], Option("what shares one largest value")] = "tensor"
 
     def rewrite(
@@ -54,7 +57,7 @@ class Dgq(Quantisation):
         statistic = Einsum(
             peak, A, tuple((r, "max") for r in (("kv",) if row else _EVERY)), conjunction(counted)
         )
-        coded: Expr = Log2(self.bits).value(A, peak)
+        coded: Expr = Log2(self.bits, self.steps).value(A, peak)
         alone = (
             *((call("lt", KV, start),) if start else ()),
             *(() if heads is None else (others,)),

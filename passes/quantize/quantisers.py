@@ -166,19 +166,43 @@ class Log2:
     """
 
     bits: int = 8
+    steps: int = 1  # codes for each halving; 2: powers of the root of one half (RepQ-ViT)
+    linear: bool = False  # round ratios, up from 1.5 * 2^n (FQ-ViT), not their logarithms
+    flush: bool = False  # what is below the last code becomes 0 (both of them), not that code
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise ValueError(f"a logarithmic quantiser has 2 to 8 bits, got {self.bits}")
+        if self.steps not in (1, 2) or (self.linear and self.steps > 1):
+            raise ValueError(
+                "a logarithmic quantiser has 1 step a halving, or 2 with rounded logarithms, got "
+                f"{self.steps}"
+            )
+
+    @property
+    def levels(self) -> float:
+        """The largest code."""
+        return float(2**self.bits - 1)
+
+    def whole(self, x: Expr, peak: Expr) -> Expr:
+        """round(-log2(x / peak)) in steps, not saturated; ``x`` is positive."""
+        steps: Expr = call("log", x / peak) * (-self.steps / math.log(2))
+        nearest: Expr = call("round", steps)
+        if not self.linear:
+            return nearest
+        # A ratio peak / x under 1.5 * 2^(n - 1) goes down, which no logarithm is needed for.
+        return nearest - where(peak < 0.75 * call("exp2", nearest) * x, 1.0, 0.0)
 
     def code(self, x: Expr, peak: Expr) -> Expr:
-        """round(-log2(x / peak)), saturated; ``x`` is positive."""
-        halvings = call("log", x / peak) * (-1 / math.log(2))
-        return call("clip", call("round", halvings), 0.0, float(2**self.bits - 1))
+        """The code of ``x``, saturated."""
+        return call("clip", self.whole(x, peak), 0.0, self.levels)
 
     def value(self, x: Expr, peak: Expr) -> Expr:
         """What ``x`` becomes; 0 stays 0."""
-        return where(x > 0, peak * call("exp2", -self.code(x, peak)), 0.0)
+        code = self.code(x, peak)
+        found = peak * call("exp2", -code if self.steps == 1 else code * (-1 / self.steps))
+        kept = (x > 0) & (self.whole(x, peak) <= self.levels) if self.flush else x > 0
+        return where(kept, found, 0.0)
 
 
 GRANULARITIES = ("tensor", "head", "block", "warp", "thread", "token", "group", "channel")
@@ -196,7 +220,8 @@ class Granularity:
     ``warp``       32 tokens (queries of a warp); 64 for keys
     ``thread``     what a thread of a tensor-core tile reads (Zhang et al. 2025, SageAttention2,
                    section 3.2): of 32 queries those equal modulo 8, of 64 keys those whose token
-                   modulo 8 halves to the same
+                   modulo 8 halves to the same; ``size`` is another number of tokens (Hopper: 16
+                   queries of a warp, 128 keys of a tile)
     ``token``      one token
     ``group``      ``size`` consecutive channels of a token
     ``channel``    a channel of ``size`` consecutive tokens; of all tokens where size is 0
@@ -236,9 +261,10 @@ class Granularity:
             return call("floordiv", token, self.size)
         if self.kind == "warp":
             return call("floordiv", token, 32 if queries else 64)
+        size = self.size or (32 if queries else 64)
         if queries:
-            return call("floordiv", token, 32) * 8 + call("mod", token, 8)
-        return call("floordiv", token, 64) * 4 + call("floordiv", call("mod", token, 8), 2)
+            return call("floordiv", token, size) * 8 + call("mod", token, 8)
+        return call("floordiv", token, size) * 4 + call("floordiv", call("mod", token, 8), 2)
 
     def ranks(self, head: str, token: str, channel: str) -> tuple[str, ...]:
         """Names of the ranks of the scale tensor; ``qg`` counts groups of ``q``."""

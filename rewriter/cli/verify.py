@@ -39,6 +39,7 @@ def verify(directory: Directory, origin: Origin, options: ModelOptions, terminal
     """Check DIR: its files, the original it names, every rewrite and every export."""
     from attn_rewrite.cli.optimize import rewrite
     from attn_rewrite.cli.policy import read_policy
+    from attn_rewrite.gates import carry_gates
     from attn_rewrite.saved import load
 
     with terminal.stage(f"checking the files of {directory}"):
@@ -46,6 +47,7 @@ def verify(directory: Directory, origin: Origin, options: ModelOptions, terminal
     loaded = load_original(directory, origin.original, options, terminal)
     # The plan replayed on the original checks every Site against the float64 oracle once more.
     replayed = rewrite(loaded, read_policy(None), terminal, plan=saved.plan)
+    carry_gates(saved, replayed)
     with terminal.stage("comparing outputs with the rewritten original in float64"):
         errors, bounds = _compare(directory, saved, replayed, loaded)
     document = {
