@@ -189,8 +189,9 @@ def test_merging_weighs_pieces_by_their_sums() -> None:
 
 
 @pytest.mark.parametrize("lanes", [1, 2, 64])
-def test_calls_share_threads_or_lanes_do(lanes: int, rows: list[fused.Unit],
-                                         monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_share_threads_or_lanes_do(
+    lanes: int, rows: list[fused.Unit], monkeypatch: pytest.MonkeyPatch
+) -> None:
     used: list[int] = []
     original = kernel_module.run_in_lanes
 
