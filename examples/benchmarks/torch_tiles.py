@@ -327,25 +327,29 @@ def main() -> None:
     length, threads, repeat = arguments.length, arguments.threads, arguments.repeat
     record = record_of(length, threads)
     known = earlier(arguments.output, record)
-    rows, found = dict(known.get("masks", {})), known.get("prices")
+    rows = dict(known.get("masks", {}))
     if arguments.prices:
-        found = prices(length, repeat)
-    else:
-        dense_mb = extra_memory("dense", length, threads)
-        for name, case in masks(length).items():
-            if not any(part in name for part in arguments.only or [""]):
-                continue
-            row = measure(case, length, repeat, with_flex=not arguments.no_flex)
-            extra = extra_memory(name, length, threads)
-            rows[name] = {**row, "extra_mb": extra, "dense_extra_mb": dense_mb}
-            print(f"{name:32s}", shown(rows[name]), flush=True)
-        worst = max(float(row["ratio"]) for row in rows.values())
-        memory = max(float(row["extra_mb"]) / row["dense_extra_mb"] for row in rows.values())
-        print(f"worst ratio {worst:.2f} (limit {LIMIT}), memory {memory:.2f} ({MEMORY_LIMIT})")
-    rows = {name: rows[name] for name in masks(length) if name in rows}
-    record |= {"masks": rows} | ({"prices": found} if found else {})
-    arguments.output.parent.mkdir(exist_ok=True)
-    arguments.output.write_text(json.dumps(record, indent=2) + "\n")
+        write(arguments.output, {**record, "masks": rows, "prices": prices(length, repeat)})
+        return
+    dense_mb = extra_memory("dense", length, threads)
+    for name, case in masks(length).items():
+        if not any(part in name for part in arguments.only or [""]):
+            continue
+        row = measure(case, length, repeat, with_flex=not arguments.no_flex)
+        extra = extra_memory(name, length, threads)
+        rows[name] = {**row, "extra_mb": extra, "dense_extra_mb": dense_mb}
+        print(f"{name:32s}", shown(rows[name]), flush=True)
+        ordered = {n: rows[n] for n in masks(length) if n in rows}
+        write(arguments.output, {**known, **record, "masks": ordered})
+    worst = max(float(row["ratio"]) for row in rows.values())
+    memory = max(float(row["extra_mb"]) / row["dense_extra_mb"] for row in rows.values())
+    print(f"worst ratio {worst:.2f} (limit {LIMIT}), memory {memory:.2f} ({MEMORY_LIMIT})")
+
+
+def write(path: Path, record: Mapping[str, Any]) -> None:
+    """The results file as it stands: whole rows only."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":
