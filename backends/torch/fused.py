@@ -188,21 +188,21 @@ class FusedKernel:
         linear = linear_score(problem.form.score)
         assert linear is not None
         self.scale = linear.scale
-        depth = problem.k.shape[3]
-        rows = {id(u.row): u.row for u in planned}
-        self._pieces = {key: pieces(row, depth, room) for key, row in rows.items()}
-        parts = [p for found in self._pieces.values() for p in found]
-        masked = [p.height * p.width for p in parts if p.masked]
+        self.room, depth = room, problem.k.shape[3]
+        rows = {id(u.row): u.row for u in planned}.values()
+        # What the largest piece may need; pieces are made when they run, as rows may be many.
+        masked = [r.height * min(r.width, max(room // r.height, SIDE)) for r in rows if r.masked]
         self._memory = problem.q.new_empty(max(masked, default=0))
         self._made: tuple[object, _Mask] | None = None
-        gathered = [p.width * depth for p in parts if len(p.keys) > 1]
-        size = max(gathered, default=0)
+        gathered = [min(r.width, max(room // (2 * depth), SIDE)) for r in rows if len(r.keys) > 1]
+        size = depth * max(gathered, default=0)
         self._keys, self._values = problem.k.new_empty(size), problem.v.new_empty(size)
 
     def run(self, unit: Unit, out: Tensor) -> None:
         """The output of a row into ``out`` [b, h, q, f] of all rows."""
         place = out[slice(*unit.batch), slice(*unit.heads), slice(*unit.row.queries)]
-        parts, like = self._pieces[id(unit.row)], self.problem.q
+        parts = pieces(unit.row, self.problem.k.shape[3], self.room)
+        like = self.problem.q
         total = place if place.dtype == like.dtype else like.new_empty(place.shape)
         sums = like.new_empty(place.shape[:-1] if len(parts) > 1 else 0)
         for n, piece in enumerate(parts):

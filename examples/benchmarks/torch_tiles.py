@@ -3,8 +3,8 @@
 Each mask runs as one call of ``attn_rewrite::tiled_attention`` in the same process as dense
 non-causal SDPA and compiled FlexAttention; they take turns and the minimum of each is kept.
 ``ratio`` is the time over (block fraction at 128 x 128) x (dense time): 1.0 means that skipped
-blocks cost nothing.  Extra memory is the peak of one call in a fresh process, output included,
-beyond what it held before the call; dense SDPA is measured likewise in the same run.  Where
+blocks cost nothing.  Extra memory is the peak of one call in a process of its own, output included,
+beyond what it held after a call at half the length; dense SDPA likewise.  Where
 FlexAttention does not compile its row says so.
 
 Rows of earlier runs in the results file stay if machine, shape, threads and PyTorch are the same;
@@ -257,7 +257,8 @@ def _peak(name: str, length: int, threads: int, answer: multiprocessing.Queue[fl
     """Peak of one call beyond what the process held before, in MB."""
     torch.set_num_threads(threads)
     q, k, v = operands(length)
-    short = [t[:, :, : 8 * BLOCK] for t in (q, k, v)]  # what runs must be loaded before
+    # What runs must be loaded, and its threads started, before: a call at half the length.
+    short = [t[:, :, : length // 2] for t in (q, k, v)]
     case = masks(length).get(name)
     block = BLOCK if case is None else side_of(case, length)  # chosen when a model is rewritten
 
