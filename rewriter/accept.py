@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from attn_rewrite import quantisation
+from attn_rewrite import length_notes, quantisation
 from attn_rewrite.budget import Budget
 from attn_rewrite.capture import Captured
 from attn_rewrite.costs import before_and_after
@@ -82,6 +82,7 @@ def accept(
         notes=(
             *captured.notes,
             *_notes(findings, checks, verify),
+            *length_notes.notes(decisions),
             *quantisation.notes(decisions, plan),
         ),
         budget="" if budget is None else str(budget),

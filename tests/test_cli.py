@@ -185,6 +185,10 @@ def test_explain(bert: Path) -> None:
     assert {rule["rule"] for rule in document["rules"]} >= {"exact", "keep", "window"}
     shown = attn_rewrite("explain", bert, *words)
     assert document["after"]["cascade"] in shown.out
+    proofs = document["before"]["fusion"]["proofs"]
+    assert document["after"]["fusion"]["proofs"] == proofs
+    assert shown.out.count("derived: 3 -> 1 passes") == 1
+    assert shown.out.count("derived as before") == 1
 
 
 def test_explain_why_not(bert: Path) -> None:

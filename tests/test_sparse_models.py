@@ -113,3 +113,42 @@ def test_patterns_on_models(make: Callable[[], Case], layout: str | None, policy
     assert before.shape == after.shape
     assert torch.isfinite(after).all()
     assert not torch.equal(before, after)
+
+
+class Tokens(nn.Module):
+    """Attention over tokens of any number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(16, 48)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.project(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def test_a_layout_holds_at_its_own_length_and_the_report_says_so() -> None:
+    torch.manual_seed(0)
+    model, x = Tokens().eval(), torch.randn(2, 64, 16)
+    dynamic = {"x": {1: torch.export.Dim("n", max=512)}}
+    policy = "neighborhood(window=[3, 3], layout='grid=8x8')"
+    free = ar.optimize(model, policy, (x,), dynamic_shapes=dynamic)
+    (note,) = [n for n in free.report.notes if "64 keys" in n]
+    assert free.sites[0].name in note
+    fixed = ar.optimize(model, policy, (x,), dynamic_shapes={})
+    assert not any("keys" in n for n in fixed.report.notes)
+    with torch.no_grad():
+        torch.testing.assert_close(free(x), fixed(x))
+        other = torch.randn(2, 80, 16)
+        torch.testing.assert_close(free(other), model(other))
+        assert not torch.equal(free(x), model(x))
+    # A pattern of positions alone is made for every length.
+    window = ar.optimize(model, "window(size=8)", (x,), dynamic_shapes=dynamic)
+    assert not any("keys" in n for n in window.report.notes)
+    with torch.no_grad():
+        near = (torch.arange(80)[:, None] - torch.arange(80) <= 4) & (
+            torch.arange(80) - torch.arange(80)[:, None] <= 3
+        )
+        q, k, v = model.project(other).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        want = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=near)
+        torch.testing.assert_close(window(other), want)

@@ -47,6 +47,7 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> list[fused.Unit]:
 
     monkeypatch.setattr(fused.FusedKernel, "run", spy)
     monkeypatch.setattr(fused, "WORTH_ROW", 0)
+    monkeypatch.setattr(fused, "WORTH_SHARING", 0)
     monkeypatch.setattr(fused, "WORTH_CALL", 16)
     for module in (fused, patterns):
         monkeypatch.setattr(module, "SIDE", 8)
@@ -113,7 +114,7 @@ def test_large_scores_in_pieces(rows: list[fused.Unit], monkeypatch: pytest.Monk
     keep = keep_of(mask, 4, 33, 33)
     got = tiled_attention(q, k, v, [], str(attention(guard, QK)), 8)
     assert_close(got, reference(q, k, v, keep, 1.0), _eager(q, k, v, keep, 1.0))
-    assert any(len(fused.pieces(unit.row, 8)) > 2 for unit in rows)
+    assert any(len(fused.pieces(unit.row, 8, 100)) > 2 for unit in rows)
 
 
 def test_a_mask_of_the_batch_entry_is_read_in_every_call(rows: list[fused.Unit]) -> None:
@@ -156,7 +157,7 @@ def test_a_square_is_evaluated_once(
 def test_pieces_cover_the_row() -> None:
     keys = ((0, 300), (512, 5000), (6000, 6001))
     row = fused.Row((0, 128), keys, ((0, 300), (900, 1000)), True, 38, 30)
-    parts = fused.pieces(row, 64)
+    parts = fused.pieces(row, 64, fused.SCRATCH)
     seen = sorted(at for part in parts for span in part.keys for at in range(*span))
     assert seen == [at for span in keys for at in range(*span)]
     assert [part.keys for part in parts[-1:]] == [((0, 300), (6000, 6001))]
@@ -168,7 +169,7 @@ def test_pieces_cover_the_row() -> None:
     assert masked == [*range(300), *range(512 + 600, 512 + 700)]
     assert [part.certain for part in parts] == [True] * len(parts)
     plain = fused.Row((0, 128), ((0, 100_000),), (), True, 782, 782)
-    assert fused.pieces(plain, 64) == [plain]
+    assert fused.pieces(plain, 64, fused.SCRATCH) == [plain]
 
 
 def _masked_keys(part: fused.Row) -> list[int]:
@@ -206,6 +207,22 @@ def test_calls_share_threads_or_lanes_do(
     tiled_attention(q, k, v, [], str(attention(guard)), 32)
     assert min(unit.slices for unit in rows) == 4
     assert used == ([64] if lanes == 64 else [])
+
+
+def test_calls_that_are_small_or_gather_run_side_by_side() -> None:
+    def row(width: int, count: int) -> fused.Row:
+        keys = tuple((2 * n * width, (2 * n + 1) * width) for n in range(count))
+        return fused.Row((0, 128), keys, (), True, count, count)
+
+    large, small = (fused.Unit((0, 1), (0, 8), row(width, 1)) for width in (1024, 128))
+    scattered = fused.Unit((0, 1), (0, 8), row(1024, 4))
+    assert fused.shared([large], 2)
+    assert fused.shared([large, large, small], 2)
+    assert not fused.shared([large, small, small], 2)
+    assert not fused.shared([large, scattered], 2)
+    assert not fused.shared([large], 64)
+    assert not fused.shared([], 1)
+    assert [fused.scratch(n) for n in (1, 2, 16)] == [1 << 18, 1 << 17, 1 << 17]
 
 
 def test_a_smaller_tile_must_save_what_it_costs() -> None:

@@ -24,7 +24,8 @@ from attn_rewrite.backends.torch.schedule import Row, Span, clipped
 from attn_rewrite.backends.torch.tiles import MAX_PARTS, Problem
 from attn_rewrite.cascade.expr import ranks_of
 
-# Elements of the mask and the gathered keys and values of one piece: 1 MB of float32.
+# Elements of the mask and the gathered keys and values of one piece: 1 MB of float32 in all lanes
+# together, but no lane has less than half of it.
 SCRATCH = 1 << 18
 # Elements of the output of one call: more heads and batch entries run one after the other.
 OUTPUTS = 1 << 17
@@ -32,6 +33,8 @@ OUTPUTS = 1 << 17
 WORTH_CALL = 3 * SIDE
 # Scores a row has on average before one call for it pays; smaller ones run as stacks of tiles.
 WORTH_ROW = 1 << 14
+# Scores a call has on average before PyTorch's threads share it; smaller ones run side by side.
+WORTH_SHARING = 1 << 19
 # Queries of a short row that PyTorch's kernel gives to one thread.
 _SLICE = 32
 
@@ -94,6 +97,23 @@ def units(problem: Problem) -> list[Unit]:
     return found + gathering
 
 
+def shared(planned: Sequence[Unit], threads: int) -> bool:
+    """Whether every call is worth the threads of PyTorch, so that one memory is enough.
+
+    Rows that gather their keys have a call for each head.
+    """
+    if not planned or any(len(unit.row.keys) > MAX_PARTS for unit in planned):
+        return False
+    scores = [unit.slices * _SLICE * unit.row.width for unit in planned]
+    slices = min(unit.slices for unit in planned)
+    return slices >= 2 * threads and sum(scores) >= WORTH_SHARING * len(scores)
+
+
+def scratch(lanes: int) -> int:
+    """Elements of scratch memory that each of ``lanes`` has."""
+    return SCRATCH // min(lanes, 2)
+
+
 def _units(problem: Problem, heads: Span, row: Row) -> Iterator[Unit]:
     """One row for the given heads of the schedule."""
     ranks, g = ranks_of(problem.form.guard) if row.masked else frozenset(), problem.group
@@ -115,14 +135,14 @@ def _each(span: Span, step: int) -> list[Span]:
     return [(at, min(at + step, span[1])) for at in range(*span, step)]
 
 
-def pieces(row: Row, depth: int) -> list[Row]:
-    """The row as rows of fewer keys whose masks and gathered keys fit `SCRATCH`.
+def pieces(row: Row, depth: int, room: int) -> list[Row]:
+    """The row as rows of fewer keys whose masks and gathered keys fit ``room`` elements.
 
     Of a few ranges each that has at least `WORTH_CALL` keys has pieces of its own, the others are
     taken together.  Keys of one range that need no mask are never cut.
     """
     if len(row.keys) > MAX_PARTS:
-        return _cut(row, depth)
+        return _cut(row, depth, room)
     columns: list[Span] = []
     for low, high in row.keys:
         start = columns[-1][1] if columns else 0
@@ -130,12 +150,12 @@ def pieces(row: Row, depth: int) -> list[Row]:
     long = [[c] for c in columns if c[1] - c[0] >= WORTH_CALL]
     short = [c for c in columns if c[1] - c[0] < WORTH_CALL]
     found = [_part(row, group) for group in (*long, short) if group]
-    return [piece for part in found for piece in _cut(part, depth)]
+    return [piece for part in found for piece in _cut(part, depth, room)]
 
 
-def _cut(row: Row, depth: int) -> list[Row]:
+def _cut(row: Row, depth: int, room: int) -> list[Row]:
     each = row.height * bool(row.masked) + 2 * depth * (len(row.keys) > 1)
-    most = SCRATCH // each if each else row.width
+    most = room // each if each else row.width
     if row.width <= most:
         return [row]
     most = max(most // SIDE, 1) * SIDE
@@ -163,26 +183,26 @@ def _part(row: Row, columns: Sequence[Span]) -> Row:
 class FusedKernel:
     """Runs rows one after the other in the same memory."""
 
-    def __init__(self, problem: Problem, planned: Sequence[Unit]) -> None:
+    def __init__(self, problem: Problem, planned: Sequence[Unit], room: int) -> None:
         self.problem, self.guard = problem, Guard(problem)
         linear = linear_score(problem.form.score)
         assert linear is not None
         self.scale = linear.scale
-        depth = problem.k.shape[3]
-        rows = {id(u.row): u.row for u in planned}
-        self._pieces = {key: pieces(row, depth) for key, row in rows.items()}
-        parts = [p for found in self._pieces.values() for p in found]
-        masked = [p.height * p.width for p in parts if p.masked]
+        self.room, depth = room, problem.k.shape[3]
+        rows = {id(u.row): u.row for u in planned}.values()
+        # What the largest piece may need; pieces are made when they run, as rows may be many.
+        masked = [r.height * min(r.width, max(room // r.height, SIDE)) for r in rows if r.masked]
         self._memory = problem.q.new_empty(max(masked, default=0))
         self._made: tuple[object, _Mask] | None = None
-        gathered = [p.width * depth for p in parts if len(p.keys) > 1]
-        size = max(gathered, default=0)
+        gathered = [min(r.width, max(room // (2 * depth), SIDE)) for r in rows if len(r.keys) > 1]
+        size = depth * max(gathered, default=0)
         self._keys, self._values = problem.k.new_empty(size), problem.v.new_empty(size)
 
     def run(self, unit: Unit, out: Tensor) -> None:
         """The output of a row into ``out`` [b, h, q, f] of all rows."""
         place = out[slice(*unit.batch), slice(*unit.heads), slice(*unit.row.queries)]
-        parts, like = self._pieces[id(unit.row)], self.problem.q
+        parts = pieces(unit.row, self.problem.k.shape[3], self.room)
+        like = self.problem.q
         total = place if place.dtype == like.dtype else like.new_empty(place.shape)
         sums = like.new_empty(place.shape[:-1] if len(parts) > 1 else 0)
         for n, piece in enumerate(parts):

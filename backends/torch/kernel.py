@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attn_rewrite.backends.torch.emit import Emitter
 from attn_rewrite.backends.torch.form import depends_only_on_distance, linear_score
-from attn_rewrite.backends.torch.fused import FusedKernel, Unit, fits, units
+from attn_rewrite.backends.torch.fused import FusedKernel, Unit, fits, scratch, shared, units
 from attn_rewrite.backends.torch.lanes import Task, run_in_lanes
 from attn_rewrite.backends.torch.schedule import Span
 from attn_rewrite.backends.torch.tiles import Job, Problem, gather_size, jobs, keys_of, queries_of
@@ -42,10 +42,9 @@ def attend(problem: Problem, dtype: torch.dtype) -> Tensor:
     lanes = _lanes(problem)
     if fits(problem):
         rows = units(problem)
-        # PyTorch's threads share a call where it has enough to share; then one memory is enough.
-        if min((unit.slices for unit in rows), default=0) >= 2 * lanes:
-            lanes = 1
-        _work_off(rows, lambda: _run_rows(problem, rows, out), lanes, out.device)
+        lanes = 1 if shared(rows, lanes) else lanes
+        room = scratch(lanes)
+        _work_off(rows, lambda: _run_rows(problem, rows, room, out), lanes, out.device)
     else:
         planned = list(jobs(problem))
         tiles = _by_row(planned, lanes)
@@ -53,8 +52,10 @@ def attend(problem: Problem, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _run_rows(problem: Problem, planned: Sequence[Unit], out: Tensor) -> Callable[[Unit], None]:
-    kernel = FusedKernel(problem, planned)
+def _run_rows(
+    problem: Problem, planned: Sequence[Unit], room: int, out: Tensor
+) -> Callable[[Unit], None]:
+    kernel = FusedKernel(problem, planned, room)
     return lambda unit: kernel.run(unit, out)
 
 

@@ -269,10 +269,16 @@ def _tiled(
         return _Plan("tiled", why, partial(emit_tiled, str(cascade), block)) if listed else None
     if is_causal_with_offset(form.guard) and _plain(form) is not None:
         return None  # queries at the end of a cache: mostly one, and SDPA is made for it
-    share = _skipped(form, extents, block)
+    if block_tables(form.guard):
+        # Block lists are made to leave blocks out.
+        why = f"the guard is a list of blocks, which is read in every call, in blocks of {block}"
+        return _Plan("tiled", why, partial(emit_tiled, str(cascade), block))
+    share, length = _skipped(form, extents, block)
     if share < WORTHWHILE:
         return None
     why = f"the guard leaves out {share:.0%} of the blocks of {block}"
+    if extents.get("kv") is None:
+        why += f" where there are {length} keys"
     return _Plan("tiled", why, partial(emit_tiled, str(cascade), block))
 
 
@@ -283,10 +289,10 @@ def emit_tiled(text: str, block: int, build: Builder, inputs: Sequence[Any]) -> 
     return build.call(op, q, k, v, reads, text, block)
 
 
-def _skipped(form: SoftmaxAttention, extents: Mapping[str, int | None], block: int) -> float:
-    """Share of blocks the guard leaves out; at a typical length where lengths are dynamic."""
-    if block_tables(form.guard):
-        return 1.0  # block lists are made to leave blocks out; they are known when the kernel runs
+def _skipped(
+    form: SoftmaxAttention, extents: Mapping[str, int | None], block: int
+) -> tuple[float, int]:
+    """Share of blocks the guard leaves out, and the keys that it is of: typical ones if dynamic."""
     known = extents.get("kv") or usual_length(form.guard)
     kv_len = known or max(_TYPICAL_LENGTH, extents.get("q") or 0)
     q_len = extents.get("q") or kv_len
@@ -294,7 +300,7 @@ def _skipped(form: SoftmaxAttention, extents: Mapping[str, int | None], block: i
     schedule = make_schedule(
         form.guard, q_len=q_len, kv_len=kv_len, block=block, heads=heads, group=form.group
     )
-    return 1.0 - schedule.counts().density
+    return 1.0 - schedule.counts().density, kv_len
 
 
 # Operands with stages, mapped probabilities

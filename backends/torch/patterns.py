@@ -41,8 +41,8 @@ class Squares:
 
     def add(self, place: _Place, square: Tensor) -> Tensor:
         """Remember a square; the one it equals, if there is one."""
-        kept = np.packbits(square.contiguous().numpy())
-        key = (square.shape[-1], blake2b(kept.tobytes(), digest_size=32).digest())
+        kept = np.packbits(square.contiguous().numpy()).tobytes()
+        key = (square.shape[-1], blake2b(kept, digest_size=32).digest())
         if key not in self._distinct and len(self._distinct) < _MOST:
             self._distinct[key] = square.contiguous()
         if key in self._distinct:

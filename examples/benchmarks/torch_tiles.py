@@ -3,8 +3,8 @@
 Each mask runs as one call of ``attn_rewrite::tiled_attention`` in the same process as dense
 non-causal SDPA and compiled FlexAttention; they take turns and the minimum of each is kept.
 ``ratio`` is the time over (block fraction at 128 x 128) x (dense time): 1.0 means that skipped
-blocks cost nothing.  Extra memory is the peak of one call in a fresh process, output included,
-beyond what it held before the call; dense SDPA is measured likewise in the same run.  Where
+blocks cost nothing.  Extra memory is the peak of one call in a process of its own, output included,
+beyond what it held after a call at half the length; dense SDPA likewise.  Where
 FlexAttention does not compile its row says so.
 
 Rows of earlier runs in the results file stay if machine, shape, threads and PyTorch are the same;
@@ -257,7 +257,8 @@ def _peak(name: str, length: int, threads: int, answer: multiprocessing.Queue[fl
     """Peak of one call beyond what the process held before, in MB."""
     torch.set_num_threads(threads)
     q, k, v = operands(length)
-    short = [t[:, :, : 8 * BLOCK] for t in (q, k, v)]  # what runs must be loaded before
+    # What runs must be loaded, and its threads started, before: a call at half the length.
+    short = [t[:, :, : length // 2] for t in (q, k, v)]
     case = masks(length).get(name)
     block = BLOCK if case is None else side_of(case, length)  # chosen when a model is rewritten
 
@@ -327,25 +328,29 @@ def main() -> None:
     length, threads, repeat = arguments.length, arguments.threads, arguments.repeat
     record = record_of(length, threads)
     known = earlier(arguments.output, record)
-    rows, found = dict(known.get("masks", {})), known.get("prices")
+    rows = dict(known.get("masks", {}))
     if arguments.prices:
-        found = prices(length, repeat)
-    else:
-        dense_mb = extra_memory("dense", length, threads)
-        for name, case in masks(length).items():
-            if not any(part in name for part in arguments.only or [""]):
-                continue
-            row = measure(case, length, repeat, with_flex=not arguments.no_flex)
-            extra = extra_memory(name, length, threads)
-            rows[name] = {**row, "extra_mb": extra, "dense_extra_mb": dense_mb}
-            print(f"{name:32s}", shown(rows[name]), flush=True)
-        worst = max(float(row["ratio"]) for row in rows.values())
-        memory = max(float(row["extra_mb"]) / row["dense_extra_mb"] for row in rows.values())
-        print(f"worst ratio {worst:.2f} (limit {LIMIT}), memory {memory:.2f} ({MEMORY_LIMIT})")
-    rows = {name: rows[name] for name in masks(length) if name in rows}
-    record |= {"masks": rows} | ({"prices": found} if found else {})
-    arguments.output.parent.mkdir(exist_ok=True)
-    arguments.output.write_text(json.dumps(record, indent=2) + "\n")
+        write(arguments.output, {**record, "masks": rows, "prices": prices(length, repeat)})
+        return
+    dense_mb = extra_memory("dense", length, threads)
+    for name, case in masks(length).items():
+        if not any(part in name for part in arguments.only or [""]):
+            continue
+        row = measure(case, length, repeat, with_flex=not arguments.no_flex)
+        extra = extra_memory(name, length, threads)
+        rows[name] = {**row, "extra_mb": extra, "dense_extra_mb": dense_mb}
+        print(f"{name:32s}", shown(rows[name]), flush=True)
+        ordered = {n: rows[n] for n in masks(length) if n in rows}
+        write(arguments.output, {**known, **record, "masks": ordered})
+    worst = max(float(row["ratio"]) for row in rows.values())
+    memory = max(float(row["extra_mb"]) / row["dense_extra_mb"] for row in rows.values())
+    print(f"worst ratio {worst:.2f} (limit {LIMIT}), memory {memory:.2f} ({MEMORY_LIMIT})")
+
+
+def write(path: Path, record: Mapping[str, Any]) -> None:
+    """The results file as it stands: whole rows only."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

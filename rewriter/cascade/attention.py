@@ -197,4 +197,6 @@ def usual_length(guard: Expr) -> int | None:
         match node:
             case Call("ne", (Extent("kv"), Const(int(length)))):
                 return length
+            case Call("ne", (Const(int(length)), Extent("kv"))):  # as simplification writes it
+                return length
     return None

@@ -238,7 +238,7 @@ def _view(console: Console, document: dict[str, Any]) -> None:
     for step in document["steps"]:
         console.print(f"\nstep  {step}", markup=False)
     if document["changed"]:
-        _view_cascade(console, "after", document["after"])
+        _view_cascade(console, "after", document["after"], document["before"])
     else:
         console.print(f"\nunder {document['policy']} the cascade stays as it is", markup=False)
     for refusal in document["refusals"]:
@@ -247,13 +247,19 @@ def _view(console: Console, document: dict[str, Any]) -> None:
     _view_verdicts(console, document["rules"])
 
 
-def _view_cascade(console: Console, title: str, part: dict[str, Any]) -> None:
+def _view_cascade(
+    console: Console, title: str, part: dict[str, Any], earlier: dict[str, Any] | None = None
+) -> None:
+    """A cascade and its passes; the derivation only where it is not that of ``earlier``."""
     passes = part["passes"]
     live = ", ".join(passes["live"]) or "nothing"
     console.print(f"\n{title}:", style="bold")
     console.print(part["cascade"], markup=False, soft_wrap=True)
     console.print(f"{passes['passes']} passes over {passes['rank']}; live: {live}", markup=False)
-    _view_fusion(console, part["fusion"], passes)
+    if earlier is not None and earlier["fusion"] == part["fusion"]:
+        console.print("derived as before", markup=False)
+    else:
+        _view_fusion(console, part["fusion"], passes)
     console.print(f"kernel {part['kernel']['name']}: {part['kernel']['why']}", markup=False)
 
 
