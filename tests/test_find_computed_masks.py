@@ -74,6 +74,13 @@ def difference_of_triangles(q, k, v):
     return _kept(q, k, v, _ones(q).tril() - _ones(q).tril(-4))
 
 
+@causal("(kv <= q) & ((q <= kv + 2) | (kv <= 1))")
+def product_with_sinks(q, k, v):
+    i, j = _positions(q)
+    near = ((i - j < 3).int() + (j < 2).int()).clamp(max=1)
+    return _kept(q, k, v, _ones(q).tril() * near)
+
+
 @causal()
 def sign_of_the_distance(q, k, v):
     i, j = _positions(q)
@@ -369,7 +376,8 @@ def test_what_has_another_form_stays() -> None:
     """Chunks and prefixes depend on more than the distance."""
     for mask in (
         call("le", KV // 4, Q // 4),
-        call("or", call("le", KV, Q), call("lt", KV, 3)),
+        call("or", call("le", KV, Q), call("le", KV, 2)),
+        call("and", call("le", KV, Q), call("or", call("le", Q, KV + 2), call("le", KV, 1))),
         call("le", KV * 2, Q),
     ):
         assert normal(mask) == mask

@@ -247,8 +247,12 @@ def test_scores_of_a_region_without_autocast(dtype: torch.dtype) -> None:
 
 def test_a_region_without_autocast_inside_of_one_with_it_is_refused() -> None:
     """There a kernel outside of the region would compute in the lower precision."""
-    args = tuple(torch.randn(SHAPE) for _ in range(3))
-    with torch.autocast("cpu", torch.bfloat16):
-        found = ar.find_attention(_ScoresWithoutAutocast().eval(), args)
+
+    class Around(_ScoresWithoutAutocast):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(q + 1, k, v)
+
+    found = ar.find_attention(Around().eval(), tuple(torch.randn(SHAPE) for _ in range(3)))
     assert not found.sites
     assert [r.code for r in found.refusals] == ["no-score-product"]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import attn_rewrite as ar
 from attn_rewrite.capture import capture_model

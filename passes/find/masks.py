@@ -26,6 +26,7 @@ from attn_rewrite.cascade.expr import (
     Rank,
     Read,
     call,
+    conjunction,
     conjuncts,
     rebuild,
     substitute,
@@ -39,7 +40,7 @@ from attn_rewrite.passes.find.bands import MAX_PIECES, Piece, Pieces, merged, wr
 Q, KV = Rank("q"), Rank("kv")
 _COMPARISONS = frozenset({"lt", "le", "gt", "ge", "eq", "ne"})
 _ARITHMETIC = frozenset({"add", "sub", "mul", "neg", "div", "pow", "abs", *_COMPARISONS})
-_COMPUTED = frozenset({"or", "max", "min", "clip", "sign", "relu", "floor", "ceil", "round"})
+_COMPUTED = frozenset({"max", "min", "clip", "sign", "relu", "floor", "ceil", "round"})
 _MAX_ATOMS = 4
 _FURTHEST = 1 << 24  # distances up to here are exact as numbers of single precision
 
@@ -47,9 +48,9 @@ _FURTHEST = 1 << 24  # distances up to here are exact as numbers of single preci
 @lru_cache(maxsize=512)
 def normal(expr: Expr) -> Expr:
     """``expr`` with its computed masks in normal form; an equal one if there are none."""
-    if _is_computed(expr):
+    if _is_computed(expr, "or"):
         found = by_distance(expr)
-        if found is None:
+        if found is None and _is_computed(expr):
             found = _by_truth(expr)
         if found is not None:
             return simplify(found)
@@ -60,14 +61,16 @@ def normal(expr: Expr) -> Expr:
     return new
 
 
-def _is_computed(expr: Expr) -> bool:
-    """A mask of positions and conditions in which something is computed from conditions."""
+def _is_computed(expr: Expr, *others: str) -> bool:
+    """A mask of positions and conditions in which something is computed from conditions, or with
+    one of the operators ``others``."""
     if not isinstance(expr, Call) or any(isinstance(n, Extent) for n in walk(expr)):
         return False
     return any(
         isinstance(n, Call)
         and (
             n.op in _COMPUTED
+            or n.op in others
             or (n.op in _COMPARISONS and any(map(_is_fraction, walk(n))))
             or (n.op in _ARITHMETIC and any(is_boolean(a) or _is_choice(a) for a in n.args))
         )
@@ -242,13 +245,23 @@ def _is_plain(expr: Expr) -> bool:
 
 
 def _condition(atoms: list[Expr], rows: list[tuple[bool, ...]]) -> Expr:
-    """A short formula over ``atoms`` that is true in exactly these rows of the table."""
+    """A short formula over ``atoms`` that is true in exactly these rows of the table.
+
+    What holds in all of them is a term of its own, so that a causal term is seen as one.
+    """
     import sympy
     from sympy.logic import SOPform
 
-    names = sympy.symbols(f"a:{len(atoms)}")
-    formula = SOPform(names, [[int(t) for t in row] for row in rows])
-    return _formula(formula, dict(zip(names, atoms, strict=True)))
+    columns = [{row[i] for row in rows} for i in range(len(atoms))]
+    fixed = [i for i, c in enumerate(columns) if len(c) == 1]
+    free = [i for i in range(len(atoms)) if i not in fixed]
+    terms = [atoms[i] if True in columns[i] else call("not", atoms[i]) for i in fixed]
+    if free:
+        names = sympy.symbols(f"a:{len(free)}")
+        rest = SOPform(names, [[int(row[i]) for i in free] for row in rows])
+        formula = _formula(rest, {n: atoms[i] for n, i in zip(names, free, strict=True)})
+        terms += [] if formula == TRUE else [formula]
+    return conjunction(tuple(terms))
 
 
 def _formula(formula: Any, atoms: Mapping[Any, Expr]) -> Expr:
