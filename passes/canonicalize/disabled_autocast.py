@@ -47,4 +47,4 @@ class DisabledAutocast(Canonicalization):
         index = node.args[1]
         if not isinstance(results, (list, tuple)) or not isinstance(index, int):
             return None
-        return values.get(results[index])  # type: ignore[arg-type]
+        return values.get(results[index])
