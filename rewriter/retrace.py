@@ -76,9 +76,10 @@ def _recompute() -> Any:
     """What PyTorch takes where the caller of ``checkpoint`` said nothing: recompute everything."""
     from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-    return create_selective_checkpoint_contexts(  # type: ignore[no-untyped-call]
-        lambda *_, **__: CheckpointPolicy.PREFER_RECOMPUTE
-    )
+    def always(*_: Any, **__: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(always)  # type: ignore[no-untyped-call]
 
 
 @contextmanager

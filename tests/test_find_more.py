@@ -219,3 +219,40 @@ def test_flex_attention_whose_sums_are_read_is_refused() -> None:
     found = ar.find_attention(Model(), args)
     assert not found.sites
     assert [r.code for r in found.refusals] == ["logsumexp-used"]
+
+
+class _ScoresWithoutAutocast(nn.Module):
+    """The product in full precision whatever is on outside, the softmax after it (GPT-2)."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keep = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+        with torch.autocast("cpu", enabled=False):
+            scores = torch.matmul(q.float(), k.float().mT) * 0.25
+        return scores.masked_fill(~keep, -1e9).softmax(-1).to(v.dtype) @ v
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_of_a_region_without_autocast(dtype: torch.dtype) -> None:
+    model = _ScoresWithoutAutocast().eval()
+    args = tuple(torch.randn(SHAPE, dtype=dtype) for _ in range(3))
+    module = ar.optimize(model, "exact", args)
+    (site,) = module.sites
+    assert (site.causal, site.hq, site.d_qk) == (True, 4, 8)
+    assert module.report.sites[0].kernel
+    exact = _ScoresWithoutAutocast()(*(x.float() for x in args)).double()
+    own = (model(*args).double() - exact).abs().max()
+    bound = max(2 * own, 4 * torch.finfo(dtype).eps * exact.abs().max())
+    assert (module(*args).double() - exact).abs().max() <= bound
+
+
+def test_a_region_without_autocast_inside_of_one_with_it_is_refused() -> None:
+    """There a kernel outside of the region would compute in the lower precision."""
+
+    class Around(_ScoresWithoutAutocast):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(q + 1, k, v)
+
+    found = ar.find_attention(Around().eval(), tuple(torch.randn(SHAPE) for _ in range(3)))
+    assert not found.sites
+    assert [r.code for r in found.refusals] == ["no-score-product"]

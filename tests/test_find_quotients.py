@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import attn_rewrite as ar
 from tests.test_find_families import LENGTH, WIDTH, TalkingBefore
-from tests.test_find_spellings import findings
+from tests.test_find_spellings import DYNAMIC, findings
 
 SHAPE = (2, 4, 6, 8)
 
@@ -195,8 +195,7 @@ def test_a_quotient_that_changes_its_sum_is_no_softmax(function) -> None:
     assert (function(*args) - (q @ k.mT).softmax(-1) @ v).abs().max() > 1e-2
     found = findings(function)
     assert not found.sites
-    if function is not _twice_the_normaliser:  # neither a softmax nor a quotient is left
-        assert found.refusals
+    assert found.refusals
     assert all(r.code and r.reason and r.node and r.source for r in found.refusals)
 
 
@@ -307,3 +306,131 @@ def test_talking_heads_are_kept_and_costed() -> None:
     model = TalkingBefore().eval()
     report = ar.optimize(model, "exact", (torch.randn(2, LENGTH, WIDTH),)).report
     assert [r.code for r in report.all_refusals()] == ["talking-heads"]
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.mT / math.sqrt(q.shape[-1])
+
+
+def _running_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = _scores(q, k).exp()
+    return (e / e.cumsum(-1)[..., -1:]) @ v
+
+
+def _running_sum_selected(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = _scores(q, k).exp()
+    return (e / e.cumsum(-1)[..., -1].unsqueeze(-1)) @ v
+
+
+def _column_of_ones(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = _scores(q, k).exp() @ torch.cat([v, torch.ones_like(v[..., :1])], -1)
+    return out[..., :-1] / out[..., -1:]
+
+
+def _column_of_ones_padded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = _scores(q, k).exp() @ nn.functional.pad(v, (0, 1), value=1.0)
+    top, bottom = out.split([v.shape[-1], 1], -1)
+    return top / bottom
+
+
+def _mean_times_length(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = _scores(q, k).exp()
+    return (e / (e.mean(-1, keepdim=True) * k.shape[2])) @ v
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(
+    "function",
+    [
+        _running_sum,
+        _running_sum_selected,
+        _column_of_ones,
+        _column_of_ones_padded,
+        _mean_times_length,
+    ],
+    ids=lambda f: f.__name__,
+)
+def test_sums_in_other_words(function, dynamic: bool) -> None:
+    args = tuple(x.double() for x in _qkv())
+    found = findings(function, args, DYNAMIC if dynamic else None)
+    assert (len(found.sites), found.refusals) == (1, ())
+    q, k, v = args
+    assert (function(q, k, v) - _scores(q, k).softmax(-1) @ v).abs().max() < 1e-12
+    site = found.sites[0]
+    assert (site.hq, site.d_qk, site.d_v, site.causal) == (4, 8, 8, False)
+
+
+def _twice_the_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = _scores(q, k).exp()
+    return (e / (2 * e.sum(-1, keepdim=True))) @ v
+
+
+def _root_of_the_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = _scores(q, k).exp()
+    return (e / e.sum(-1, keepdim=True).sqrt()) @ v
+
+
+def _largest(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = _scores(q, k).exp()
+    return (e / e.amax(-1, keepdim=True)) @ v
+
+
+def _largest_by_max(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = _scores(q, k).exp()
+    return (e / e.max(-1, keepdim=True).values) @ v
+
+
+def _half_the_logarithm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = _scores(q, k)
+    return (s - 0.5 * s.logsumexp(-1, keepdim=True)).exp() @ v
+
+
+def _logarithms(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _scores(q, k).log_softmax(-1) @ v
+
+
+def _whole_running_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = _scores(q, k).exp()
+    return (e / e.cumsum(-1)) @ v
+
+
+def _first_of_the_running_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = _scores(q, k).exp()
+    return (e / e.cumsum(-1)[..., :1]) @ v
+
+
+def _mean_times_seven(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = _scores(q, k).exp()
+    return (e / (e.mean(-1, keepdim=True) * 7)) @ v
+
+
+def _column_of_twos(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = _scores(q, k).exp() @ torch.cat([v, torch.full_like(v[..., :1], 2.0)], -1)
+    return out[..., :-1] / out[..., -1:]
+
+
+@pytest.mark.parametrize(
+    ("function", "code"),
+    [
+        (_twice_the_sum, "exponential-quotient"),
+        (_root_of_the_sum, "exponential-quotient"),
+        (_largest, "exponential-quotient"),
+        (_largest_by_max, "exponential-quotient"),
+        (_half_the_logarithm, "exponential-quotient"),
+        (_twice_the_normaliser, "exponential-quotient"),
+        (_logarithms, "log-probabilities"),
+        (_whole_running_sum, "exponential-quotient"),
+        (_first_of_the_running_sum, "exponential-quotient"),
+        (_mean_times_seven, "exponential-quotient"),
+        (_column_of_twos, "exponential-quotient"),
+    ],
+    ids=lambda f: getattr(f, "__name__", f),
+)
+def test_other_normalisers_are_refused(function, code: str) -> None:
+    """Each differs from the softmax, and is refused once with its node and line."""
+    q, k, v = (x.double() for x in _qkv())
+    assert (function(q, k, v) - _scores(q, k).softmax(-1) @ v).abs().max() > 1e-2
+    found = findings(function)
+    assert not found.sites
+    assert {r.code for r in found.refusals} == {code}
+    assert all(r.reason and r.node and "test_find_quotients.py" in r.source for r in found.refusals)

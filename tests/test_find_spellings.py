@@ -230,6 +230,67 @@ def test_grouped_queries(spelling: str) -> None:
     assert expected in str(site.cascade.producer("QK").expr)
 
 
+def _by_index(x):
+    return x[:, torch.arange(6) // 3]
+
+
+def _by_index_select(x):
+    return x.index_select(1, torch.arange(2).repeat_interleave(3))
+
+
+def _by_list(x):
+    return x[:, [0, 0, 0, 1, 1, 1]]
+
+
+def _by_slices(x):
+    return torch.cat([x[:, h : h + 1] for h in range(2) for _ in range(3)], 1)
+
+
+def _by_expanded_slices(x):
+    return torch.cat([x[:, h : h + 1].expand(-1, 3, -1, -1) for h in range(2)], 1)
+
+
+def _by_selections(x):
+    return torch.stack([x[:, h // 3] for h in range(6)], 1)
+
+
+def _by_view(x):
+    return x[:, :, None].expand(-1, -1, 3, -1, -1).reshape(x.shape[0], 6, x.shape[2], 8)
+
+
+def _by_other_list(x):
+    return x[:, [0, 0, 1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(
+    ("repeat", "groups"),
+    [
+        (_by_index, 2),
+        (_by_index_select, 2),
+        (_by_list, 2),
+        (_by_slices, 2),
+        (_by_expanded_slices, 2),
+        (_by_selections, 2),
+        (_by_view, 2),
+        (_by_other_list, 6),
+    ],
+    ids=lambda f: getattr(f, "__name__", None),
+)
+def test_key_heads_put_together(repeat, groups: int, dynamic: bool) -> None:
+    """Six heads of two, each three times in a row; not where one comes twice, one four times."""
+    args = tuple(torch.randn(2, h, 6, 8) for h in (6, 2, 2))
+    found = findings(
+        lambda q, k, v: (q @ repeat(k).mT).softmax(-1) @ repeat(v),
+        args,
+        DYNAMIC if dynamic else None,
+    )
+    (site,) = found.sites
+    assert (site.hq, site.hkv) == (6, groups)
+    wanted = "K[b, h // 3, kv, d]" if groups == 2 else "K[b, h, kv, d]"
+    assert wanted in str(site.cascade.producer("QK").expr)
+
+
 def test_probabilities_masked_again_with_a_tensor() -> None:
     """A zero that comes as a tensor is a factor of the probabilities; any other number is none."""
 

@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 
+import attn_rewrite as ar
 from attn_rewrite.capture import capture_model
 from attn_rewrite.driver import Stopwatch, decide, spliced
 from attn_rewrite.passes.canonicalize import canonicalize
@@ -290,3 +292,22 @@ def test_a_bias_that_is_written_is_a_bias(
 
     (site,), (other,) = _found(body, dynamic).sites, _found(plain, dynamic).sites
     assert site.cascade == other.cascade
+
+
+def test_a_copy_that_does_not_fit_stays() -> None:
+    """A buffer that is assigned anew in the first call is exported as a copy that cannot be made;
+    the attention beside it is found all the same."""
+
+    class Assigned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.zeros(1, 1, 1, 3))
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if self.table.shape[1] != q.shape[2]:
+                self.table = torch.ones(1, q.shape[2], k.shape[2], 3)
+            return (q @ k.mT + self.table[..., 0]).softmax(-1) @ v
+
+    args = tuple(torch.randn(2, 4, 6, 8) for _ in range(3))
+    found = ar.find_attention(Assigned().eval(), args)
+    assert len(found.sites) == 1

@@ -14,10 +14,13 @@ from attn_rewrite.passes.find.vmapped import mapped
 # "module:Class" of every canonicalisation, in the order they are tried on a node; a new spelling is
 # one line here.
 SPELLINGS: tuple[str, ...] = (
+    "disabled_autocast:DisabledAutocast",
     "alias:Alias",
     "alias:OfTwo",
     "alias:Repeat",
     "alias:MoveAxes",
+    "gathered_heads:RepeatByIndex",
+    "gathered_heads:RepeatByParts",
     "in_place:InPlace",
     "baddbmm:Baddbmm",
     "einsum_of_many:EinsumOfMany",
@@ -26,6 +29,9 @@ SPELLINGS: tuple[str, ...] = (
     "distance:CosineSimilarity",
     "placed:BooleanIndex",
     "placed:PaddedColumn",
+    "totals:LastOfRunningSum",
+    "totals:MeanTimesLength",
+    "totals:ColumnsOfProduct",
     "product_sum:ProductSum",
     "log_sum_exp:EinsumOfOne",
     "log_sum_exp:LogSumExp",
@@ -68,7 +74,8 @@ def canonicalize(
     """
     targets = {t: [p for p in pipeline if t in p.targets] for p in pipeline for t in p.targets}
     inner = {n: g for n, g in module.named_children() if isinstance(g, fx.GraphModule)}
-    changed = {n: new for n, g in inner.items() if (new := canonicalize(g, pipeline)) is not g}
+    below = tuple(p for p in pipeline if not p.outermost)
+    changed = {n: new for n, g in inner.items() if (new := canonicalize(g, below)) is not g}
     copy, _ = copy_graph(module)
     edits = _run(copy, targets)
     if not edits and not changed:

@@ -25,6 +25,7 @@ class Canonicalization:
     name: ClassVar[str]
     exactness: ClassVar[Exactness] = Exactness.REASSOCIATED
     targets: ClassVar[frozenset[str]]  # operator names, any overload, or `WRITES`
+    outermost: ClassVar[bool] = False  # not in graphs that are called
 
     def rewrite(self, node: fx.Node, build: GraphBuilder) -> fx.Node | None:
         """A node of equal value in normal form, built with ``build``; None to leave all as it is,

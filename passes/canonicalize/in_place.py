@@ -97,9 +97,21 @@ def _result(write: fx.Node, build: GraphBuilder) -> fx.Node | None:
     if op_name(write) == "copy_" and _alike(write.args[1], write.args[0]):
         return build.call(aten.alias.default, write.args[1])  # type: ignore[no-any-return]
     functional = _out_of_place(target)
-    if functional is None:
+    if functional is None or not _fits(write):
         return None
     return build.call(functional, *write.args, **write.kwargs)  # type: ignore[no-any-return]
+
+
+def _fits(write: fx.Node) -> bool:
+    """False for a copy that is longer than where it goes, which only fails when it is run: a buffer
+    that is assigned anew in its first call (timm's GPSA)."""
+    if op_name(write) != "copy_" or not is_tensor(write.args[1]):
+        return True
+    target, source = (tuple(map(as_size, shape_of(n))) for n in write.args[:2])  # type: ignore[arg-type]
+    return len(source) <= len(target) and all(
+        same_size(s, t) or same_size(s, 1)
+        for s, t in zip(reversed(source), reversed(target), strict=False)
+    )
 
 
 def _alike(a: Any, b: Any) -> bool:

@@ -26,8 +26,8 @@ from attn_rewrite.cascade.expr import (  # fmt: skip
 from attn_rewrite.cascade.ir import Cascade, Einsum, RankDecl, TensorDecl
 from attn_rewrite.cascade.simplify import simplify
 from attn_rewrite.passes.find.axes import Atoms, Axes
+from attn_rewrite.passes.find.guards import split_guard
 from attn_rewrite.passes.find.lift import Leaf
-from attn_rewrite.passes.find.match import split_guard
 from attn_rewrite.passes.find.ranks import HEAD_RANKS, Lines, Places, UnplacedError, place_of
 from attn_rewrite.passes.find.roles import in_ranks
 from attn_rewrite.passes.find.stages import Stage, StageLifter

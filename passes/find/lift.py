@@ -15,10 +15,12 @@ import sympy
 import torch
 from torch import fx
 
-from attn_rewrite.cascade.expr import Call, Const, Expr, Extent, Rank, Read, call, walk, where
+from attn_rewrite.cascade.expr import Call, Const, Expr, Extent, Rank, Read, call, walk
 from attn_rewrite.cascade.simplify import is_boolean, simplify
 from attn_rewrite.graph import arguments, is_tensor, op_name, shape_of, value_of
 from attn_rewrite.passes.find.axes import Atoms, Axes
+from attn_rewrite.passes.find.bands import bands_of, written
+from attn_rewrite.passes.find.constants import Constants
 from attn_rewrite.passes.find.layout import Coord, Dims, atom_rank, coordinate, pull, pure
 from attn_rewrite.passes.find.operators import RULES, literal
 from attn_rewrite.passes.find.product import Product, outer_product, product_of
@@ -71,6 +73,7 @@ class Lifter:
         self.places: dict[Expr, Atoms] = {}  # axes whose coordinate is an expression
         self.leaves: dict[str, Leaf] = {}
         self.dots: dict[str, Dot] = {}
+        self.constants = Constants(self._fixed)
         self._memo: dict[tuple[Any, ...], Expr | None] = {}
         self._symbols: dict[Any, Expr] = {}
         self._levels: dict[int, Coord] = {}  # coordinate of each open level of vmap
@@ -102,6 +105,9 @@ class Lifter:
         if key in self._memo:
             return self._memo[key]
         expr = self._open(node, dims, depth) if depth < MAX_DEPTH else None
+        if (expr is None or self._reads_tensors(expr)) and not self._is_inside(node):
+            known = self._made_of_sizes(node, dims)
+            expr = expr if known is None else known
         if expr is not None:
             expr = simplify(expr)
             own = {a for d in pure(dims) or () for a in self.axes.resolve(d)}
@@ -126,6 +132,11 @@ class Lifter:
         if size <= MAX_NODES:
             return False
         return not self._holds_product(expr) or size > MAX_SCORE_NODES
+
+    def _reads_tensors(self, expr: Expr) -> bool:
+        """True if it reads tensors, and no product."""
+        read = [n for n in walk(expr) if isinstance(n, Read)]
+        return bool(read) and not self._holds_product(expr)
 
     def _holds_product(self, expr: Expr) -> bool:
         """True if a product is read in it."""
@@ -267,19 +278,30 @@ class Lifter:
             return None
         if value.numel() == 1 and value.device.type != "meta":
             return literal(value.reshape(()).item())
-        return self._triangle(value, dims)
+        return self._band(value, dims)
 
-    def _triangle(self, value: torch.Tensor, dims: Dims) -> Expr | None:
-        """A stored triangle, lower or upper, of two values: recognised by its elements."""
-        found = _stored_triangle(value)
-        if found is None:
+    def _band(self, value: torch.Tensor, dims: Dims) -> Expr | None:
+        """A known tensor of two values in bands along the diagonal, read at two coordinates."""
+        pieces = bands_of(value)
+        if pieces is None or any(coordinate(d, self.axes) != Const(0) for d in dims[:-2]):
             return None
-        diagonal, inside, outside = found
         row, column = (coordinate(d, self.axes) for d in dims[-2:])
         if row is None or column is None:
             return None
-        kept = call("le", column, row + diagonal)
-        return simplify(where(kept, literal(inside), literal(outside)))
+        found = written(pieces, row, column)
+        return None if found is None else simplify(found)
+
+    def _made_of_sizes(self, node: fx.Node, dims: Dims) -> Expr | None:
+        """A tensor that no rule reads, and that depends on nothing but fixed sizes."""
+        if self._levels or node.op != "call_function" or len(dims) < 2:
+            return None
+        value = self.constants.value(node)
+        return None if value is None else self._band(value, dims)
+
+    def _fixed(self, node: fx.Node) -> torch.Tensor | None:
+        value = None if self.module is None else attribute(self.module, str(node.target))
+        stored = isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter)
+        return value if stored and value.device.type != "meta" else None
 
     # -- operands
     # -----------------------------------------------------------------------------------
@@ -332,27 +354,6 @@ def _solution(size: Any, symbol: Any, whole: Any) -> Any | None:
     if slope is None or slope.free_symbols or slope == 0:
         return None
     return (whole - size.subs(symbol, 0)) / slope
-
-
-def _stored_triangle(value: torch.Tensor) -> tuple[int, Any, Any] | None:
-    """(diagonal, value on and below it, value above it) of a square tensor; None if it is not so.
-
-    Other dimensions have length 1.  The diagonal is that of ``torch.tril``.
-    """
-    if value.dim() < 2 or value.device.type == "meta":
-        return None
-    rows, columns = value.shape[-2:]
-    if value.numel() != rows * columns or rows != columns or rows < 2:
-        return None
-    square = value.reshape(rows, columns)
-    below, above = square[-1, 0], square[0, -1]
-    if torch.equal(below, above):
-        return None
-    diagonal = int((square[0] == below).sum()) - 1
-    kept = torch.ones(rows, columns, dtype=torch.bool, device=value.device).tril(diagonal)
-    if not torch.equal(square, torch.where(kept, below, above)):
-        return None
-    return diagonal, below.item(), above.item()
 
 
 def attribute(module: torch.nn.Module, path: str) -> Any:

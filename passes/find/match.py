@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import fx
@@ -24,7 +23,7 @@ from attn_rewrite.cascade.expr import (
     walk,
 )
 from attn_rewrite.cascade.ir import TensorDecl
-from attn_rewrite.cascade.simplify import is_causal_term, mask_value, rows_kept, simplify
+from attn_rewrite.cascade.simplify import simplify
 from attn_rewrite.graph import (
     PARAMETER,
     ROLE_ORDER,
@@ -36,19 +35,18 @@ from attn_rewrite.graph import (
 from attn_rewrite.passes.find.anchor import Anchor, open_anchor, refuse
 from attn_rewrite.passes.find.axes import Atoms
 from attn_rewrite.passes.find.facts import (
-    appended_to_cache,
     kind_of,
     layout_text,
     length_of,
-    written_at,
 )
 from attn_rewrite.passes.find.forward import Forward, follow
+from attn_rewrite.passes.find.guards import causal_offset, positions, split_guard
 from attn_rewrite.passes.find.lift import Dot, attribute
+from attn_rewrite.passes.find.masks import normal
 from attn_rewrite.passes.find.operands import trim
 from attn_rewrite.passes.find.region import region
 from attn_rewrite.passes.find.roles import Roles, assign, from_features, groups, in_ranks, operand
-from attn_rewrite.site import UNKNOWN_OFFSET, Operand, Refusal, Site
-from attn_rewrite.sizes import as_size, same_size
+from attn_rewrite.site import Operand, Refusal, Site
 
 Tensor = tuple[fx.Node, tuple[Atoms, ...]]
 # The cascade's name for the positions of the queries, where they are a tensor.
@@ -230,11 +228,12 @@ def _raise(
             parts.append(None)
             continue
         expr = substitute(substitute(expr, others), {Read(dot.name): product})
-        parts.append(in_ranks(expr, roles, axes))
-        if parts[-1] is None:
+        raised = in_ranks(expr, roles, axes)
+        if raised is None:
             return refuse(
                 "symbolic-axes", "a mask or bias splits an axis of dynamic length", anchor.node
             )
+        parts.append(normal(simplify(raised)))
     reads: dict[str, Operand] = {}
     mapping: dict[Expr, Expr] = {Read(dot.name): QK}
     for expr in parts:
@@ -257,7 +256,8 @@ def _raise(
     assert score is not None
     assert guard is not None
     score, extra = split_guard(score)
-    kept = tuple(dict.fromkeys((*conjuncts(guard), *extra)))
+    terms = (c for t in (*conjuncts(guard), *extra) for c in conjuncts(normal(t)))
+    kept = tuple(dict.fromkeys(terms))
     return Raised(score, conjunction(kept), weight, sink, reads)
 
 
@@ -266,48 +266,6 @@ def _ranks(own: Operand) -> tuple[str, ...]:
     if "g" in roles and "h" not in roles:
         roles.append("h")
     return tuple(g[0] for g in canonical_groups(roles))
-
-
-def split_guard(score: Expr) -> tuple[Expr, tuple[Expr, ...]]:
-    """Split ``where(mask, s, -inf)`` and ``s + where(mask, 0, -inf)`` into (s, kept terms).
-
-    A finite mask value is moved to the guard only where every row is proved to keep a key: on an
-    empty row it gives the mean of V, which a guard would not.
-    """
-    match score:
-        case Call("where", (condition, yes, no)):
-            if mask_value(yes) and not mask_value(no):
-                condition, yes, no = simplify(call("not", condition)), no, yes
-            if mask_value(no) and _removes(no, condition):
-                inner, terms = split_guard(yes)
-                return inner, (*conjuncts(condition), *terms)
-        case Call("add", (a, b)):
-            left, terms = split_guard(a)
-            right, more = split_guard(b)
-            if terms or more:
-                return simplify(call("add", left, right)), (*terms, *more)
-        case Const(0) | Const(0.0):
-            return score, ()
-    return score, ()
-
-
-def _removes(value: Expr, condition: Expr) -> bool:
-    assert isinstance(value, Const)
-    return value.value == -float("inf") or (value.value <= -1e30 and rows_kept(condition))
-
-
-def causal_offset(raised: Raised) -> Expr | None:
-    """The offset of a proved causal mask (in the guard, or as a removing term of the score), or
-    None."""
-    terms = list(conjuncts(raised.guard))
-    for node in walk(raised.score):
-        if isinstance(node, Call) and node.op == "where":
-            condition, yes, no = node.args
-            if mask_value(no):
-                terms += conjuncts(condition)
-            elif mask_value(yes):
-                terms += conjuncts(simplify(call("not", condition)))
-    return next((o for t in terms if (o := is_causal_term(t)) is not None), None)
 
 
 def scale_of(score: Expr) -> float:
@@ -340,7 +298,8 @@ def _assemble(
     kind, rope = kind_of(inputs["Q"], inputs["K"], roles)
     q_len = length_of(inputs["Q"], "q", axes.extent(roles.q))
     kv_len = length_of(inputs["K"], "kv", axes.extent(roles.kv))
-    offset, causal = _positions(raised, inputs["K"], kind, q_len, kv_len)
+    mask = causal_offset(raised.guard, raised.score)
+    offset, causal = positions(mask, inputs["K"], kind, q_len, kv_len)
     if isinstance(offset, fx.Node):
         own = operand(offset, (roles.q,), roles, axes)
         inputs[POSITION] = own
@@ -384,45 +343,6 @@ def _assemble(
         offset=offset,
         source=source_line(anchor.node),
     )
-
-
-def _positions(
-    raised: Raised, key: Operand, kind: str, q_len: Any, kv_len: Any
-) -> tuple[str | fx.Node, bool]:
-    """(offset of a query's position, causal): from the mask, else from how the keys were cached.
-
-    A node is the tensor of positions [q].  One newest query sees what was cached at or before its
-    own position: that is causal without a mask that says so.
-    """
-    offset = causal_offset(raised)
-    if offset is not None:
-        return _diagonal(offset, as_size(q_len), as_size(kv_len))
-    if kind != "self":
-        return "0", False
-    single = same_size(as_size(q_len), 1)
-    if appended_to_cache(key, q_len):
-        return str(Extent("kv") - (1 if single else Extent("q"))), single
-    index = written_at(key, q_len)
-    if index is not None:
-        return index, single
-    return ("0" if same_size(as_size(q_len), as_size(kv_len)) else UNKNOWN_OFFSET), False
-
-
-def _diagonal(offset: Expr, q_len: Any, kv_len: Any) -> tuple[str, bool]:
-    """(offset, causal) of a mask ``kv <= q + offset``.
-
-    A query is not ahead of the newest key: where it may look further than that, the mask hides no
-    future.  Where queries and keys are the same positions, one that looks less far stays where it
-    is.
-    """
-    whole = simplify(offset)
-    room = as_size(kv_len - q_len)
-    if not isinstance(whole, Const):
-        return str(offset), True
-    seen = int(whole.value)
-    if seen > (max(room, 0) if isinstance(room, int) else 0):
-        return ("0" if room == 0 else UNKNOWN_OFFSET), False
-    return ("0" if room == 0 else str(offset)), True
 
 
 def _dtype(node: fx.Node) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from attn_rewrite.cascade.expr import Const, Expr, Rank, call, where
+from attn_rewrite.cascade.expr import Call, Const, Expr, Rank, Read, call, walk, where
 from attn_rewrite.cascade.simplify import is_boolean
 from attn_rewrite.graph import arguments, is_tensor, op_name, shape_of, value_of
 from attn_rewrite.passes.find.layout import Coord, Dims, coordinate
@@ -183,14 +183,89 @@ def _covers(size: Any, symbol: Any) -> bool:
 
 
 def _cumulated(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
-    """The running sum of a constant is its position times the constant."""
+    """The running sum of a constant is its position times the constant; that of a diagonal is 1
+    from there on."""
     named = arguments(node)
     place = named["dim"] % max(len(dims), 1)
     inner = lifter.operand(named["self"], node, dims, depth)
     at = coordinate(dims[place], lifter.axes) if dims else None
-    if not isinstance(inner, Const) or at is None:
+    if inner is None or at is None:
         return None
-    return (at + 1) * int(inner.value) if float(inner.value).is_integer() else None
+    match inner:
+        case Const(value):
+            return (at + 1) * int(value) if float(value).is_integer() else None
+        case Call("where", (Call("eq", (a, b)), Const(one), Const(zero))) if zero == 0:
+            other = b if a == at else a if b == at else None
+            if isinstance(at, Rank) and isinstance(other, Rank):
+                return where(call("le", other, at), one, zero)
+    return None
+
+
+def _log_two(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+    inner = lifter.operand(node.args[0], node, dims, depth)
+    return None if inner is None else call("log", inner) * (1 / math.log(2))
+
+
+def _sign(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+    x = lifter.operand(node.args[0], node, dims, depth)
+    if x is None or not _of_positions(x):
+        return None
+    one = 1.0 if value_of(node).dtype.is_floating_point else 1
+    return where(call("gt", x, 0), one, where(call("lt", x, 0), -one, type(one)(0)))
+
+
+def _of_positions(x: Expr) -> bool:
+    """True if nothing is read in it: a product with the scores stays one expression."""
+    return not any(isinstance(n, Read) for n in walk(x))
+
+
+def _step(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+    """``heaviside``: 0 below zero, 1 above, and what is given at zero."""
+    named = arguments(node)
+    x, v = (lifter.operand(named[n], node, dims, depth) for n in ("self", "values"))
+    if x is None or v is None:
+        return None
+    return where(call("gt", x, 0), 1.0, where(call("eq", x, 0), v, 0.0))
+
+
+def _outer(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+    """Positions times positions; the product of two activations is a score."""
+    named = arguments(node)
+    parts = [
+        lifter.lift(named[n], (d,), depth + 1) for n, d in zip(("self", "vec2"), dims, strict=True)
+    ]
+    if any(p is None or not _of_positions(p) for p in parts):
+        return None
+    return call("mul", *(p for p in parts if p is not None))
+
+
+_JOINED = {"all": "and", "any": "or", "prod": "mul", "sum": "add", "amax": "max", "amin": "min"}
+
+
+def _over_stack(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
+    """A reduction over the axis along which tensors were stacked is that of the tensors."""
+    named = arguments(node)
+    stack, over = named["self"], named.get("dim")
+    over = [over] if isinstance(over, int) else list(over or ())
+    if not is_tensor(stack) or op_name(stack) != "stack" or len(over) != 1 or named.get("dtype"):
+        return None
+    rank, place = len(shape_of(stack)), arguments(stack)["dim"] % len(shape_of(stack))
+    if over[0] % rank != place:
+        return None
+    own = (*dims[:place], *dims[place + 1 :]) if named.get("keepdim") else dims
+    parts = [lifter.lift(t, own, depth + 1) for t in arguments(stack)["tensors"]]
+    if any(p is None for p in parts):
+        return None
+    truths = [p is not None and is_boolean(p) for p in parts]
+    op = _JOINED[op_name(node)]
+    if op in ("and", "or") and not all(truths):
+        return None
+    total = parts[0]
+    for part in parts[1:]:
+        assert total is not None
+        assert part is not None
+        total = call(op, total, part)
+    return total
 
 
 def _filled_in(lifter: Lifter, node: fx.Node, dims: Dims, depth: int) -> Expr | None:
@@ -271,6 +346,11 @@ RULES: Mapping[str, Rule] = {
     "clamp": _clamp,
     "lerp": _interpolated,
     "cumsum": _cumulated,
+    "log2": _log_two,
+    "heaviside": _step,
+    **dict.fromkeys(("sign", "sgn"), _sign),
+    "outer": _outer,
+    **dict.fromkeys(_JOINED, _over_stack),
     "fill": _filled_in,
     **dict.fromkeys(("__xor__", "logical_xor", "bitwise_xor"), _exclusive),
     "tril": _triangular(lower=True),

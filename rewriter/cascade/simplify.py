@@ -37,6 +37,8 @@ _FOLD: dict[str, Callable[..., int | float | bool]] = {
     "cast_f32": float, "cast_f64": float, "cast_f16": float, "cast_bf16": float,
     "log": lambda a: math.log(a) if a else -math.inf,
     "rsqrt": lambda a: 1 / math.sqrt(a), "reciprocal": lambda a: 1 / a,
+    "clip": lambda a, low, high: min(max(a, low), high), "relu": lambda a: max(a, type(a)(0)),
+    "sign": lambda a: type(a)((a > 0) - (a < 0)),
 }  # fmt: skip
 _NEGATED = {"lt": "ge", "ge": "lt", "gt": "le", "le": "gt", "eq": "ne", "ne": "eq"}
 _COMPARISONS = frozenset(_NEGATED)
