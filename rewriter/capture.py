@@ -75,6 +75,8 @@ def capture_model(
     if isinstance(model, ExportedProgram):
         return _of_program(model, args, kwargs, dynamic_shapes, start)
     args, kwargs = tuple(args), dict(kwargs or {})
+    if not isinstance(dynamic_shapes, ShapesCollection):  # it knows tensors by identity
+        args, kwargs = _without_gaps((args, kwargs))
     inputs = _checked_inputs(model, args, kwargs)
     with quiet(), masks_unread():
         if dynamic_shapes is None:
@@ -82,7 +84,7 @@ def capture_model(
         else:
             given = {item.name: dict.fromkeys(range(item.tensor.dim()), "given") for item in inputs}
             attempt = _Attempt("as given by the caller", given, args, kwargs)
-            if isinstance(dynamic_shapes, ShapesCollection):  # it knows tensors by identity
+            if isinstance(dynamic_shapes, ShapesCollection):
                 dynamic_shapes = dynamic_shapes.dynamic_shapes(  # type: ignore[no-untyped-call]
                     model, args, kwargs
                 )
@@ -127,6 +129,19 @@ def _of_program(
         ) from error
     seconds = time.perf_counter() - start
     return Captured(program, graph, args, kwargs, dynamic, sentences, seconds)
+
+
+def _without_gaps(values: Any) -> Any:
+    """Tensors of a tree that are a part of something larger (``ids[:, :8]``), or overlap
+    themselves, as tensors of their own: tracing would demand their strides of every later call."""
+
+    def whole(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.layout != torch.strided or tensor.requires_grad:
+            return tensor
+        plain = torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+        return tensor if plain else tensor.contiguous()
+
+    return pytree.tree_map_only(torch.Tensor, whole, values)
 
 
 def _checked_inputs(

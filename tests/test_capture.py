@@ -350,6 +350,20 @@ def test_strided_inputs(batch: int) -> None:
             close(captured.graph(x), reference, model(x))
 
 
+@pytest.mark.parametrize("part", ["cut", "stepped", "expanded"])
+def test_an_example_that_is_part_of_something_larger_fixes_no_strides(part: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 16), Block()).eval()
+    whole = torch.randint(0, 20, (2, 16))
+    cut = {"cut": whole[:, :8], "stepped": whole[:, ::2], "expanded": whole[:1, :8].expand(2, 8)}
+    captured = capture_model(model, (cut[part],))
+    for ids in (*cut.values(), whole, whole[:, 3:12]):
+        with torch.no_grad():
+            value, reference = captured.graph(ids), copy.deepcopy(model).double()(ids)
+            assert torch.equal(value, captured.graph(ids.contiguous()))
+            close(value, reference, model(ids))
+
+
 class Regions(nn.Module):
     def __init__(self) -> None:
         super().__init__()
