@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import platform
 import statistics
 import tempfile
@@ -250,6 +251,14 @@ def compare_decode(folder: Path, options: Any) -> dict[str, Any]:
 KINDS = {"blocks": compare_blocks, "causal": compare_causal, "decode": compare_decode}
 
 
+def hardware() -> str:
+    """Architecture, cores and, where the kernel says it, the processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
+    return f"{platform.machine()}, {os.cpu_count()} cores, {next(names, 'processor unknown')}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kind", choices=KINDS)
@@ -266,7 +275,7 @@ def main() -> None:
     found["ratio"] = round(found["runs"][slow]["min_ms"] / found["runs"][fast]["min_ms"], 2)
     found["ratio_is"] = f"{slow} / {fast}"
     found |= {"date": date.today().isoformat(), "onnxruntime": onnxruntime.__version__,
-              "machine": platform.machine(), "threads": options.threads, "heads": HEADS,
+              "machine": hardware(), "threads": options.threads, "heads": HEADS,
               "head_dim": found.get("head_dim", WIDTH), "length": options.length,
               "repetitions": options.repetitions}  # fmt: skip
     print(json.dumps(found, indent=2))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import tempfile
@@ -169,6 +170,14 @@ def row(kind: str, model: torch.nn.Module, folder: Path, options: Any) -> dict[s
     return found
 
 
+def hardware() -> str:
+    """Architecture, cores and, where the kernel says it, the processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
+    return f"{platform.machine()}, {os.cpu_count()} cores, {next(names, 'processor unknown')}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--length", type=int, default=512)
@@ -188,11 +197,15 @@ def main() -> None:
                 rows[kind] = row(kind, FirstOutput(model).eval(), Path(name), options)
                 print(kind, json.dumps(rows[kind], indent=2))
     used = (onnxruntime, onnxscript, transformers, torch)
-    document = {
-        "date": date.today().isoformat(), "machine": platform.machine(), "threads": 2,
+    earlier = json.loads(options.output.read_text()) if options.output.exists() else {}
+    conditions = {
+        "date": date.today().isoformat(), "machine": hardware(), "threads": 2,
         "versions": {m.__name__: m.__version__ for m in used},
-        "length": options.length, "repetitions": options.repetitions, "rows": rows,
+        "length": options.length, "repetitions": options.repetitions,
     }  # fmt: skip
+    # Rows of other models stay: every row says under which conditions it was measured.
+    rows = {kind: {**conditions, "roads": found} for kind, found in rows.items()}
+    document = {**earlier, **rows}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(document, indent=2) + "\n")
 
