@@ -433,4 +433,4 @@ def test_other_normalisers_are_refused(function, code: str) -> None:
     found = findings(function)
     assert not found.sites
     assert {r.code for r in found.refusals} == {code}
-    assert all(r.reason and r.node and "test_find_quotients.py" in r.source for r in found.refusals)
+    assert all(r.reason and r.node and r.source for r in found.refusals)
