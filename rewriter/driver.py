@@ -356,6 +356,11 @@ def _again(
         calibration = replace(given, inputs=pytree.tree_map(follow, given.inputs))
     args, kwargs = pytree.tree_map(follow, (captured.args, captured.kwargs))
     if packed:
+        if backend not in ("auto", "torch"):
+            raise PolicyError(
+                f"a packed cache runs on torch operators, but backend={backend!r} was asked for; "
+                "optimize the model with backend='torch' or 'auto'"
+            )
         return _packed(source, policy, plan, args, kwargs)
     if cached:
         from attn_rewrite.decoding import capture_step

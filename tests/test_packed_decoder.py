@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -118,6 +120,14 @@ def test_refusals(policy, kwargs, says):
     ids = torch.randint(0, 40, (2, 8))
     run = ar.optimize(llama(), policy, (ids,), kwargs)
     with pytest.raises(PolicyError, match=says):
+        run.with_packed_cache()
+
+
+def test_no_kernel_of_triton_reads_packed_codes():
+    ids = torch.randint(0, 40, (2, 8))
+    run = ar.optimize(llama(), "kv_int8", (ids,))
+    run._hold("_rebuild", functools.partial(run._rebuild, backend="triton"))  # as on a GPU
+    with pytest.raises(PolicyError, match="runs on torch operators"):
         run.with_packed_cache()
 
 
