@@ -42,17 +42,17 @@ demo: .venv/ready  ## rewrite a real checkpoint and compare embeddings
 	@$(RUN) $(BIN)/python examples/demo.py --output build/demo
 
 test: .venv/ready  ## tests but the slow ones, then lint and types
-	$(RUN) $(BIN)/python -m pytest -m "not slow and not zoo and not matrix and not gpu" -n $(JOBS) --durations=40
+	$(RUN) $(BIN)/python -m pytest -m "not slow and not zoo and not matrix and not gpu" -n $(JOBS) --dist worksteal --durations=40
 	@$(MAKE) --no-print-directory lint types
 
 test-slow: .venv/ready  ## only the slow tests
-	$(RUN) $(BIN)/python -m pytest -m slow -n $(JOBS) --durations=40 || test $$? -eq 5
+	$(RUN) $(BIN)/python -m pytest -m slow -n $(JOBS) --dist worksteal --durations=40 || test $$? -eq 5
 
 zoo: .venv/ready  ## many rows of the model libraries; writes tests/zoo/RESULTS.md
-	$(RUN) $(BIN)/python -m pytest -m zoo -n $(JOBS)
+	$(RUN) $(BIN)/python -m pytest -m zoo -n $(JOBS) --dist worksteal
 
 matrix: .venv/ready  ## ONNX models of any size under every policy, Triton kernels for every target
-	$(RUN) $(BIN)/python -m pytest -m matrix -n $(JOBS)
+	$(RUN) $(BIN)/python -m pytest -m matrix -n $(JOBS) --dist worksteal
 
 # The machine's own Python, with its torch and triton: nothing is installed and no network is needed.
 build/gpu/ready: Makefile
