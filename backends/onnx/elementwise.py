@@ -128,6 +128,9 @@ class Elementwise:
                 return Typed(self._extent(rank), "int")
             case Read(tensor, index):
                 return self._read(tensor, index)
+            case Call("max" | "min" as op, (x, Const() as c) | (Const() as c, x)):
+                (value, bound), kind = self._alike((self.emit(x), self.emit(c)), "int")
+                return Typed(self._bounded(op, value, bound), kind)
             case Call(op, args):
                 return self._call(op, tuple(self.emit(a) for a in args))
         raise LowerError(f"ONNX: {expr} is no expression over ranks and tensors; this is a bug.")
@@ -228,7 +231,17 @@ class Elementwise:
 
     def _clip(self, args: tuple[Typed, ...]) -> Typed:
         (x, low, high), kind = self._alike(args, "int")
-        return Typed(self.recorder.op("Min", self.recorder.op("Max", x, low), high), kind)
+        return Typed(self._bounded("min", self._bounded("max", x, low), high), kind)
+
+    def _bounded(self, op: str, value: ir.Value, bound: ir.Value) -> ir.Value:
+        """The larger (``max``) or the smaller of a value and a bound; NaN where the value is.
+
+        Not Max and Min: onnxscript's optimizer makes Clip of a pair of them with constants, and
+        loses constants where one value of a Scan's body is clipped twice.
+        """
+        r = self.recorder
+        beyond = r.op("Less", value, bound) if op == "max" else r.op("Less", bound, value)
+        return r.op("Where", beyond, bound, value)
 
     def _float_function(self, args: tuple[Typed, ...], name: str) -> Typed:
         r, x = self.recorder, self._as(args[0], "float")
@@ -307,7 +320,7 @@ class Elementwise:
     def _clipped(self, index: ir.Value, extent: ir.Value) -> ir.Value:
         r = self.recorder
         last = r.op("Sub", extent, r.integers([1]))
-        return r.op("Min", r.op("Max", index, r.integers([0])), last)
+        return self._bounded("min", self._bounded("max", index, r.integers([0])), last)
 
 
 def _axis(names: list[str]) -> int:
