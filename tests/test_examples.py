@@ -14,9 +14,7 @@ SHORT = (
     "quickstart.py",
     "explain_why_not.py",
     "add_a_pattern.py",
-    "video_radial.py",
     "long_context_streaming.py",
-    "paro_calibrate.py",
     "decode_packed_cache.py",
 )
 # demo.py runs demo_embeddings.py, and both read the texts of demo_texts.py.
@@ -25,7 +23,9 @@ DEMO = ("demo.py", "demo_embeddings.py", "demo_texts.py")
 # Run by tests/test_quantize_kernels.py.
 ELSEWHERE = ("quantised_embeddings.py",)
 # Some twenty seconds each on an idle machine.
-LONG = ("video_paro_int8.py", "train_without_outliers.py")
+LONG = (
+    "video_radial.py", "paro_calibrate.py", "video_paro_int8.py", "train_without_outliers.py",
+)  # fmt: skip
 
 
 def run(name: str, *words: str | Path, cwd: Path) -> str:

@@ -17,7 +17,8 @@ pytest.importorskip("triton")
 FOLDER = Path(__file__).parent / "interpreted"
 
 
-FILES = ["kernels", "gradients", "serving", "edges", "quantised", "codes", "mutations", "long"]
+LONGER = [pytest.param(name, marks=pytest.mark.slow) for name in ("quantised", "codes")]
+FILES = ["kernels", "gradients", "serving", "edges", *LONGER, "mutations", "long"]
 SLOW = ["mutations", "long"]
 
 
