@@ -74,9 +74,9 @@ def capture_model(
     start = time.perf_counter()
     if isinstance(model, ExportedProgram):
         return _of_program(model, args, kwargs, dynamic_shapes, start)
-    args, kwargs = tuple(args), dict(kwargs or {})
-    if not isinstance(dynamic_shapes, ShapesCollection):  # it knows tensors by identity
-        args, kwargs = _without_gaps((args, kwargs))
+    own = (tuple(args), dict(kwargs or {}))
+    # A collection of shapes knows tensors by identity.
+    args, kwargs = own if isinstance(dynamic_shapes, ShapesCollection) else _without_gaps(own)
     inputs = _checked_inputs(model, args, kwargs)
     with quiet(), masks_unread():
         if dynamic_shapes is None:
@@ -131,7 +131,9 @@ def _of_program(
     return Captured(program, graph, args, kwargs, dynamic, sentences, seconds)
 
 
-def _without_gaps(values: Any) -> Any:
+def _without_gaps(
+    values: tuple[tuple[Any, ...], dict[str, Any]],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Tensors of a tree that are a part of something larger (``ids[:, :8]``), or overlap
     themselves, as tensors of their own: tracing would demand their strides of every later call."""
 
@@ -141,7 +143,9 @@ def _without_gaps(values: Any) -> Any:
         plain = torch.empty_like(tensor, device="meta").stride() == tensor.stride()
         return tensor if plain else tensor.contiguous()
 
-    return pytree.tree_map_only(torch.Tensor, whole, values)
+    own: tuple[tuple[Any, ...], dict[str, Any]]
+    own = pytree.tree_map_only(torch.Tensor, whole, values)
+    return own
 
 
 def _checked_inputs(

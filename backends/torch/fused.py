@@ -24,8 +24,8 @@ from attn_rewrite.backends.torch.schedule import Row, Span, clipped
 from attn_rewrite.backends.torch.tiles import MAX_PARTS, Problem
 from attn_rewrite.cascade.expr import ranks_of
 
-# Elements of the mask and the gathered keys and values of one piece: 1 MB of float32 in all lanes
-# together, but no lane has less than half of it.
+# Elements of the mask and the gathered keys and values of one piece, in every lane: 1 MB of
+# float32.  With half of it lists of scattered blocks take a third longer.
 SCRATCH = 1 << 18
 # Elements of the output of one call: more heads and batch entries run one after the other.
 OUTPUTS = 1 << 17
@@ -107,11 +107,6 @@ def shared(planned: Sequence[Unit], threads: int) -> bool:
     scores = [unit.slices * _SLICE * unit.row.width for unit in planned]
     slices = min(unit.slices for unit in planned)
     return slices >= 2 * threads and sum(scores) >= WORTH_SHARING * len(scores)
-
-
-def scratch(lanes: int) -> int:
-    """Elements of scratch memory that each of ``lanes`` has."""
-    return SCRATCH // min(lanes, 2)
 
 
 def _units(problem: Problem, heads: Span, row: Row) -> Iterator[Unit]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attn_rewrite.backends.torch.emit import Emitter
 from attn_rewrite.backends.torch.form import depends_only_on_distance, linear_score
-from attn_rewrite.backends.torch.fused import FusedKernel, Unit, fits, scratch, shared, units
+from attn_rewrite.backends.torch.fused import SCRATCH, FusedKernel, Unit, fits, shared, units
 from attn_rewrite.backends.torch.lanes import Task, run_in_lanes
 from attn_rewrite.backends.torch.schedule import Span
 from attn_rewrite.backends.torch.tiles import Job, Problem, gather_size, jobs, keys_of, queries_of
@@ -43,8 +43,7 @@ def attend(problem: Problem, dtype: torch.dtype) -> Tensor:
     if fits(problem):
         rows = units(problem)
         lanes = 1 if shared(rows, lanes) else lanes
-        room = scratch(lanes)
-        _work_off(rows, lambda: _run_rows(problem, rows, room, out), lanes, out.device)
+        _work_off(rows, lambda: _run_rows(problem, rows, SCRATCH, out), lanes, out.device)
     else:
         planned = list(jobs(problem))
         tiles = _by_row(planned, lanes)
