@@ -25,6 +25,7 @@ from attn_rewrite.plan import Plan, Step, approximate_parts
 from attn_rewrite.report import ErrorMeasure, Report, SiteReport
 from attn_rewrite.saved import versions
 from attn_rewrite.site import Findings, Refusal
+from attn_rewrite.tracing import buffers_kept
 from attn_rewrite.verify import Candidate, SiteCheck, check_sites, worst_site
 
 if TYPE_CHECKING:
@@ -219,9 +220,9 @@ def _keeping(plan: Plan, names: set[str]) -> Plan:
 
 
 def _run(graph: fx.GraphModule, captured: Captured) -> Any:
-    """Run with the same random numbers each time."""
+    """Run with the same random numbers and the same buffers each time."""
     args, kwargs = _inputs(captured)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), buffers_kept(graph):
         torch.manual_seed(0)
         return graph(*args, **kwargs)
 

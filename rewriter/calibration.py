@@ -28,6 +28,7 @@ from attn_rewrite.plan import Plan, Step
 from attn_rewrite.policy import Policy
 from attn_rewrite.region import boundary
 from attn_rewrite.site import Refusal, Site
+from attn_rewrite.tracing import buffers_kept
 from attn_rewrite.verify import Walk, canonical_inputs, flat_inputs
 
 if TYPE_CHECKING:
@@ -243,7 +244,7 @@ def observe(
         by_output.setdefault(trial.site.output.node, []).append(trial)
     try:
         flat = flat_inputs(host, args, kwargs)
-        with torch.no_grad():
+        with torch.no_grad(), buffers_kept(host):
             walk = Walk(host, _Collector(by_output, held_out))
             walk.run(*flat, enable_io_processing=False)
     except (RuntimeError, AssertionError, ValueError, KeyError) as error:

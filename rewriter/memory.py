@@ -76,6 +76,12 @@ def sharing(node: fx.Node) -> list[fx.Node]:
     return list(found)
 
 
+def is_overwritten(node: fx.Node) -> bool:
+    """True if anything in the graph, before or after it, writes to the memory of ``node``."""
+    members = set(sharing(node))
+    return any(o in members for m in members for user in m.users for o in written(user))
+
+
 def is_dead_write(node: fx.Node) -> bool:
     """True for a write to memory that the graph made and reads no more."""
     operands = written(node)

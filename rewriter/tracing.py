@@ -36,6 +36,24 @@ def untouched(model: torch.nn.Module) -> Iterator[None]:
             state.update({key: value for key, (value, _) in saved.items()})
 
 
+@contextlib.contextmanager
+def buffers_kept(module: torch.nn.Module) -> Iterator[None]:
+    """Undo what running ``module`` writes to its buffers (running statistics, caches): a run that
+    only measures is no call."""
+    before = [
+        (buffer, buffer._version, buffer.detach().clone())
+        for buffer in module.buffers()
+        if not buffer.is_inference()  # those cannot be written to outside of inference mode
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, version, saved in before:
+                if buffer._version != version:
+                    buffer.copy_(saved)
+
+
 def _states(model: torch.nn.Module) -> list[dict[str, Any]]:
     """Attributes of the modules, then of the objects of the model's own classes in them."""
     states = {id(vars(module)): vars(module) for module in model.modules()}

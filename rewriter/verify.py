@@ -32,6 +32,7 @@ from attn_rewrite.report import ErrorMeasure
 from attn_rewrite.rounding import plain_attention
 from attn_rewrite.site import Operand, Refusal, Site
 from attn_rewrite.tables import Table
+from attn_rewrite.tracing import buffers_kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +102,7 @@ def check_sites(
     for candidate in candidates:
         by_output.setdefault(candidate.site.output.node, []).append(candidate)
     walk = _Observed(by_output, bound, limit)
-    with torch.no_grad():
+    with torch.no_grad(), buffers_kept(host):
         Walk(host, walk).run(*flat_inputs(host, args, kwargs), enable_io_processing=False)
     missing = [c.site.name for c in walk.waiting()]
     if missing:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import attn_rewrite as ar
+from attn_rewrite.capture import capture_model
+from attn_rewrite.passes.canonicalize import canonicalize
 from tests.test_find_families import LENGTH, WIDTH, TalkingBefore
 from tests.test_find_spellings import DYNAMIC, findings
 
@@ -358,6 +360,19 @@ def test_sums_in_other_words(function, dynamic: bool) -> None:
     assert (function(q, k, v) - _scores(q, k).softmax(-1) @ v).abs().max() < 1e-12
     site = found.sites[0]
     assert (site.hq, site.d_qk, site.d_v, site.causal) == (4, 8, 8, False)
+
+
+def test_a_column_of_ones_beside_values_with_a_batch_of_their_own() -> None:
+    """The sum of the left operand has no batch, the product has."""
+
+    class Shared(nn.Module):
+        def forward(self, x: Tensor, v: Tensor) -> Tensor:
+            out = (x @ x.mT).exp() @ torch.cat([v, torch.ones_like(v[..., :1])], -1)
+            return out[..., :-1] / out[..., -1:].reshape(v.shape[0], v.shape[1], 1)
+
+    args = (torch.randn(5, 8).double() / 4, torch.randn(3, 5, 7).double())
+    host = canonicalize(capture_model(Shared(), args, dynamic_shapes={}).graph)
+    torch.testing.assert_close(host(*args), Shared()(*args))
 
 
 def _twice_the_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -311,3 +311,44 @@ def test_a_copy_that_does_not_fit_stays() -> None:
     args = tuple(torch.randn(2, 4, 6, 8) for _ in range(3))
     found = ar.find_attention(Assigned().eval(), args)
     assert len(found.sites) == 1
+
+
+class Stateful(nn.Module):
+    """Reads a buffer that it changes for the next call."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.register_buffer("keep", torch.ones(6, 6, dtype=torch.bool).tril())
+        self.register_buffer("heads", torch.tensor([0, 0, 1, 1]))
+        self.register_buffer("scale", torch.tensor(0.5))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.kind == "heads":
+            k, v = k[:, :2][:, self.heads], v[:, :2][:, self.heads]
+        scores = q @ k.mT * (self.scale if self.kind == "scale" else 0.5)
+        if self.kind == "mask":
+            scores = scores.masked_fill(~self.keep, -torch.inf)
+        out = scores.softmax(-1) @ v
+        self.keep[:, 0].fill_(True)
+        self.keep[1].copy_(~self.keep[1])
+        self.keep[:, 0].fill_(True)
+        self.heads.copy_(1 - self.heads)
+        self.scale.mul_(3)
+        return out
+
+
+@pytest.mark.parametrize("kind", ["mask", "heads", "scale"])
+def test_a_buffer_that_changes_after_it_was_read_is_no_constant(kind: str) -> None:
+    torch.manual_seed(0)
+    args = tuple(torch.randn(2, 4, 6, 8) for _ in range(3))
+    original, model = Stateful(kind).eval(), Stateful(kind).eval()
+    rewritten = ar.optimize(model, "exact", args)
+    assert [s.status for s in rewritten.report.sites] == ["rewritten"]
+    (site,) = ar.find_attention(Stateful(kind).eval(), args).sites
+    assert (site.causal, site.hkv) == (False, 4)
+    outs = []
+    for _ in range(3):
+        outs.append(original(*args))
+        torch.testing.assert_close(rewritten(*args), outs[-1])
+    assert not torch.allclose(outs[0], outs[1])

@@ -355,3 +355,32 @@ def test_other_sizes_than_captured_are_one_sentence() -> None:
 def test_a_model_without_attention_says_so() -> None:
     optimized = ar.optimize(torch.nn.Linear(4, 4).eval(), "exact", (torch.randn(2, 4),))
     assert "no attention was found (0 near misses" in str(optimized.report)
+
+
+def test_measuring_changes_no_buffer() -> None:
+    """Running statistics are those of the user's calls, and every run of a comparison starts from
+    the same ones."""
+
+    class Normed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = torch.nn.BatchNorm1d(4)
+
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            out = (q @ k.mT).softmax(-1) @ v
+            shape = out.shape
+            return (
+                self.norm(out.flatten(2)).view(shape) + self.norm.running_mean[None, :, None, None]
+            )
+
+    torch.manual_seed(0)
+    args = tuple(torch.randn(3, 4, 6, 8) for _ in range(3))
+    model, other = Normed().train(), Normed().train()
+    run = ar.optimize(model, "window(size=2)", args)
+    for found, wanted in zip(model.buffers(), other.buffers(), strict=True):
+        assert torch.equal(found, wanted)
+    exact = ar.optimize(model, "exact", args)
+    assert all(e.max_abs < 1e-5 for e in exact.report.end_to_end.values())
+    assert run.report.sites[0].approximation is not None
+    torch.testing.assert_close(exact(*args), other(*args))
+    assert int(model.norm.num_batches_tracked) == 1

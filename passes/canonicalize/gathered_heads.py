@@ -58,18 +58,10 @@ class RepeatByIndex(Canonicalization):
             dim, index = named["dim"] % len(shape_of(source)), named["index"]
         if not is_tensor(index) or len(shape_of(index)) != 1:
             return None
-        value = Constants(_stored).value(index)
+        value = Constants(node.graph.owning_module).value(index)
         if value is None or value.dtype not in (torch.int64, torch.int32):
             return None
         return _repeated(source, dim, value.tolist(), build)
-
-
-def _stored(node: fx.Node) -> torch.Tensor | None:
-    value: Any = node.graph.owning_module
-    for part in str(node.target).split("."):
-        value = getattr(value, part, None)
-    fixed = isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter)
-    return value if fixed and value.device.type != "meta" else None
 
 
 @dataclass(frozen=True)

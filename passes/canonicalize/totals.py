@@ -110,6 +110,8 @@ class ColumnsOfProduct(Canonicalization):
         (part,) = match
         left = product.args[0]
         if part is None:
+            if not _same_rows(left, product):
+                return None
             return build.call(aten.sum.dim_IntList, left, [-1], kept)  # type: ignore[no-any-return]
         assert callable(product.target)
         result = build.call(product.target, left, part)
@@ -144,6 +146,14 @@ def _columns(node: fx.Node) -> tuple[fx.Node, int, int, bool] | None:
         return None
     first = start % total if start < 0 else start
     return source, first, int(shape_of(node)[-1]), True
+
+
+def _same_rows(left: Any, product: fx.Node) -> bool:
+    """The product has the rows of its left operand: the right one brings no batch of its own."""
+    mine, whole = shape_of(left)[:-1], shape_of(product)[:-1]
+    return len(mine) == len(whole) and all(
+        same_size(as_size(a), as_size(b)) for a, b in zip(mine, whole, strict=True)
+    )
 
 
 def _rank(node: fx.Node) -> int:

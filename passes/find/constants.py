@@ -6,26 +6,44 @@ from fixed sizes, its elements are computed here and read as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from attn_rewrite.graph import is_tensor, op_name, shape_of
-from attn_rewrite.memory import written
+from attn_rewrite.graph import is_tensor, op_name, origin, shape_of
+from attn_rewrite.memory import is_overwritten, written
 
 _MAX_NODES = 400
 _MAX_ELEMENTS = 1 << 22
 
 
+def attribute(module: torch.nn.Module, path: str) -> Any:
+    """What ``path`` names below ``module``; None if nothing."""
+    value: Any = module
+    for part in path.split("."):
+        value = getattr(value, part, None)
+    return value
+
+
+def stored(module: torch.nn.Module | None, node: fx.Node) -> torch.Tensor | None:
+    """The buffer that a ``get_attr`` reads, where it stays what it is: no parameter, which training
+    changes, and nothing that the graph writes to, which is another at the next call."""
+    value = None if module is None else attribute(module, str(node.target))
+    if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
+        return None
+    # A write that nothing reads is gone from the normal form; the node it was made of has it still.
+    moves = value.device.type == "meta" or is_overwritten(origin(node) or node)
+    return None if moves else value
+
+
 class Constants:
     """Values of nodes that follow from numbers alone; each is computed once."""
 
-    def __init__(self, stored: Callable[[fx.Node], torch.Tensor | None]) -> None:
-        """``stored`` gives the tensor that a ``get_attr`` reads, if it may be taken as fixed."""
-        self._stored = stored
+    def __init__(self, module: torch.nn.Module | None) -> None:
+        """``module`` holds what a ``get_attr`` reads."""
+        self._module = module
         self._known: dict[fx.Node, Any] = {}
 
     def value(self, node: fx.Node) -> torch.Tensor | None:
@@ -55,7 +73,7 @@ class Constants:
 
     def _is_fixed(self, node: fx.Node) -> bool:
         if node.op == "get_attr":
-            return self._stored(node) is not None
+            return stored(self._module, node) is not None
         if node.op != "call_function" or not _is_small(node) or any(map(written, node.users)):
             return False
         target = node.target
@@ -71,8 +89,8 @@ class Constants:
 
     def _run(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
-            stored = self._stored(node)
-            return None if stored is None else stored.detach().cpu()
+            held = stored(self._module, node)
+            return None if held is None else held.detach().cpu()
         args, kwargs = map_arg((node.args, dict(node.kwargs)), self._known.__getitem__)
         target = node.target
         assert callable(target)

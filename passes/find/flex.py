@@ -16,8 +16,8 @@ from torch import fx, nn
 from attn_rewrite.cascade.expr import Expr, Read, where
 from attn_rewrite.graph import is_tensor, live_users, op_name
 from attn_rewrite.passes.find.anchor import Anchor, Pairs, ValueProduct, pairs, refuse
+from attn_rewrite.passes.find.constants import attribute
 from attn_rewrite.passes.find.layout import coordinate
-from attn_rewrite.passes.find.lift import attribute
 from attn_rewrite.site import Refusal
 
 

@@ -20,7 +20,7 @@ from attn_rewrite.cascade.simplify import is_boolean, simplify
 from attn_rewrite.graph import arguments, is_tensor, op_name, shape_of, value_of
 from attn_rewrite.passes.find.axes import Atoms, Axes
 from attn_rewrite.passes.find.bands import bands_of, written
-from attn_rewrite.passes.find.constants import Constants
+from attn_rewrite.passes.find.constants import Constants, stored
 from attn_rewrite.passes.find.layout import Coord, Dims, atom_rank, coordinate, pull, pure
 from attn_rewrite.passes.find.operators import RULES, literal
 from attn_rewrite.passes.find.product import Product, outer_product, product_of
@@ -73,7 +73,7 @@ class Lifter:
         self.places: dict[Expr, Atoms] = {}  # axes whose coordinate is an expression
         self.leaves: dict[str, Leaf] = {}
         self.dots: dict[str, Dot] = {}
-        self.constants = Constants(self._fixed)
+        self.constants = Constants(self.module)
         self._memo: dict[tuple[Any, ...], Expr | None] = {}
         self._symbols: dict[Any, Expr] = {}
         self._levels: dict[int, Coord] = {}  # coordinate of each open level of vmap
@@ -273,10 +273,10 @@ class Lifter:
 
     def _constant(self, node: fx.Node, dims: Dims) -> Expr | None:
         module = node.graph.owning_module if self._is_inside(node) else self.module
-        value = None if module is None else attribute(module, str(node.target))
-        if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
+        value = stored(module, node)
+        if value is None:
             return None
-        if value.numel() == 1 and value.device.type != "meta":
+        if value.numel() == 1:
             return literal(value.reshape(()).item())
         return self._band(value, dims)
 
@@ -297,11 +297,6 @@ class Lifter:
             return None
         value = self.constants.value(node)
         return None if value is None else self._band(value, dims)
-
-    def _fixed(self, node: fx.Node) -> torch.Tensor | None:
-        value = None if self.module is None else attribute(self.module, str(node.target))
-        stored = isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter)
-        return value if stored and value.device.type != "meta" else None
 
     # -- operands
     # -----------------------------------------------------------------------------------
@@ -354,11 +349,3 @@ def _solution(size: Any, symbol: Any, whole: Any) -> Any | None:
     if slope is None or slope.free_symbols or slope == 0:
         return None
     return (whole - size.subs(symbol, 0)) / slope
-
-
-def attribute(module: torch.nn.Module, path: str) -> Any:
-    """What ``path`` names below ``module``; None if nothing."""
-    value: Any = module
-    for part in path.split("."):
-        value = getattr(value, part, None)
-    return value

@@ -34,6 +34,7 @@ from attn_rewrite.graph import (
 )
 from attn_rewrite.passes.find.anchor import Anchor, open_anchor, refuse
 from attn_rewrite.passes.find.axes import Atoms
+from attn_rewrite.passes.find.constants import attribute
 from attn_rewrite.passes.find.facts import (
     kind_of,
     layout_text,
@@ -41,7 +42,7 @@ from attn_rewrite.passes.find.facts import (
 )
 from attn_rewrite.passes.find.forward import Forward, follow
 from attn_rewrite.passes.find.guards import causal_offset, positions, split_guard
-from attn_rewrite.passes.find.lift import Dot, attribute
+from attn_rewrite.passes.find.lift import Dot
 from attn_rewrite.passes.find.masks import normal
 from attn_rewrite.passes.find.operands import trim
 from attn_rewrite.passes.find.region import region
