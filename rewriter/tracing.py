@@ -40,17 +40,14 @@ def untouched(model: torch.nn.Module) -> Iterator[None]:
 def buffers_kept(module: torch.nn.Module) -> Iterator[None]:
     """Undo what running ``module`` writes to its buffers (running statistics, caches): a run that
     only measures is no call."""
-    before = [
-        (buffer, buffer._version, buffer.detach().clone())
-        for buffer in module.buffers()
-        if not buffer.is_inference()  # those cannot be written to outside of inference mode
-    ]
+    before = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, version, saved in before:
-                if buffer._version != version:
+            for buffer, saved in before:
+                # Not by its version: batch normalisation writes without counting it.
+                if not torch.equal(buffer, saved):
                     buffer.copy_(saved)
 
 
