@@ -48,7 +48,7 @@ test: .venv/ready  ## tests but the slow ones, then lint and types
 test-slow: .venv/ready  ## only the slow tests
 	$(RUN) $(BIN)/python -m pytest -m slow -n $(JOBS) --dist worksteal --durations=40 || test $$? -eq 5
 
-zoo: .venv/ready  ## many rows of the model libraries; writes tests/zoo/RESULTS.md
+zoo: .venv/ready  ## every row of the zoo (write the table with: .venv/bin/python -m tests.zoo)
 	$(RUN) $(BIN)/python -m pytest -m zoo -n $(JOBS) --dist worksteal
 
 matrix: .venv/ready  ## ONNX models of any size under every policy, Triton kernels for every target

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -291,3 +292,26 @@ def test_a_mask_without_bands_leaves_as_blocks_of_the_length_it_was_shown(tmp_pa
         wanted = reference(model, x, keep)
         error = np.abs(artifact.run({"x": x.numpy()})["output"] - wanted).max()
         assert error <= bound(done, (x,), wanted)
+
+
+def _between(x: Expr, low: float, high: float) -> Expr:
+    return call("min", call("max", x, low), high)
+
+
+def _clipped(x: Expr, low: float, high: float) -> Expr:
+    return call("clip", x, low, high)
+
+
+@pytest.mark.parametrize("limited", [_between, _clipped], ids=lambda f: f.__name__)
+def test_one_value_is_bounded_twice_inside_the_tiles(limited: Any, tmp_path: Path) -> None:
+    """A distance in two tables' ranges (MPNet): both pairs of bounds reach the file."""
+    score = QK + limited(Q - KV, -4, 4) * 0.25 + limited(Q - KV, -9, 6) * 0.5
+    model = Tiled(SoftmaxAttention(score, (Q - KV >= 0) & (Q - KV < 12), group=2), 8)
+    x = tokens(2, 48)
+    artifact = export_onnx(capture(model, x), tmp_path / "m.onnx")
+    assert artifact.sites[0].form == "tiles"
+    distance = np.arange(48)[:, None] - np.arange(48)
+    bias = distance.clip(-4, 4) * 0.25 + distance.clip(-9, 6) * 0.5
+    wanted = reference(model, x, (distance >= 0) & (distance < 12), bias, scale=1.0)
+    error = np.abs(artifact.run({"x": x.numpy()})["output"] - wanted).max()
+    assert error <= bound(model, (x,), wanted)
