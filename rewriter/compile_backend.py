@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -120,9 +119,7 @@ def read_options(options: Mapping[str, Any]) -> tuple[Policy, str]:
     if compiler not in COMPILERS:
         raise PolicyError(f"compiler {compiler!r} is not known; expected {' or '.join(COMPILERS)}")
     check_backend(options.get("backend", "auto"))
-    policy = options.get("policy", "exact")
-    if isinstance(policy, str):
-        policy = Policy.load(policy) if Path(policy).suffix == ".toml" else Policy.parse(policy)
+    policy = Policy.of(options.get("policy", "exact"))
     if policy.budget is not None:
         raise PolicyError(
             "a budget needs measurements, and graphs captured just in time have no values: give "

@@ -115,15 +115,15 @@ def optimize(
     it.
 
     ``model`` is a module, or an exported program, whose own example inputs are used when none are
-    given.  ``policy`` is a pipeline as text or a `Policy`; ``plan`` replays an earlier one instead.
-    ``budget`` bounds the approximation error (``"cosine>=0.999"``).  With ``verify`` every site is
-    measured on the example inputs against a float64 oracle: over the implementation bound is
-    `VerifyError`, over the budget sends the site back to exact.  ``calibration`` (a mapping of
-    arguments to tensors, a list of calls, or a `Calibration`) chooses the orders and blocks of
-    `paro`, and a quantising scheme for each head.  Without example inputs the first call of a
-    module captures, just in time.
+    given.  ``policy`` is a pipeline as text, the path of a ``.toml`` file or a `Policy`; ``plan``
+    replays an earlier one instead.  ``budget`` bounds the approximation error
+    (``"cosine>=0.999"``).  With ``verify`` every site is measured on the example inputs against a
+    float64 oracle: over the implementation bound is `VerifyError`, over the budget sends the site
+    back to exact.  ``calibration`` (a mapping of arguments to tensors, a list of calls, or a
+    `Calibration`) chooses the orders and blocks of `paro`, and a quantising scheme for each head.
+    Without example inputs the first call of a module captures, just in time.
     """
-    policy = Policy.parse(policy) if isinstance(policy, str) else policy
+    policy = Policy.of(policy)
     _check_options(backend, calibration, policy, plan, bool(example_args or example_kwargs))
     if budget is not None:
         policy = Policy(policy.rules, budget)

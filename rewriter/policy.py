@@ -231,6 +231,13 @@ class Policy:
         return cls([Rule(apply=parse_pipeline(text, transforms))])
 
     @classmethod
+    def of(cls, policy: str | Policy) -> Policy:
+        """A policy as it is, from a pipeline as text, or from the path of a ``.toml`` file."""
+        if isinstance(policy, Policy):
+            return policy
+        return cls.load(policy) if policy.strip().endswith(".toml") else cls.parse(policy)
+
+    @classmethod
     def load(cls, path: str | Path, transforms: Transforms | None = None) -> Policy:
         """Read a policy file (TOML: ``[[rule]]`` with ``where`` and ``apply``, ``[budget]``)."""
         try:

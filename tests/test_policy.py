@@ -107,6 +107,7 @@ def test_files(tmp_path):
     path = tmp_path / "policy.toml"
     path.write_text(FILE)
     policy = Policy.load(path)
+    assert Policy.of(str(path)) == Policy.of(policy) == policy
     first, second, last = policy.rules
     assert first.where == Where(
         ["encoder.*", "decoder.0"], "self", heads=[0, 1, 2, 3, 8], length=Length(1024)

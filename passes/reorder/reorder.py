@@ -26,9 +26,9 @@ class Reorder(Transform):
     Q, K and V are permuted as the attention sees them (after rotary embedding), masks and biases
     with them, and the output is put back, so nothing changes but the order of sums.  A ``dilation``
     brings the tokens of one remainder together, which makes dilated neighborhoods dense in few
-    tiles.  Patterns that
-    stand after it in a pipeline speak of the new order: ``reorder(order="hwf") | window(size=512)``
-    is a window over time.  Text around the grid stays where it is.
+    tiles.  Patterns that stand after it in a pipeline speak of the new order:
+    ``reorder(order="hwf") | window(size=512)`` is a window over time.  Text around the grid stays
+    where it is.
     """
 
     name: ClassVar[str] = "reorder"

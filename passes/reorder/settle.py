@@ -169,6 +169,8 @@ class _Settlement:
             if found is not None and np.array_equal(found, self.order):
                 (self.into if node.meta[ROLE] == "into" else self.back).add(node)
         self._explore()
+        if not (self.into and self.back):  # nothing to cancel
+            return
         self._fix_conflicts()
         held = self._cut()
         if held:

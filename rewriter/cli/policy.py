@@ -29,9 +29,7 @@ def read_policy(text: str | None) -> Policy:
     """A policy file when ``text`` names one, else a pipeline; ``exact`` when nothing was given."""
     from attn_rewrite.policy import Policy
 
-    if text is not None and text.endswith(".toml"):
-        return Policy.load(text)
-    return Policy.parse("exact" if text is None else text)
+    return Policy.of("exact" if text is None else text)
 
 
 def read_budget(text: str | None) -> Budget | None:

@@ -25,7 +25,9 @@ def examine(
 ) -> Result:
     """Everything about a row; exceptions become a stage and a reason.
 
-    ``fixed``: every size of the inputs is that of the example.
+    Sizes are dynamic where they can be in the first type, unless they are ``fixed`` to those of the
+    example; the other types are about the numbers.  Where the library runs the model in none of
+    ``dtypes``, it is examined in float32.
     """
     result = Result(row.name)
     start = time.process_time()
@@ -40,9 +42,9 @@ def examine(
         return result
     result.expected, result.factorised = counted.attentions, counted.factorised
     del counted
-    for dtype in dtypes:
+    for place, dtype in enumerate(_runnable(result, row, dtypes)):
         try:
-            _in_dtype(result, row, dtype, fixed)
+            _in_dtype(result, row, dtype, fixed=fixed or place > 0, first=place == 0)
         except AttnRewriteError as error:
             result.stage, result.problem = "capture", _one_line(error)
         except Exception as error:  # our own bug, or an operator that has no float64
@@ -60,27 +62,33 @@ def made(row: Row, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module,
     return model.eval().to(dtype), cast(args, dtype), cast(kwargs, dtype)
 
 
-def _in_dtype(result: Result, row: Row, dtype: torch.dtype, fixed: bool) -> None:
+def _runnable(result: Result, row: Row, dtypes: tuple[torch.dtype, ...]) -> tuple[torch.dtype, ...]:
+    """Those of ``dtypes`` that the library runs (Fourier transforms and fixed types do not)."""
+    out = []
+    for dtype in dtypes:
+        if dtype == torch.float32 or _runs(row, dtype):
+            out.append(dtype)
+        else:
+            result.kept.append(("not-compared", f"the library does not run it in {dtype}"))
+    return tuple(out) or (torch.float32,)
+
+
+def _in_dtype(result: Result, row: Row, dtype: torch.dtype, *, fixed: bool, first: bool) -> None:
     model, args, kwargs = made(row, dtype)
-    if dtype != torch.float32 and not _runs(row, dtype):
-        result.kept.append(("not-compared", f"the library does not run it in {dtype}"))
-        return
-    # Sizes are dynamic where they can be in the first type; the others are about the numbers.
-    sizes: dict[str, Any] | None = {} if fixed or dtype != torch.float32 else None
     try:
-        captured = capture_model(model, args, kwargs, dynamic_shapes=sizes)
+        captured = capture_model(model, args, kwargs, dynamic_shapes={} if fixed else None)
     except CaptureError as error:
-        _just_in_time(result, row, model, dtype, error)
+        _just_in_time(result, row, model, dtype, error, first=first)
         return
     findings = find(canonicalize(captured.graph))
     _, decisions = decide(findings, Policy.parse("exact"), None, Stopwatch())
-    if dtype == torch.float32:
+    if first:
         result.found = len(findings.sites)
         result.rewritten = sum(d.kernel is not None for d in decisions)
         for site in findings.sites:
             result.families[site.family] = result.families.get(site.family, 0) + 1
         result.refused = [(r.code, r.reason, r.source or "") for r in findings.refusals]
-        result.kept = [(r.code, r.reason) for s in findings.sites for r in s.refusals]
+        result.kept += [(r.code, r.reason) for s in findings.sites for r in s.refusals]
         result.kept += [(d.refusal.code, d.refusal.reason) for d in decisions if d.refusal]
     if any(d.kernel is not None for d in decisions):
         error = compare(row, model, spliced(captured, decisions).graph, dtype)
@@ -91,7 +99,7 @@ def _in_dtype(result: Result, row: Row, dtype: torch.dtype, fixed: bool) -> None
 
 
 def _runs(row: Row, dtype: torch.dtype) -> bool:
-    """Whether the original runs in a type at all (Fourier transforms and fixed types do not)."""
+    """Whether the original runs in a type at all."""
     model, args, kwargs = made(row, dtype)
     try:
         model(*args, **kwargs)
@@ -101,7 +109,13 @@ def _runs(row: Row, dtype: torch.dtype) -> bool:
 
 
 def _just_in_time(
-    result: Result, row: Row, model: torch.nn.Module, dtype: torch.dtype, why: CaptureError
+    result: Result,
+    row: Row,
+    model: torch.nn.Module,
+    dtype: torch.dtype,
+    why: CaptureError,
+    *,
+    first: bool,
 ) -> None:
     """The row through the other front end; its failure leaves the first one's reason."""
     module = JustInTime(model)
@@ -109,7 +123,7 @@ def _just_in_time(
         error = compare(row, model, module, dtype)
     except Exception as problem:  # of Dynamo, or of code that it runs half traced
         raise why from problem
-    if dtype == torch.float32:
+    if first:
         result.found, result.rewritten = module.found, module.rewritten
         result.families, result.refused = module.families, module.refused
         result.just_in_time = _one_line(why)
