@@ -174,27 +174,48 @@ def _divides_rows(product: Product, exponential: fx.Node, axis: int) -> bool:
 
 @dataclass(frozen=True)
 class SoftmaxShift(Canonicalization):
-    """``softmax(x - m)`` -> ``softmax(x)`` where m is constant along the softmax axis."""
+    """``softmax(x - m)`` -> ``softmax(x)`` and ``softmax(m - x)`` -> ``softmax(-x)`` where m is
+    constant along the softmax axis."""
 
     name: ClassVar[str] = "softmax-shift"
     targets: ClassVar[frozenset[str]] = frozenset({"softmax", "_softmax"})
 
     def rewrite(self, node: fx.Node, build: GraphBuilder) -> fx.Node | None:
-        """Rewrite shifts by a maximum (or anything else) of length 1 along the axis."""
+        """Rewrite shifts by a maximum, or by anything else of length 1 along the axis."""
         named = arguments(node)
         shifted = named["self"]
         if not is_call(shifted, "sub", "sub_") or arguments(shifted).get("alpha", 1) != 1:
             return None
-        source, shift = shifted.args[0], shifted.args[1]
-        if not isinstance(source, fx.Node) or not isinstance(shift, fx.Node):
+        first, second = shifted.args[:2]
+        if not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
             return None
-        whole, part = shape_of(source), shape_of(shift)
-        axis = named["dim"] % len(whole) - len(whole)
-        if len(shape_of(shifted)) != len(whole) or (
-            len(part) >= -axis and not same_size(as_size(part[axis]), 1)
-        ):
+        shape = shape_of(shifted)
+        axis = named["dim"] % len(shape) - len(shape)
+        if same_size(as_size(shape[axis]), 1):
             return None
-        if same_size(as_size(whole[axis]), 1):
+        if _covers(first, shape, axis) and _is_constant(second, axis):
+            source = first
+        elif _covers(second, shape, axis) and _is_constant(first, axis):
+            source = build.call(aten.neg.default, second)
+        else:
             return None
         args = (source, named["dim"], named.get("dtype"))
         return build.call(aten.softmax.int, *args)  # type: ignore[no-any-return]
+
+
+def _covers(source: fx.Node, shape: tuple[Any, ...], axis: int) -> bool:
+    """As many dimensions as the difference has, and as long along the axis."""
+    own = shape_of(source)
+    return len(own) == len(shape) and same_size(as_size(own[axis]), as_size(shape[axis]))
+
+
+def _is_constant(shift: fx.Node, axis: int) -> bool:
+    """One number for the whole axis, repeated or to be repeated."""
+    while is_call(shift, "expand", "expand_as", "broadcast_to"):
+        repeated = shift.args[0]
+        assert isinstance(repeated, fx.Node)
+        if len(shape_of(repeated)) < -axis:
+            return True
+        shift = repeated
+    own = shape_of(shift)
+    return len(own) < -axis or same_size(as_size(own[axis]), 1)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from attn_rewrite.graph import arguments, is_call, is_parameter, is_tensor, op_name, shape_of
+from attn_rewrite.passes.find.product import product_of
 from attn_rewrite.passes.find.roles import Roles
 from attn_rewrite.site import Operand
 from attn_rewrite.sizes import as_size, same_size
@@ -37,9 +38,14 @@ def inputs_of(node: fx.Node) -> Iterator[fx.Node]:
 def _is_projection(node: fx.Node) -> bool:
     if op_name(node) in PROJECTIONS:
         return True
-    if op_name(node) in ("matmul", "mm", "einsum"):
-        return any(_is_weight(a) for a in node.all_input_nodes)
-    return False
+    if op_name(node) not in ("matmul", "mm", "einsum"):
+        return False
+    product = product_of(node)
+    if product is not None:
+        shared = {*product.left_labels} & {*product.right_labels} & {*product.out_labels}
+        if shared - {""}:
+            return False  # a map of its own for each head, behind the projection
+    return any(_is_weight(a) for a in node.all_input_nodes)
 
 
 def _is_weight(node: fx.Node) -> bool:

@@ -8,6 +8,7 @@ recognised by what it computes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -269,7 +270,7 @@ class Lifter:
             return None  # a mask read as a tensor stays one tensor read, cast in the graph
         if after.is_floating_point or not value_of(source).dtype.is_floating_point:
             return call("cast_f32" if after.is_floating_point else "cast_i64", inner)
-        return None
+        return _in_whole_numbers(inner)
 
     def _constant(self, node: fx.Node, dims: Dims) -> Expr | None:
         module = node.graph.owning_module if self._is_inside(node) else self.module
@@ -341,6 +342,17 @@ class Lifter:
                 total = call(op, total, part)
             return total
         return None
+
+
+def _in_whole_numbers(expr: Expr) -> Expr | None:
+    """``expr`` as an integer of any width, where it is a choice between small whole numbers."""
+    if isinstance(expr, Const):
+        small = math.isfinite(expr.value) and 0 <= expr.value <= 127
+        return Const(int(expr.value)) if small and expr.value == int(expr.value) else None
+    if isinstance(expr, Call) and expr.op == "where":
+        yes, no = (_in_whole_numbers(a) for a in expr.args[1:])
+        return None if yes is None or no is None else call("where", expr.args[0], yes, no)
+    return None
 
 
 def _solution(size: Any, symbol: Any, whole: Any) -> Any | None:

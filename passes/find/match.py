@@ -23,7 +23,7 @@ from attn_rewrite.cascade.expr import (
     walk,
 )
 from attn_rewrite.cascade.ir import TensorDecl
-from attn_rewrite.cascade.simplify import simplify
+from attn_rewrite.cascade.simplify import is_boolean, simplify
 from attn_rewrite.graph import (
     PARAMETER,
     ROLE_ORDER,
@@ -87,7 +87,8 @@ def _score_product(anchor: Anchor) -> Dot | Refusal:
     if not dots:
         reason = "the argument of the softmax is not computed from a product of two tensors"
         return refuse("no-score-product", reason, anchor.node)
-    for dot in dots:
+    plain = _outside_conditions(anchor.score)
+    for dot in sorted(dots, key=lambda d: d.name not in plain):  # a mask may be of a product too
         if not keys <= {a for d in dot.dims for a in axes.resolve(d)}:
             continue
         sides = [
@@ -98,6 +99,18 @@ def _score_product(anchor: Anchor) -> Dot | Refusal:
             return dot
     reason = "no product in the score has the normalised axis on exactly one side"
     return refuse("no-key-axis", reason, anchor.node)
+
+
+def _outside_conditions(score: Expr) -> set[str]:
+    """Tensors read in a value, and not only where a mask or comparison decides."""
+    found, queue = set(), [score]
+    while queue:
+        here = queue.pop()
+        if isinstance(here, Read):
+            found.add(here.tensor)
+        elif isinstance(here, Call) and not is_boolean(here):
+            queue += here.args[1:] if here.op == "where" else here.args
+    return found
 
 
 def _site(

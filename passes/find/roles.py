@@ -7,6 +7,7 @@ splits into; where no such split is visible, the batch-like axis next to the pos
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,8 +16,9 @@ from torch import fx
 from attn_rewrite.cascade.expr import Const, Expr, Extent, Rank, call, ranks_of, transform
 from attn_rewrite.graph import is_call, is_parameter, is_tensor, shape_of
 from attn_rewrite.passes.find.axes import Atoms, Axes
-from attn_rewrite.passes.find.layout import Dims, pull, pure
+from attn_rewrite.passes.find.layout import Dims, pull
 from attn_rewrite.passes.find.lift import Dot
+from attn_rewrite.passes.find.product import contraction, of_weights
 from attn_rewrite.site import Factor, Operand
 from attn_rewrite.sizes import as_size, same_size
 
@@ -87,8 +89,7 @@ def _back(
         return (source, _resized(source, node, dims, axes)) if is_tensor(source) else None  # type: ignore[arg-type, return-value]
     moved = pull(node, dims, axes)
     if moved is not None:
-        atoms = pure(moved[1])
-        return None if atoms is None else (moved[0], atoms)
+        return moved[0], _as_atoms(*moved, axes)
     if is_call(node, "view", "reshape"):
         return _inner_axes(node, dims, axes)
     if is_call(node, *KEEPS_AXES):
@@ -143,12 +144,47 @@ def from_features(node: fx.Node, dims: tuple[Atoms, ...], wanted: Atoms, axes: A
         if is_call(node, "linear", "addmm", "conv2d", "conv1d"):
             place = len(dims) - 1 if is_call(node, "linear", "addmm") else 1
             return set(axes.resolve(wanted)) <= set(axes.resolve(dims[place]))
-        moved = pull(node, dims, axes)
-        step = _back(node, dims, axes) if moved is None else (moved[0], _as_atoms(*moved, axes))
+        step = _back(node, dims, axes)
         if step is None:
             return False
         node, dims = step
     return False
+
+
+# Projections that an axis of Q is followed through: its own, and one per head behind it.
+_PROJECTIONS = 2
+
+
+def is_channel(node: fx.Node, dims: tuple[Atoms, ...], wanted: Atoms, axes: Axes) -> bool | None:
+    """True if the atoms are channels of a projection with weights of the model, its batch axes
+    included; False if they pass it as they are; None where there is none."""
+    found: bool | None = None
+    passed = 0
+    for _ in range(24):
+        made = contraction(node)
+        if made is not None:
+            product = made.product
+            of = [of_weights(product.left), of_weights(product.right)]
+            if of[0] == of[1]:
+                return found
+            labels = dict(zip(product.out_labels, dims, strict=True))
+            weights = product.left_labels if of[0] else product.right_labels
+            inside = {a for x in weights for a in axes.resolve(labels.get(x, ()))}
+            if set(axes.resolve(wanted)) <= inside:
+                return True
+            found, passed = False, passed + 1
+            if passed == _PROJECTIONS:
+                return found
+            own = product.right_labels if of[0] else product.left_labels
+            node = product.right if of[0] else product.left
+            sizes = shape_of(node)
+            dims = tuple(labels.get(x) or axes.fresh(n) for x, n in zip(own, sizes, strict=True))
+            continue
+        step = _back(node, dims, axes)
+        if step is None:
+            return found
+        node, dims = step
+    return found
 
 
 def _as_atoms(node: fx.Node, dims: Dims, axes: Axes) -> tuple[Atoms, ...]:
@@ -178,6 +214,8 @@ def assign(
         | siblings(*key, width, axes)
         | siblings(*value, features, axes)
     )
+    origins = {a: is_channel(*query, (a,), axes) for a in axes.resolve(rows)}
+    channels = {part: known for a, known in origins.items() for part in axes.resolve((a,))}
     keys, width, features = (axes.resolve(x) for x in (keys, width, features))
     rows = axes.resolve(rows)  # after the walks: they may split atoms
     related = set(axes.resolve(tuple(related)))
@@ -191,13 +229,18 @@ def assign(
         group = group[:-1]  # a query axis is needed: the innermost
     batch = tuple(a for a in shared if a not in related)
     if not heads and not group:
-        batch, heads, group = _by_position(batch, alone, keys, query[1], axes)
+        batch, heads, group = _by_position(batch, alone, keys, query[1], channels, axes)
     query_axes = tuple(a for a in alone if a not in group)
     return Roles(batch, heads, group, query_axes, keys, width, features)
 
 
 def _by_position(
-    shared: Atoms, alone: Atoms, keys: Atoms, dims: tuple[Atoms, ...], axes: Axes
+    shared: Atoms,
+    alone: Atoms,
+    keys: Atoms,
+    dims: tuple[Atoms, ...],
+    channels: Mapping[int, bool | None],
+    axes: Axes,
 ) -> tuple[Atoms, Atoms, Atoms]:
     """(batch, heads, group) from the dimensions of Q: the first batch-like one is the batch.
 
@@ -211,8 +254,27 @@ def _by_position(
     kept = tuple(a for a in shared if a in batch or a not in inside)
     heads = tuple(a for a in shared if a not in kept)
     if not heads and not group:
-        group = alone[: -_positions(alone, keys, axes)]
+        group = _heads_of_one_key(alone, keys, channels, axes)
     return kept, heads, group
+
+
+def _heads_of_one_key(
+    alone: Atoms, keys: Atoms, channels: Mapping[int, bool | None], axes: Axes
+) -> Atoms:
+    """Which axes of Q alone are heads, where no axis is shared with the keys: channels of a
+    projection; where none is seen, the ones that are not as many as the keys, or of fixed size.
+    """
+    known = [channels.get(a) for a in alone]
+    found = tuple(a for a in alone if channels.get(a))
+    if None not in known and len(found) < len(alone):
+        return found
+    as_many = [a for a in alone if same_size(axes.size(a), axes.extent(keys))]
+    if len(as_many) == 1:
+        return tuple(a for a in alone if a not in as_many)
+    fixed = tuple(a for a in alone if isinstance(axes.size(a), int))
+    if 0 < len(fixed) < len(alone):
+        return fixed
+    return alone[: -_positions(alone, keys, axes)]
 
 
 def _positions(alone: Atoms, keys: Atoms, axes: Axes) -> int:
