@@ -108,6 +108,17 @@ class PackedWithPositions(Projected):
         return self.out((scores.softmax(-1) @ v).view(b, HEADS, n, -1).transpose(1, 2).flatten(2))
 
 
+class NearestOnly(Projected):
+    """Every query has keys of its own: the nearest tokens, gathered."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        nearest = (x @ x.transpose(1, 2)).topk(2, -1)[1]
+        row = torch.arange(x.shape[0])[:, None, None]
+        k, v = self.k(x)[row, nearest], self.v(x)[row, nearest]
+        p = torch.einsum("bnd,bnkd->bnk", self.q(x), k).softmax(-1)
+        return self.out(torch.einsum("bnk,bnkd->bnd", p, v))
+
+
 class MaskOfBytes(Projected):
     """The mask is made of bytes, and compared twice."""
 
@@ -165,3 +176,14 @@ def test_a_row_less_scores_is_shifted_only_along_the_softmax() -> None:
     found = ar.find_attention(Columns(), args)
     assert not found.sites
     assert [r.code for r in found.refusals] == ["score-dependent-mask"]
+
+
+def test_queries_with_keys_of_their_own_are_a_batch() -> None:
+    torch.manual_seed(0)
+    model, x = NearestOnly().eval(), torch.randn(2, TOKENS, 32)
+    shapes = ({1: torch.export.Dim("n", min=4, max=64)},)
+    done = ar.optimize(model, "exact", (x,), dynamic_shapes=shapes)
+    (site,) = done.sites
+    assert (site.hq, site.q_len, site.kv_len) == (1, 1, 2)
+    longer = torch.randn(2, 2 * TOKENS, 32)
+    assert (done(longer) - model(longer)).abs().max() <= 1e-5

@@ -252,7 +252,9 @@ def _by_position(
     batch = like[0] if like and not set(like[0]) & set(group) else ()
     inside = {a for d in like for a in d}
     kept = tuple(a for a in shared if a in batch or a not in inside)
-    heads = tuple(a for a in shared if a not in kept)
+    # What may change is a number of sequences (queries with keys of their own), not of heads.
+    heads = tuple(a for a in shared if a not in kept and isinstance(axes.size(a), int))
+    kept = tuple(a for a in shared if a not in heads)
     if not heads and not group:
         group = _heads_of_one_key(alone, keys, channels, axes)
     return kept, heads, group
