@@ -31,6 +31,8 @@ _SIZES = (
 )
 
 
+# Pixels of a side where a model of larger images can be made for it.
+IMAGE = 256
 # Parameters; the reference takes eight bytes for each.
 LARGEST = 100_000_000
 
@@ -39,15 +41,39 @@ def build(name: str, spelling: str, batch: int = 2) -> Any:
     """(model, args, kwargs); ``eager`` turns timm's fused attention off."""
     timm = import_timm()
     timm.layers.set_fused_attn(spelling == "sdpa")
-    try:  # two blocks show every kind of block that a model of equal blocks has
-        model = timm.create_model(name, pretrained=False, num_classes=8, depth=2).eval()
-    except (TypeError, RuntimeError, AssertionError):
-        model = timm.create_model(name, pretrained=False, num_classes=8).eval()
+    model = _made(timm, name).eval()
     if sum(p.numel() for p in model.parameters()) > LARGEST:
         raise ValueError(f"the smallest model of the family, {name}, is too large for a test")
     channels, height, width = model.default_cfg.get("input_size", (3, 224, 224))
+    if height > IMAGE and _takes(model, torch.zeros(1, channels, IMAGE, IMAGE)):
+        height = width = IMAGE
     generator = torch.Generator().manual_seed(0)
     return model, (torch.randn(batch, channels, height, width, generator=generator),), {}
+
+
+def _takes(model: torch.nn.Module, image: torch.Tensor) -> bool:
+    try:
+        with torch.no_grad():
+            model(image)
+    except (RuntimeError, AssertionError, ValueError):  # of models for one size
+        return False
+    return True
+
+
+def _made(timm: Any, name: str) -> torch.nn.Module:
+    """The model, as small as its function lets it be made: two blocks show every kind of block that
+    a model of equal blocks has, and images of a thousand pixels show nothing that small ones do
+    not."""
+    large = timm.get_pretrained_cfg(name).input_size[-1] > IMAGE
+    depths, sizes = ({"depth": 2}, {}), ({"img_size": IMAGE}, {}) if large else ({},)
+    for size in sizes:
+        for depth in depths:
+            try:
+                model = timm.create_model(name, pretrained=False, num_classes=8, **depth, **size)
+            except (TypeError, RuntimeError, AssertionError):
+                continue
+            return model
+    raise ValueError(f"timm cannot make {name}")
 
 
 def smallest(names: list[str]) -> str:
