@@ -624,11 +624,12 @@ def test_targets_without_these_8_bit_floats_refuse(target):
     assert not isinstance(lower(quantised("int8"), device=parse_target(target)), Refusal)
 
 
-CODES = [("cuda:90", "int8(pv=true)"), ("cuda:90", "fp8"), ("hip:gfx942", "int8")]
+CODES = [("cuda:90", "int8(pv=true)"), ("cuda:90", "int4"), ("hip:gfx942", "int8")]
 CODES_SLOWLY = [
     ("cuda:80", "int8"), ("cuda:80", "int8(pv=true)"), ("cuda:100", "int8(pv=true)"),
     ("cuda:100", "fp8"), ("cuda:90", "int8(pv='fp8', granularity='thread')"),
     ("hip:gfx942", "int8(pv=true)"), ("cuda:90", "fp8(kind='e5m2', pv=false)"),
+    ("cuda:90", "fp8"), ("cuda:80", "int4"), ("cuda:100", "int4(pv=true)"), ("hip:gfx942", "int4"),
 ]  # fmt: skip
 
 

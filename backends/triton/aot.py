@@ -20,18 +20,19 @@ from attn_rewrite.backends.triton.build import is_interpreted, kernel_of
 from attn_rewrite.backends.triton.emit import Source
 from attn_rewrite.backends.triton.frame import Parameter
 from attn_rewrite.backends.triton.launch import last_line
+from attn_rewrite.backends.triton.packed import is_packed
 from attn_rewrite.backends.triton.schedule import Device, padded_side
 from attn_rewrite.errors import PolicyError, ToolError
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 POINTERS = {
     "float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "float8_e4m3fn": "*fp8e4nv",
-    "float8_e5m2": "*fp8e5", "int8": "*i8", "int32": "*i32", "int64": "*i64", "bool": "*i1",
+    "float8_e5m2": "*fp8e5", "int8": "*i8", "int32": "*i32", "int64": "*i64", "bool": "*i1", "uint8": "*u8",
 }  # fmt: skip
 _NARROW = ("float8_e4m3fn", "float8_e5m2", "int8")
 _NUMBERS = {"dropout": "fp32"}
 _DECLARED = {
-    "bool": "bool", "i64": "int64", "i32": "int32", "i8": "int8", "f32": "float32",
+    "bool": "bool", "i64": "int64", "i32": "int32", "i8": "int8", "f32": "float32", "i4": "uint8",
     "f8e4m3": "float8_e4m3fn", "f8e5m2": "float8_e5m2",
 }  # fmt: skip
 
@@ -160,7 +161,7 @@ def _specialised(
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    aligned = all(n % 16 == 0 for n in lanes.values())
+    packed = {t.name for t in source.program.cascade.inputs if is_packed(t)}
     for place, p in enumerate(source.parameters):
         if p.constant:
             signature[p.name] = "constexpr"
@@ -175,6 +176,8 @@ def _specialised(
         else:
             # A tensor of 2^20 tokens has strides beyond 32 bits.
             signature[p.name] = _NUMBERS.get(p.name, "i64" if p.kind == "stride" else "i32")
+            step = 32 if p.tensor in packed else 16  # two in a byte
+            aligned = all(n % step == 0 for n in lanes.values())
             if p.kind == "stride" and aligned and set(lanes) & set(ranks_of(source, p.tensor)):
                 attributes[place,] = [["tt.divisibility", 16]]
     return signature, constants, attributes

@@ -167,4 +167,4 @@ def accumulators(program: Program) -> int:
 
 def _widened(program: Program) -> frozenset[str]:
     """Values stored in 8 bits that meet computed probabilities: products run in float16."""
-    return frozenset(t.name for t in program.cascade.inputs if t.dtype == "i8")
+    return frozenset(t.name for t in program.cascade.inputs if t.dtype in ("i8", "i4"))

@@ -15,6 +15,7 @@ from attn_rewrite.backends.triton.build import is_interpreted, kernel_of
 from attn_rewrite.backends.triton.emit import Source
 from attn_rewrite.backends.triton.frame import Parameter
 from attn_rewrite.backends.triton.interpreted import exact_conversions
+from attn_rewrite.backends.triton.packed import extents_in
 from attn_rewrite.backends.triton.schedule import padded_side
 from attn_rewrite.errors import LowerError, ToolError
 
@@ -148,7 +149,7 @@ def extents_of(
     for decl in source.program.cascade.inputs:
         if decl.name not in tensors:
             continue
-        for rank, extent in zip(decl.ranks, tensors[decl.name].shape, strict=True):
+        for rank, extent in extents_in(decl, tensors[decl.name].shape):
             have = found.get(rank)
             if have is None or (isinstance(have, int) and have == 1):
                 found[rank] = extent

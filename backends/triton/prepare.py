@@ -12,6 +12,7 @@ from attn_rewrite.backends.triton.autotune import cache_key, remembered
 from attn_rewrite.backends.triton.choose import FEW_ROWS, choose_schedule
 from attn_rewrite.backends.triton.emit import Source, emit
 from attn_rewrite.backends.triton.gradient import Backward, backward_of
+from attn_rewrite.backends.triton.packed import extents_in
 from attn_rewrite.backends.triton.program import Program, read_program
 from attn_rewrite.backends.triton.same import Same
 from attn_rewrite.backends.triton.schedule import Device, Schedule, from_text
@@ -25,7 +26,7 @@ from attn_rewrite.site import Refusal
 
 DROPOUT = "DROPOUT"
 LSE = "LSE"
-_EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+_EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
 
 
 @lru_cache(maxsize=512)
@@ -111,7 +112,7 @@ def lanes_of(program: Program, tensors: Mapping[str, Tensor]) -> dict[str, int]:
     for decl in program.cascade.inputs:
         if decl.name not in tensors:
             continue
-        for rank, extent in zip(decl.ranks, tensors[decl.name].shape, strict=True):
+        for rank, extent in extents_in(decl, tensors[decl.name].shape):
             if rank in program.roles.lanes:
                 found[rank] = int(extent)
     return found
@@ -208,7 +209,7 @@ def sizes_of(program: Program, tensors: Mapping[str, Tensor]) -> dict[str, int]:
     found: dict[str, int] = {}
     for decl in program.cascade.inputs:
         if decl.name in tensors:
-            for rank, extent in zip(decl.ranks, tensors[decl.name].shape, strict=True):
+            for rank, extent in extents_in(decl, tensors[decl.name].shape):
                 found[rank] = max(int(extent), found.get(rank, 1))
     return found
 
