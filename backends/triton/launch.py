@@ -16,7 +16,7 @@ from attn_rewrite.backends.triton.emit import Source
 from attn_rewrite.backends.triton.frame import Parameter
 from attn_rewrite.backends.triton.interpreted import exact_conversions
 from attn_rewrite.backends.triton.packed import extents_in
-from attn_rewrite.backends.triton.schedule import padded_side
+from attn_rewrite.backends.triton.schedule import least_side, padded_side
 from attn_rewrite.errors import LowerError, ToolError
 
 Launch = Callable[..., Any]
@@ -62,7 +62,8 @@ def _argument(source: Source, call: Call, p: Parameter) -> Any:
         return call.extents[p.rank]
     if p.kind == "lane":
         extent = call.extents[p.rank]
-        return padded_side(extent) if p.name.startswith("BLOCK_") else extent
+        least = least_side(source.schedule, source.program.cascade.inputs)
+        return padded_side(extent, least) if p.name.startswith("BLOCK_") else extent
     return _constant(source, call, p)
 
 

@@ -131,7 +131,7 @@ def source_of(
     if schedule:
         chosen = _read_schedule(schedule)
     else:
-        chosen = _tuned(program, tensors) or default_of(program, tensors)
+        chosen = tuned_for(program, tensors) or default_of(program, tensors)
     chosen = widened(chosen, tensors)
     if random != chosen.random:
         chosen = chosen.with_(random=random)
@@ -172,12 +172,20 @@ def _default(
     return choose_schedule(program.value, dict(lanes), item_bytes, device, {row: rows})
 
 
-def _tuned(program: Program, tensors: Mapping[str, Tensor]) -> Schedule | None:
-    """What `tune` found for this class of shapes on this device; nothing where it never ran."""
+def tuned_for(
+    program: Program,
+    tensors: Mapping[str, Tensor],
+    kind: str = "",
+    more: Mapping[str, int] | None = None,
+) -> Schedule | None:
+    """What `tune` found for this class of shapes on this device; nothing where it never ran.
+
+    ``kind`` and ``more`` as in `tuning_key`.
+    """
     first = _first(tensors)
     if not is_tuned_for(first.device) or any(not isinstance(n, int) for n in first.shape):
         return None
-    return remembered(tuning_key(program, tensors))
+    return remembered(tuning_key(program, tensors, kind, more))
 
 
 def is_tuned_for(device: torch.device) -> bool:
@@ -185,11 +193,20 @@ def is_tuned_for(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_available()
 
 
-def tuning_key(program: Program, tensors: Mapping[str, Tensor]) -> str:
-    """Under which the result of tuning ``program`` for operands like ``tensors`` is kept."""
+def tuning_key(
+    program: Program,
+    tensors: Mapping[str, Tensor],
+    kind: str = "",
+    more: Mapping[str, int] | None = None,
+) -> str:
+    """Under which the result of tuning ``program`` for operands like ``tensors`` is kept.
+
+    ``kind`` is what the kernel is beside its program (``varlen``, ``paged``), ``more`` the extents
+    that shapes do not show.
+    """
     first = _first(tensors)
-    sizes = tuple(sizes_of(program, tensors).items())
-    return _key(Same(program), sizes, str(first.dtype), device_name(first))
+    sizes = tuple({**sizes_of(program, tensors), **(more or {})}.items())
+    return _key(Same(program), sizes, f"{first.dtype} {kind}".strip(), device_name(first))
 
 
 @lru_cache(maxsize=4096)
