@@ -110,8 +110,8 @@ def test_a_bundle_runs_with_its_own_lists(name, tmp_path):
     ("policy", "makes"),
     [
         ("int8", {"QI", "KI", "QS", "KS", "KM64"}),
-        ("int8(pv=true, smooth_v=true)", {"QI", "KI", "VI", "VS", "VS64"}),
-        ("int4(pv=true, smooth_q=false)", {"QI", "KI", "VI"}),
+        pytest.param("int8(pv=true, smooth_v=true)", {"QI", "KI", "VI", "VS", "VS64"}, marks=pytest.mark.slow),
+        ("int4(pv=true, granularity='block', smooth_q=false)", {"QI", "KI", "VI"}),
     ],
 )  # fmt: skip
 def test_a_bundle_makes_its_own_codes(policy, makes, tmp_path):
@@ -135,14 +135,18 @@ def test_a_bundle_makes_its_own_codes(policy, makes, tmp_path):
     assert len(launches) == 2 * (1 + len(metas))
     for number, wanted in enumerate(found(*x)):
         mine = outputs[f"attention#{number}"]
-        assert (mine - wanted).abs().max() <= 4e-6 * wanted.abs().max()
+        error = (mine - wanted).abs().amax(-1)
+        rounds = "pv" in policy  # a probability may round the other way in float32: one code
+        assert error.max() <= (x[2].abs().max() / 64 if rounds else 4e-6 * wanted.abs().max())
+        assert (error > 4e-6 * wanted.abs().max()).float().mean() <= (0.01 if rounds else 0)
         assert (mine - model(*x)[number]).abs().max() > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:100", "hip:gfx942"])
 def test_quantising_kernels_of_other_targets(target, tmp_path):
     model, x, _, _ = make_model()
-    found = ar.optimize(model, "int4(pv=true, smooth_q=false)", x)
+    found = ar.optimize(model, "int4(pv=true, granularity='block', smooth_q=false)", x)
     artifact = export_triton(found, tmp_path, target=target)
     assert [len(artifact.codes[s]) for s in artifact.sites] == [5, 5]
     assert all(k["resources"]["spilled"] == 0 for k in artifact.kernels)

@@ -111,9 +111,9 @@ def quantise_kernel(  # type: ignore[no-untyped-def]
             # Two in a byte, 8 added, the first in the low half; a half to spare is 0.
             half = tl.where(channel < lanes, code.to(tl.int32) + 8, 0)
             low, high = tl.split(tl.reshape(half, [tile, padded // 2, 2]))
-            place = tl.arange(0, padded // 2)
-            mask = inside[:, None] & (place < (lanes + 1) // 2)[None, :]
-            at = codes + first_code * ((lanes + 1) // 2) + place[None, :]
+            byte = tl.arange(0, padded // 2)
+            mask = inside[:, None] & (byte < (lanes + 1) // 2)[None, :]
+            at = codes + first_code * ((lanes + 1) // 2) + byte[None, :]
             tl.store(at, (low + high * 16).to(tl.uint8), mask=mask)
         else:
             mask = inside[:, None] & (channel < lanes)[None, :]
