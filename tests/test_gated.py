@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 
 import pytest
@@ -11,9 +12,11 @@ from torch import nn
 from torch.nn import functional
 
 import attn_rewrite as ar
-from attn_rewrite.errors import PolicyError
+from attn_rewrite.cli import app, verify
+from attn_rewrite.errors import PolicyError, VerifyError
 from attn_rewrite.gates import named_gates
 from attn_rewrite.passes.quantize.gated import Gated
+from tests.command import attn_rewrite
 from tests.sites import make_site
 
 HEADS, WIDTH = 4, 24
@@ -229,3 +232,60 @@ def test_models_of_libraries(make):
     before = run(*args)[0]
     assert torch.allclose(before, model(*args)[0], atol=1e-5)
     assert not torch.allclose(shaken(run)(*args)[0], before, atol=1e-3)
+
+
+# The command, on a result whose gates were trained
+
+
+def make_model():
+    torch.manual_seed(0)
+    return Attention(hkv=2).eval(), (X,), {}, None
+
+
+NAMED = "tests.test_gated:make_model"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder that the command wrote, saved again with gates that were trained."""
+    folder = tmp_path_factory.mktemp("gates")
+    made = attn_rewrite("optimize", NAMED, "--policy", "gated(kind='mlp')", "-o", folder / "made")
+    assert made.code == 0, made.err
+    run = ar.load(folder / "made")
+    optimizer = torch.optim.SGD([p for _, p in named_gates(run)], 10.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        run(X).square().mean().backward()
+        optimizer.step()
+    ar.save(run, folder / "trained")
+    return run, folder / "trained"
+
+
+def test_verify_takes_trained_gates_from_the_saved_result(trained, capfd):
+    """The original has none; the bound is that of the rewritten model with these gates."""
+    run, folder = trained
+    model = make_model()[0]
+    wanted = gated_by_hand(model, named_gates(run), "mlp", X)
+    assert (run(X) - model(X)).abs().max() > 1e-2, "training changed something"
+    assert (run(X).double() - wanted).abs().max() < 1e-5
+    assert app.run(["verify", str(folder), "--original", NAMED, "--json"]) == 0
+    document = json.loads(capfd.readouterr().out)
+    assert set(document["errors"]) == {"model.pt2"}
+    (error,) = document["errors"]["model.pt2"].values()
+    (allowed,) = document["bounds"].values()
+    assert error <= allowed < 1e-4
+
+
+def test_verify_finds_gates_that_are_not_applied_as_saved(trained, monkeypatch, capfd):
+    """Outputs of other gates than those that are saved."""
+    outputs = verify._outputs
+
+    def other(saved, loaded):
+        with torch.no_grad():
+            next(p for n, p in named_gates(saved) if n.endswith("_weight")).mul_(0.99)
+        return outputs(saved, loaded)
+
+    monkeypatch.setattr(verify, "_outputs", other)
+    words = ["verify", str(trained[1]), "--original", NAMED, "--json"]
+    assert app.run(words) == VerifyError.exit_code
+    assert "model.pt2" in capfd.readouterr().err

@@ -153,6 +153,109 @@ def test_20_dynamic_quantisation_of_onnx_runtime():
     assert int(zero) == 153
 
 
+LONG, WIDTH = 2048, 64
+
+
+def qdq_attention(x, axis=None, zero=True):
+    """Attention with QuantizeLinear and DequantizeLinear around both products, as a model, and its
+    inputs.  ``axis``: one scale a key (axis 3 of the transposed keys); ``zero``: zero points."""
+    onnx = pytest.importorskip("onnx")
+    nodes, given = [], {}
+
+    def constant(name, value):
+        given[name] = onnx.numpy_helper.from_array(np.asarray(value), name)
+        return name
+
+    def coded(name, scale, **along):
+        scale = constant(f"{name}_scale", np.float32(scale))
+        points = [constant(f"{name}_zero", np.zeros_like(scale_of(name), np.int8))] if zero else []
+        kind = {} if zero else {"output_dtype": onnx.TensorProto.INT8}
+        make = onnx.helper.make_node
+        nodes.append(make("QuantizeLinear", [name, scale, *points], [f"{name}_q"], **along, **kind))
+        nodes.append(
+            make("DequantizeLinear", [f"{name}_q", scale, *points], [f"{name}_dq"], **along)
+        )
+        return f"{name}_dq"
+
+    def scale_of(name):
+        return onnx.numpy_helper.to_array(given[f"{name}_scale"])
+
+    def add(kind, inputs, output, **attributes):
+        nodes.append(onnx.helper.make_node(kind, inputs, [output], **attributes))
+        return output
+
+    q, k, v = (t.numpy() for t in x)
+    largest = np.abs(k).max() if axis is None else np.abs(k).max((0, 1, 3))
+    along = {} if axis is None else {"axis": axis}
+    add("Transpose", ["k"], "t", perm=[0, 1, 3, 2])
+    add("Mul", ["q", constant("root", np.float32(WIDTH**-0.5))], "scaled")
+    left = coded("scaled", np.abs(q).max() * WIDTH**-0.5 / 127)
+    add("MatMul", [left, coded("t", largest / 127, **along)], "s")
+    add("Softmax", ["s"], "p", axis=-1)
+    add("MatMul", [coded("p", 1 / 127), coded("v", np.abs(v).max() / 127)], "o")
+    of, kind = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        nodes, "attention", [of(n, kind, list(t.shape)) for n, t in zip("qkv", x, strict=True)],
+        [of("o", kind, list(x[0].shape))], initializer=list(given.values()),
+    )  # fmt: skip
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)])
+    model.ir_version = 10
+    return model.SerializeToString(), dict(zip("qkv", (q, k, v), strict=True))
+
+
+def run_qdq(model, inputs, tmp_path, **entries):
+    """What a session gives, and how often it fused a product to integers."""
+    onnx = pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4
+    options.optimized_model_filepath = str(tmp_path / "fused.onnx")
+    for name, entry in entries.items():
+        options.add_session_config_entry(f"session.{name}", entry)
+    session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    kinds = [n.op_type for n in onnx.load(tmp_path / "fused.onnx").graph.node]
+    return session.run(None, inputs)[0], kinds.count("MatMulIntegerToFloat")
+
+
+def similarity(found, x):
+    q, k, v = (t.double() for t in x)
+    wanted = ((q @ k.mT * WIDTH**-0.5).softmax(-1) @ v).flatten()
+    return float(
+        torch.nn.functional.cosine_similarity(torch.tensor(found).double().flatten(), wanted, 0)
+    )
+
+
+def operands(length):
+    make = torch.Generator().manual_seed(0)
+    return [torch.randn(1, 2, length, WIDTH, generator=make) for _ in "qkv"]
+
+
+def test_20_a_static_scale_of_probabilities_is_a_disaster(tmp_path):
+    """Both products fuse to integers, and divided probabilities round away as rows grow."""
+    found = []
+    for length in (64, LONG):
+        x = operands(length)
+        out, fused = run_qdq(*qdq_attention(x), tmp_path)
+        assert fused == 2
+        found.append(similarity(out, x))
+    assert found[0] > 0.9
+    assert found[1] < 0.6
+
+
+def test_20_a_zero_point_for_each_key_fails_in_the_fused_product(tmp_path):
+    """It holds without the zero points, and where the fusion is off."""
+    runtime = pytest.importorskip("onnxruntime")
+    x = operands(64)
+    failing = qdq_attention(x, axis=3)
+    with pytest.raises(runtime.capi.onnxruntime_pybind11_state.Fail, match="zero point"):
+        run_qdq(*failing, tmp_path)
+    whole, fused = run_qdq(*failing, tmp_path, disable_quant_qdq="1")
+    assert fused == 0
+    without, _ = run_qdq(*qdq_attention(x, axis=3, zero=False), tmp_path)
+    assert np.abs(whole - without).max() < 1e-5
+    assert similarity(whole, x) > 0.9
+
+
 def decibels(text, q, k, v):
     site = make_site(
         hq=1, hkv=1, q_len=len(q), kv_len=len(k), d_qk=q.shape[1], d_v=v.shape[1],

@@ -20,12 +20,13 @@ from attn_rewrite.backends.triton.aot import (
     LIMITS,
     Limits,
     compile_source,
+    fits,
     occupancy_bound,
     parse_target,
 )
 from attn_rewrite.backends.triton.base2 import to_base_2
 from attn_rewrite.backends.triton.bounds import loop_ranges
-from attn_rewrite.backends.triton.bundle import fits, smaller
+from attn_rewrite.backends.triton.bundle import smaller
 from attn_rewrite.backends.triton.choose import choose_schedule
 from attn_rewrite.backends.triton.derivative import derivative
 from attn_rewrite.backends.triton.emit import emit
@@ -330,7 +331,7 @@ def own_cache(tmp_path, monkeypatch):
 def test_default_kernels_compile_without_spills(target, name, dtype, d):
     binary = compiled(target, name, dtype, d)
     assert binary.resources.spilled == 0, binary.resources
-    assert fits(binary, LIMITS[target])
+    assert fits(binary.resources, LIMITS[target])
     assert 0 < binary.resources.occupancy <= 1
     assert set(binary.files) == ({"ptx", "cubin"} if "cuda" in target else {"amdgcn", "hsaco"})
     assert all(binary.files.values())
@@ -339,7 +340,7 @@ def test_default_kernels_compile_without_spills(target, name, dtype, d):
 @pytest.mark.matrix
 @pytest.mark.parametrize(("target", "name", "dtype", "d"), COMPILED_SLOWLY)
 def test_every_default_kernel_compiles_without_spills(target, name, dtype, d):
-    assert fits(compiled(target, name, dtype, d), LIMITS[target])
+    assert fits(compiled(target, name, dtype, d).resources, LIMITS[target])
 
 
 def test_a_schedule_that_spills_is_found_out():
@@ -348,7 +349,7 @@ def test_a_schedule_that_spills_is_found_out():
     greedy = Schedule(block_rows=64, block_along=64, warps=1, stages=1)
     binary = compile_source(emit(stage.program, greedy, lanes), "cuda:90", "float16", lanes)
     assert binary.resources.spilled > 0
-    assert not fits(binary, LIMITS["cuda:90"])
+    assert not fits(binary.resources, LIMITS["cuda:90"])
     sizes = [s.block_rows * s.block_along for s in smaller(greedy)]
     assert sizes == sorted(sizes, reverse=True)
 
@@ -624,11 +625,14 @@ def test_targets_without_these_8_bit_floats_refuse(target):
     assert not isinstance(lower(quantised("int8"), device=parse_target(target)), Refusal)
 
 
-CODES = [("cuda:90", "int8(pv=true)"), ("cuda:90", "fp8"), ("hip:gfx942", "int8")]
+CODES = [
+    ("cuda:90", "int8(pv=true)"), ("cuda:90", "int4"), ("cuda:90", "fp8"), ("hip:gfx942", "int8"),
+]  # fmt: skip
 CODES_SLOWLY = [
     ("cuda:80", "int8"), ("cuda:80", "int8(pv=true)"), ("cuda:100", "int8(pv=true)"),
     ("cuda:100", "fp8"), ("cuda:90", "int8(pv='fp8', granularity='thread')"),
     ("hip:gfx942", "int8(pv=true)"), ("cuda:90", "fp8(kind='e5m2', pv=false)"),
+    ("cuda:80", "int4"), ("cuda:100", "int4(pv=true)"), ("hip:gfx942", "int4"),
 ]  # fmt: skip
 
 

@@ -106,6 +106,60 @@ def test_a_bundle_runs_with_its_own_lists(name, tmp_path):
         assert (mine - model(*x)[number]).abs().max() > 1e-2, "the lists leave something out"
 
 
+@pytest.mark.parametrize(
+    ("policy", "makes"),
+    [
+        ("int8", {"QI", "KI", "QS", "KS", "KM64"}),
+        pytest.param("int8(pv=true, smooth_v=true)", {"QI", "KI", "VI", "VS", "VS64"}, marks=pytest.mark.slow),
+        ("int4(pv=true, granularity='block', smooth_q=false)", {"QI", "KI", "VI"}),
+    ],
+)  # fmt: skip
+def test_a_bundle_makes_its_own_codes(policy, makes, tmp_path):
+    """Source, binary, metadata, resources and loader: operands go in, the attention comes out."""
+    model, x, _, _ = make_model()
+    found = ar.optimize(model, policy, x)
+    artifact = export_triton(found, tmp_path / "bundle", target="cuda:90")
+    assert not artifact.refusals
+    assert not artifact.notes
+    index = json.loads((tmp_path / "bundle" / "kernels.json").read_text())
+    metas = {}
+    for name in index["codes"]["attention#0"]:
+        metas[name] = json.loads((tmp_path / "bundle" / f"{name}.json").read_text())
+        assert {p.suffix for p in (tmp_path / "bundle").glob(f"{name}.*")} == {
+            ".py", ".json", ".ptx", ".cubin",
+        }  # fmt: skip
+    assert makes <= set().union(*(m["makes"] for m in metas.values()))
+    reports = {k["name"]: k["resources"] for k in index["kernels"]}
+    assert all(reports[n]["spilled"] == 0 and reports[n]["registers"] for n in metas)
+    outputs, launches = run_bundle(tmp_path / "bundle", dict(zip("QKV", x, strict=True)), tmp_path)
+    assert len(launches) == 2 * (1 + len(metas))
+    for number, wanted in enumerate(found(*x)):
+        mine = outputs[f"attention#{number}"]
+        error = (mine - wanted).abs().amax(-1)
+        rounds = "pv" in policy  # a probability may round the other way in float32: one code
+        assert error.max() <= (x[2].abs().max() / 64 if rounds else 4e-6 * wanted.abs().max())
+        assert (error > 4e-6 * wanted.abs().max()).float().mean() <= (0.01 if rounds else 0)
+        assert (mine - model(*x)[number]).abs().max() > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:100", "hip:gfx942"])
+def test_quantising_kernels_of_other_targets(target, tmp_path):
+    model, x, _, _ = make_model()
+    found = ar.optimize(model, "int4(pv=true, granularity='block', smooth_q=false)", x)
+    artifact = export_triton(found, tmp_path, target=target)
+    assert [len(artifact.codes[s]) for s in artifact.sites] == [5, 5]
+    assert all(k["resources"]["spilled"] == 0 for k in artifact.kernels)
+
+
+def test_what_no_kernel_of_a_bundle_makes_is_said(tmp_path):
+    model, x, _, _ = make_model()
+    artifact = export_triton(ar.optimize(model, "int8(rotate=true)", x), tmp_path, target="cuda:90")
+    assert artifact.codes["attention#0"] == ()
+    assert "the caller computes them" in artifact.notes["attention#0"]
+    assert "KI" in artifact.notes["attention#0"]
+
+
 def test_the_command_exports_a_plan_of_block_lists(tmp_path):
     model, x, _, _ = make_model()
     plan = plan_of('blocks(table="t", block=16)', "keep")

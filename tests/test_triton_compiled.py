@@ -12,7 +12,9 @@ import torch
 pytest.importorskip("triton")
 
 import attn_rewrite.ops  # noqa: F401
-from attn_rewrite.backends.triton import autotune, build, launch, ops
+from attn_rewrite.backends.triton import autotune, build, launch, ops, prepare, tune
+from attn_rewrite.backends.triton import decode as decode_module
+from attn_rewrite.backends.triton import varlen as varlen_module
 from attn_rewrite.backends.triton.choose import choose_schedule
 from attn_rewrite.backends.triton.decode import Pages, decode, split_form
 from attn_rewrite.backends.triton.emit import emit
@@ -109,6 +111,74 @@ def test_serving_takes_one_binary_of_each_kernel_for_all_lengths(binaries):
     assert {n: len(keys) for n, keys in binaries.items()} == {
         "varlen": 1, "decode_part": 1, "decode_join": 1,
     }  # fmt: skip
+
+
+def serving(kind, length):
+    """A call of a kernel of serving, how it is tuned, and which kernel it is."""
+    cascade = softmax_cascade(CASES["cached"].form(2), "case")
+    x = dict(zip("QKV", operands(length, None if kind == "varlen" else 1), strict=True))
+    if kind == "varlen":
+        starts = torch.tensor([0, length // 2, length], dtype=torch.int32)
+        given = ({n: t[0] for n, t in x.items()}, Sequences(starts, starts, length, length))
+        return lambda: attend_varlen(cascade, *given), lambda: tune.tune_varlen(cascade, *given)
+    pages = None
+    if kind == "paged":
+        x |= {n: torch.empty(9, 2, 64, 64, dtype=torch.bfloat16) for n in "KV"}
+        table = torch.zeros(2, -(-length // 64), dtype=torch.int32)
+        pages = Pages(table, torch.tensor([length, 1], dtype=torch.int32))
+    return (
+        lambda: decode(cascade, x, pages=pages),
+        lambda: tune.tune_decode(cascade, x, pages),
+    )
+
+
+@pytest.mark.parametrize("kind", ["split", "paged", "varlen"])
+def test_kernels_of_serving_are_tuned(kind, binaries, monkeypatch):
+    """Timed once for a class of shapes; calls use what was found, in this process and by file."""
+    name = "varlen" if kind == "varlen" else "decode_part"
+    used, timed = [], []
+    launched = launch.launch
+
+    def noted(source, *rest, **more):
+        used.append((source.name, source.schedule))
+        return launched(source, *rest, **more)
+
+    def clock(call):
+        used.clear()
+        call()
+        (schedule,) = (s for n, s in used if n == name)
+        timed.append(schedule)
+        return abs(schedule.block_along - 32) + schedule.stages + schedule.warps
+
+    for module in (decode_module, varlen_module):
+        monkeypatch.setattr(module, "launch", noted)
+    monkeypatch.setattr(tune, "check_device", lambda tensors: None)
+    monkeypatch.setattr(tune, "milliseconds", clock)
+    monkeypatch.setattr(prepare, "is_tuned_for", lambda device: True)
+    call, tuner = serving(kind, 1000)
+    call()
+    (_, plain) = next(u for u in used if u[0] == name)
+    best = tuner()
+    assert (best.block_along, best.stages, best.warps) == (32, 2, 4)
+    assert 1 < len(timed) == len(set(timed)) <= 24
+    assert (plain.block_along, plain.stages, plain.warps) != (32, 2, 4)
+    count = len(timed)
+    autotune.remembered.cache_clear()  # from the disk
+    near, again = serving(kind, 1020)
+    used.clear()
+    near()
+    (_, found) = next(u for u in used if u[0] == name)
+    assert found.with_(**changed(kind, found)) == best.with_(**changed(kind, found))
+    assert again() == best
+    assert len(timed) == count, "the class of shapes is known"
+    serving(kind, 5000)[1]()
+    assert len(timed) == 2 * count, "another class is not"
+
+
+def changed(kind, schedule):
+    """What a call sets on every schedule it takes."""
+    names = ("split", "paged", "varlen", "skipping", "block_rows", "widen")
+    return {n: getattr(schedule, n) for n in names}
 
 
 # Addresses

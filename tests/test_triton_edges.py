@@ -16,8 +16,13 @@ pytest.importorskip("triton")
 
 import attn_rewrite.ops  # noqa: F401
 from attn_rewrite.backends.triton import autotune, build, loader, prepare
-from attn_rewrite.backends.triton.aot import LIMITS, compile_source, grid_formula, parse_target
-from attn_rewrite.backends.triton.bundle import fits
+from attn_rewrite.backends.triton.aot import (
+    LIMITS,
+    compile_source,
+    fits,
+    grid_formula,
+    parse_target,
+)
 from attn_rewrite.backends.triton.choose import choose_schedule, unlisted
 from attn_rewrite.backends.triton.decode import decode
 from attn_rewrite.backends.triton.emit import emit
@@ -171,7 +176,7 @@ def test_defaults_that_once_spilled_do_not(target, name, d):
     found = program(CASES[name].form(1))
     schedule = choose_schedule(found, lanes, 2, parse_target(target))
     binary = compile_source(emit(found, schedule, lanes), target, "bfloat16", lanes)
-    assert fits(binary, LIMITS[target])
+    assert fits(binary.resources, LIMITS[target])
 
 
 @pytest.mark.slow
@@ -183,9 +188,8 @@ def test_backward_kernels_do_not_spill(target, part, d):
     row, along = ("q", "kv") if part == "queries" else ("kv", "q")
     found = program_of(getattr(backward_of(CASES["causal"].form(2)), part), row, along)
     schedule = choose_schedule(found, lanes, 2, parse_target(target))
-    assert fits(
-        compile_source(emit(found, schedule, lanes), target, "bfloat16", lanes), LIMITS[target]
-    )
+    binary = compile_source(emit(found, schedule, lanes), target, "bfloat16", lanes)
+    assert fits(binary.resources, LIMITS[target])
 
 
 # Schedules and what is made once

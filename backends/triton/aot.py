@@ -14,24 +14,26 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from attn_rewrite.backends.triton.build import is_interpreted, kernel_of
 from attn_rewrite.backends.triton.emit import Source
 from attn_rewrite.backends.triton.frame import Parameter
 from attn_rewrite.backends.triton.launch import last_line
-from attn_rewrite.backends.triton.schedule import Device, padded_side
+from attn_rewrite.backends.triton.packed import is_packed
+from attn_rewrite.backends.triton.schedule import Device, least_side, padded_side
 from attn_rewrite.errors import PolicyError, ToolError
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 POINTERS = {
     "float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "float8_e4m3fn": "*fp8e4nv",
     "float8_e5m2": "*fp8e5", "int8": "*i8", "int32": "*i32", "int64": "*i64", "bool": "*i1",
+    "uint8": "*u8",
 }  # fmt: skip
 _NARROW = ("float8_e4m3fn", "float8_e5m2", "int8")
 _NUMBERS = {"dropout": "fp32"}
 _DECLARED = {
-    "bool": "bool", "i64": "int64", "i32": "int32", "i8": "int8", "f32": "float32",
+    "bool": "bool", "i64": "int64", "i32": "int32", "i8": "int8", "f32": "float32", "i4": "uint8",
     "f8e4m3": "float8_e4m3fn", "f8e5m2": "float8_e5m2",
 }  # fmt: skip
 
@@ -103,43 +105,67 @@ def compile_source(
     ``lanes`` are the extents of the head dimensions; ``dtypes`` the types of operands that have
     another one, by name.  Raises `ToolError` where Triton or the assembler fails.
     """
+    kernel = kernel_of(source)
+    parts = _specialised(source, dtype, lanes, special or {}, dtypes or {})
+    made = compile_kernel(
+        kernel, parts, target, warps=source.schedule.warps, stages=source.schedule.stages,
+        name=f"{source.name} with {dtype}",
+    )  # fmt: skip
+    meta = _metadata(source, target, made.compiled, *parts, made.resources)
+    return Binary(target, made.files, made.resources, meta)
+
+
+Signature = tuple[Mapping[str, str], Mapping[str, Any], Mapping[tuple[int, ...], Any]]
+
+
+class Compiled(NamedTuple):
+    """What Triton made, its files by kind, and what it takes."""
+
+    compiled: Any
+    files: Mapping[str, bytes]
+    resources: Resources
+
+
+def compile_kernel(
+    kernel: Any, parts: Signature, target: str, *, warps: int, stages: int, name: str
+) -> Compiled:
+    """Compile a kernel of ``triton.jit`` for ``target``.
+
+    ``parts`` are the types of its arguments, the values of constants, and what is known of numbers
+    and addresses.  Raises `ToolError` where Triton or the assembler fails.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     device = parse_target(target)
-    kernel = kernel_of(source)
     if is_interpreted(kernel):
         raise ToolError(
             "kernels are interpreted in this process (TRITON_INTERPRET is set); compile ahead of "
             "time in a process without it", stage="triton compile",
         )  # fmt: skip
-    signature, constants, attributes = _specialised(
-        source, dtype, lanes, special or {}, dtypes or {}
-    )
     warp = 64 if device.backend == "hip" else 32
-    options = {"num_warps": source.schedule.warps, "num_stages": source.schedule.stages}
+    options = {"num_warps": warps, "num_stages": stages}
     try:
         compiled = triton.compile(
-            ASTSource(kernel, signature, constants, attributes),
+            ASTSource(kernel, *parts),
             target=GPUTarget(device.backend, device.arch, warp),
             options={**options, "enable_fp_fusion": True},
         )
     except Exception as error:
         raise ToolError(
-            f"Triton cannot compile {source.name} for {target} with {dtype}: {last_line(error)}",
+            f"Triton cannot compile {name} for {target}: {last_line(error)}",
             stage="triton compile",
         ) from error
     kinds = ("ptx", "cubin") if device.backend == "cuda" else ("amdgcn", "hsaco")
     files = {k: _bytes(compiled.asm[k]) for k in kinds}
     if getattr(compiled.metadata, "global_scratch_size", 0):
         raise ToolError(
-            f"{source.name} for {target} wants scratch memory, which the loader does not provide",
+            f"{name} for {target} wants scratch memory, which the loader does not provide",
             stage="triton compile",
         )
-    resources = _resources(target, device, files, compiled.metadata, source.schedule.warps * warp)
-    meta = _metadata(source, target, compiled, signature, constants, attributes, resources)
-    return Binary(target, files, resources, meta)
+    resources = _resources(target, device, files, compiled.metadata, warps * warp)
+    return Compiled(compiled, files, resources)
 
 
 def _bytes(value: str | bytes) -> bytes:
@@ -160,7 +186,7 @@ def _specialised(
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    aligned = all(n % 16 == 0 for n in lanes.values())
+    packed = {t.name for t in source.program.cascade.inputs if is_packed(t)}
     for place, p in enumerate(source.parameters):
         if p.constant:
             signature[p.name] = "constexpr"
@@ -175,6 +201,8 @@ def _specialised(
         else:
             # A tensor of 2^20 tokens has strides beyond 32 bits.
             signature[p.name] = _NUMBERS.get(p.name, "i64" if p.kind == "stride" else "i32")
+            step = 32 if p.tensor in packed else 16  # two in a byte
+            aligned = all(n % step == 0 for n in lanes.values())
             if p.kind == "stride" and aligned and set(lanes) & set(ranks_of(source, p.tensor)):
                 attributes[place,] = [["tt.divisibility", 16]]
     return signature, constants, attributes
@@ -185,7 +213,9 @@ def _constant(
 ) -> Any:
     schedule, roles = source.schedule, source.program.roles
     if p.kind == "lane":
-        return padded_side(lanes[p.rank]) if p.name.startswith("BLOCK_") else lanes[p.rank]
+        least = least_side(schedule, source.program.cascade.inputs)
+        side = padded_side(lanes[p.rank], least)
+        return side if p.name.startswith("BLOCK_") else lanes[p.rank]
     if p.rank in (roles.row, roles.along):
         return schedule.block_rows if p.rank == roles.row else schedule.block_along
     return schedule.precision if p.name == "PRECISION" else special[p.name]
@@ -279,6 +309,12 @@ def occupancy_bound(limits: Limits, registers: int, shared: int, threads: int) -
     if shared:
         blocks.append(limits.shared // shared)
     return min(1.0, min(blocks) * threads / limits.threads)
+
+
+def fits(resources: Resources, limits: Limits) -> bool:
+    """No register is spilled, and one block's shared memory is there."""
+    reserved = 1024  # a block's share of the processor's shared memory for the system
+    return resources.spilled == 0 and resources.shared + reserved <= limits.shared
 
 
 # Metadata

@@ -49,14 +49,20 @@ def space(
     lanes: Mapping[str, int],
     item_bytes: int,
     pressure: Pressure | None = None,
+    rows: int | None = None,
 ) -> Iterator[Schedule]:
-    """The schedules worth timing: at most 24, the given one first."""
+    """The schedules worth timing: at most 24, the given one first.
+
+    ``rows`` fixes the side of blocks of rows, as few queries do.
+    """
     seen = {schedule}
     yield schedule
     held = pressure or Pressure()
-    sides = (32, 64, 128) if schedule.block_rows < 64 else (64, 128)
-    for rows, along, warps, stages in product(sides, (32, 64, 128), (4, 8), (2, 3)):
-        new = schedule.with_(block_rows=rows, block_along=along, warps=warps, stages=stages)
+    sides: tuple[int, ...] = (32, 64, 128) if schedule.block_rows < 64 else (64, 128)
+    if rows is not None:
+        sides = (rows,)
+    for side, along, warps, stages in product(sides, (32, 64, 128), (4, 8), (2, 3)):
+        new = schedule.with_(block_rows=side, block_along=along, warps=warps, stages=stages)
         if new not in seen and _plausible(new, lanes, item_bytes, held) and len(seen) < 24:
             seen.add(new)
             yield new
@@ -131,6 +137,7 @@ def tuned(
     item_bytes: int,
     timer: Timer,
     pressure: Pressure | None = None,
+    rows: int | None = None,
 ) -> Schedule:
     """The fastest schedule of the space, from disk or timed now with ``timer`` (milliseconds).
 
@@ -140,7 +147,7 @@ def tuned(
     known = remembered(key)
     if known is not None:
         return known
-    times = {s: timer(s) for s in space(schedule, lanes, item_bytes, pressure)}
+    times = {s: timer(s) for s in space(schedule, lanes, item_bytes, pressure, rows)}
     best = min(times, key=times.__getitem__)
     if math.isfinite(times[best]):
         remember(key, best, times[best])

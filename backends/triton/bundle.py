@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attn_rewrite.backends.triton import loader
-from attn_rewrite.backends.triton.aot import LIMITS, Binary, Limits, compile_source, parse_target
+from attn_rewrite.backends.triton.aot import LIMITS, Binary, compile_source, fits, parse_target
 from attn_rewrite.backends.triton.choose import unlisted
 from attn_rewrite.backends.triton.emit import Source, emit
 from attn_rewrite.backends.triton.lower import TritonKernel, lower
+from attn_rewrite.backends.triton.quantise_aot import CodeWriter
 from attn_rewrite.backends.triton.schedule import Schedule
 from attn_rewrite.backends.triton.site_tables import missing_extents, site_tables
+from attn_rewrite.backends.triton.staged import Staged, split
 from attn_rewrite.cascade.reordered import Reordered, as_reordered
 from attn_rewrite.errors import LowerError, ToolError
 from attn_rewrite.site import Refusal, Site
@@ -29,8 +31,9 @@ if TYPE_CHECKING:
 class TritonArtifact:
     """What was written: kernels by site, and why other sites have none.
 
-    ``tables`` names the file of what the kernels of a site read besides its operands; ``notes``
-    says what holds of one site only.
+    ``codes`` are the kernels that make what those of a quantised site read (`quantise_aot`), to
+    launch before them; ``tables`` names the file of what the kernels of a site read besides its
+    operands; ``notes`` says what holds of one site only.
     """
 
     target: str
@@ -40,6 +43,7 @@ class TritonArtifact:
     refusals: tuple[Refusal, ...]
     tables: dict[str, str]
     notes: dict[str, str]
+    codes: dict[str, tuple[str, ...]]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as in ``kernels.json``."""
@@ -47,6 +51,7 @@ class TritonArtifact:
             "target": self.target,
             "kernels": list(self.kernels),
             "sites": {n: list(k) for n, k in self.sites.items()},
+            "codes": {n: list(k) for n, k in self.codes.items()},
             "tables": self.tables,
             "notes": self.notes,
             "refusals": [r.to_json() for r in self.refusals],
@@ -70,6 +75,8 @@ def export_triton(optimized: OptimizedModule, folder: str | Path, *, target: str
     sites: dict[str, tuple[str, ...]] = {}
     tables: dict[str, str] = {}
     notes: dict[str, str] = {}
+    codes: dict[str, tuple[str, ...]] = {}
+    writer = CodeWriter(path, target)
     refusals: list[Refusal] = []
     for site in optimized.sites:
         found = _lowered(optimized, site, device)
@@ -85,6 +92,11 @@ def export_triton(optimized: OptimizedModule, folder: str | Path, *, target: str
                 written[key] = _write(path, source, site, target)
             kernels.append(written[key])
         sites[site.name] = tuple(entry["name"] for _, entry in kernels)
+        if found.stages is not None:
+            codes[site.name], note = writer.write(site, found.stages)
+            notes |= (
+                {site.name: "; ".join(n for n in (notes.get(site.name), note) if n)} if note else {}
+            )
         made = site_tables(tuple(s for s, _ in kernels), site, found.tables, found.reordered)
         if made.arrays:
             tables[site.name] = f"tables-{len(tables)}.safetensors"
@@ -95,8 +107,8 @@ def export_triton(optimized: OptimizedModule, folder: str | Path, *, target: str
             + "; ".join(r.reason for r in refusals[:3]), refusals,
         )  # fmt: skip
     artifact = TritonArtifact(
-        target, path.name, tuple(entry for _, entry in written.values()), sites, tuple(refusals),
-        tables, notes,
+        target, path.name, (*(entry for _, entry in written.values()), *writer.entries.values()),
+        sites, tuple(refusals), tables, notes, codes,
     )  # fmt: skip
     (path / "kernels.json").write_text(json.dumps(artifact.to_json(), indent=1) + "\n", "utf-8")
     shutil.copyfile(loader.__file__, path / "load.py")
@@ -125,6 +137,7 @@ class _Lowered:
     kernel: TritonKernel
     tables: Mapping[str, Table]
     reordered: Reordered | None
+    stages: Staged | None
 
 
 def _lowered(optimized: OptimizedModule, site: Site, device: Any) -> _Lowered | Refusal:
@@ -152,11 +165,11 @@ def _lowered(optimized: OptimizedModule, site: Site, device: Any) -> _Lowered | 
         reason = "the tokens are reordered, and a length is dynamic"
         return Refusal("dynamic-order", reason, site=site.name)
     size = site.inputs["Q"].node.meta["val"].element_size()
-    kernel = lower(
-        cascade if reordered is None else reordered.inner, dropout=site.dropout, extents=extents,
-        device=device, item_bytes=size,
-    )  # fmt: skip
-    return kernel if isinstance(kernel, Refusal) else _Lowered(kernel, tables, reordered)
+    inner = cascade if reordered is None else reordered.inner
+    kernel = lower(inner, dropout=site.dropout, extents=extents, device=device, item_bytes=size)
+    if isinstance(kernel, Refusal):
+        return kernel
+    return _Lowered(kernel, tables, reordered, split(inner))
 
 
 def _types(source: Source, site: Site) -> str:
@@ -206,7 +219,7 @@ def fit(
         if schedule != source.schedule:
             candidate = emit(source.program, schedule, lanes, name=source.name)
         binary = compile_source(candidate, target, dtype, lanes, {"dropout": 0.0}, dtypes)
-        if fits(binary, LIMITS[target]):
+        if fits(binary.resources, LIMITS[target]):
             return candidate, binary
         tried.append(f"{schedule.block_rows}x{schedule.block_along}: "
                      f"{binary.resources.spilled} bytes spilled, "
@@ -217,12 +230,6 @@ def fit(
     )  # fmt: skip
 
 
-def fits(binary: Binary, limits: Limits) -> bool:
-    """No register is spilled, and one block's shared memory is there."""
-    reserved = 1024  # a block's share of the processor's shared memory for the system
-    return binary.resources.spilled == 0 and binary.resources.shared + reserved <= limits.shared
-
-
 def smaller(schedule: Schedule) -> Iterator[Schedule]:
     """The schedule, then ones that need fewer registers and less shared memory."""
     yield schedule
@@ -231,5 +238,7 @@ def smaller(schedule: Schedule) -> Iterator[Schedule]:
         yield schedule.with_(warps=8)
     for r, a in ((64, 64), (64, 32), (32, 32), (32, 16), (16, 16)):
         whole = schedule.skipping != "lists" or r % schedule.pack == 0
+        if schedule.widen and a < 32:
+            continue  # products of 8 bits have no fewer terms
         if whole and r * a < rows * along and r <= rows and a <= along:
             yield schedule.with_(block_rows=r, block_along=a, warps=4, stages=1)

@@ -8,7 +8,7 @@ from attn_rewrite.backends.triton.bounds import loop_ranges
 from attn_rewrite.backends.triton.emit import groups
 from attn_rewrite.backends.triton.lists import blockwise_tables
 from attn_rewrite.backends.triton.program import Program, reads_of
-from attn_rewrite.backends.triton.schedule import Device, Schedule, default_schedule
+from attn_rewrite.backends.triton.schedule import Device, Schedule, default_schedule, least_side
 from attn_rewrite.backends.triton.traversal import has_bounds, integer_tensors
 from attn_rewrite.cascade.cover import Cover, block_cover
 from attn_rewrite.cascade.expr import Expr, Rank, Read, conjunction, conjuncts, ranks_of, walk
@@ -34,6 +34,8 @@ def choose_schedule(
     more = _pair_tiles(program) or score_products(program) > 1
     if more or len(program.passes()) > 1 or accumulators(program) > 1:
         base = _lower_tiles(base, accumulators(program), lanes, device)
+    if least_side(base, program.cascade.inputs) > base.block_along:
+        base = base.with_(block_along=32)
     skipping, pack = choose_skipping(program), _packing(program, extents or {})
     if skipping == "lists" and base.block_rows % pack:
         pack = 1  # a list is made for whole positions
@@ -167,4 +169,4 @@ def accumulators(program: Program) -> int:
 
 def _widened(program: Program) -> frozenset[str]:
     """Values stored in 8 bits that meet computed probabilities: products run in float16."""
-    return frozenset(t.name for t in program.cascade.inputs if t.dtype == "i8")
+    return frozenset(t.name for t in program.cascade.inputs if t.dtype in ("i8", "i4"))

@@ -27,7 +27,14 @@ from attn_rewrite.backends.triton.launch import (
     result_dtype,
     without_gradients,
 )
-from attn_rewrite.backends.triton.prepare import default_of, emitted, lanes_of, widened, with_lse
+from attn_rewrite.backends.triton.prepare import (
+    default_of,
+    emitted,
+    lanes_of,
+    tuned_for,
+    widened,
+    with_lse,
+)
 from attn_rewrite.backends.triton.program import Program, read_program
 from attn_rewrite.backends.triton.same import Same
 from attn_rewrite.backends.triton.schedule import Schedule
@@ -184,10 +191,9 @@ def decode(
     form = split_form(cascade)
     first = inputs["Q"]
     lanes = lanes_of(form.partial, inputs)
-    chosen = widened(schedule or default_of(form.partial, inputs), inputs)
-    chosen = chosen.with_(
-        split=True, paged=pages is not None, **_small(form.partial, chosen, first)
-    )
+    chosen = schedule or tuned_for(form.partial, inputs, *tuning(inputs, pages))
+    chosen = widened(chosen or default_of(form.partial, inputs), inputs)
+    chosen = chosen.with_(split=True, paged=pages is not None, **small(form.partial, chosen, first))
     source = emitted(form.partial, chosen, lanes, "decode_part")
     sizes = extents_of(source, inputs, _sizes(inputs, pages))
     chunk, splits = _chunk(source, sizes, splits)
@@ -199,7 +205,12 @@ def decode(
     return {o.name: call.tensors[o.name] for o in source.outputs}
 
 
-def _small(program: Program, schedule: Schedule, q: Tensor) -> dict[str, Any]:
+def tuning(inputs: Mapping[str, Tensor], pages: Pages | None) -> tuple[str, dict[str, int]]:
+    """What `tuning_key` needs to know of a cache beside the shapes of its tensors."""
+    return ("split" if pages is None else "paged", _sizes(inputs, pages))
+
+
+def small(program: Program, schedule: Schedule, q: Tensor) -> dict[str, Any]:
     """Few rows need a low tile; positions of lists do not exist while decoding."""
     rows = q.shape[2] * schedule.pack
     side = max(16, min(schedule.block_rows, 1 << max(0, rows - 1).bit_length()))

@@ -16,7 +16,7 @@ from attn_rewrite.backends.triton.expressions import HELPERS, Value
 from attn_rewrite.backends.triton.frame import Frame, Memory, Parameter, constant_parameters
 from attn_rewrite.backends.triton.program import NEXT, Pass, Program, Step, reads_of
 from attn_rewrite.backends.triton.references import with_safe_references
-from attn_rewrite.backends.triton.schedule import Schedule, padded_side
+from attn_rewrite.backends.triton.schedule import Schedule, least_side, padded_side
 from attn_rewrite.backends.triton.tiles import Masking, Steps
 from attn_rewrite.backends.triton.traversal import Traversal
 from attn_rewrite.backends.triton.writer import Writer
@@ -65,7 +65,8 @@ def emit(
     Reassociated: sums run tile by tile, exponentials to the base of two.  Raises `LowerError` for
     an Einsum that is neither a map, a fold of at most two axes, nor a product of matrices.
     """
-    padded = frozenset(r for r, n in lanes.items() if padded_side(n) != n)
+    least = least_side(schedule, program.cascade.inputs)
+    padded = frozenset(r for r, n in lanes.items() if padded_side(n, least) != n)
     prepared = to_base_2(with_safe_references(program))
     return _Emitter(Frame(prepared, schedule, padded), name).source()
 

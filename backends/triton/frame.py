@@ -15,11 +15,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from attn_rewrite.backends.triton.expressions import HELPERS, Expressions, Value
+from attn_rewrite.backends.triton.packed import NOTHING, is_packed
 from attn_rewrite.backends.triton.program import Program, Roles
 from attn_rewrite.backends.triton.schedule import Schedule
 from attn_rewrite.backends.triton.writer import Writer
 from attn_rewrite.cascade.expr import Call, Expr, Extent, Rank, Read, walk
 from attn_rewrite.errors import LowerError
+from attn_rewrite.passes.quantize.packing import OFFSET
 
 _RESERVED = frozenset(
     "tl triton part start item first last split pid rest row kernel PRECISION float range".split()
@@ -207,14 +209,23 @@ class Memory:
         address, axes, mask = self._address(read.tensor, decl.ranks, read.index)
         seen = sum(isinstance(r, Read) and r.tensor == read.tensor for r in frame.memo)
         name = frame.names.of(f"{read.tensor}_{seen}" if seen else read.tensor)
-        padding = "" if not mask else f", mask={mask}, other={'0.0' if kind == 'float' else '0'}"
+        nothing = "0.0" if kind == "float" else str(NOTHING) if is_packed(decl) else "0"
+        padding = "" if not mask else f", mask={mask}, other={nothing}"
         writer.line(f"{name} = tl.load({address}{padding})")
+        if is_packed(decl):
+            writer.line(f"{name} = {self._half(name, read.index[-1], axes)}")
         if kind == "bool":
             writer.line(f"{name} = {name} != 0")
         value = Value(name, axes, kind, raw=kind != "bool")
         memo = frame.memo if inside else _outermost(frame.memo)
         memo[read] = value
         return value
+
+    def _half(self, name: str, place: Expr, axes: Sequence[str]) -> str:
+        """The code of a position, from the byte that holds two."""
+        at = self._index(place)
+        shift = Value(f"{at.atom()} % 2 * 4", at.axes, "int", 6).over(axes)
+        return f"(({name} >> {shift} & 15) - {OFFSET}).to(tl.int8)"
 
     def store(self, tensor: str, ranks: Sequence[str], value: Value) -> None:
         """Write a tile of an output, converted to its type."""
@@ -235,6 +246,8 @@ class Memory:
         """Address text, the axes it spans, and the mask (empty where every lane is valid)."""
         frame = self.frame
         pointer = self.pointer(tensor)
+        decl = frame.inputs.get(tensor)
+        packed = ranks[-1] if decl is not None and is_packed(decl) else ""
         fixed: list[str] = []
         moving: list[tuple[Value, str]] = []
         checks: list[Value] = []
@@ -243,6 +256,8 @@ class Memory:
                 continue
             stride = self.stride(tensor, rank)
             value = self._index(at)
+            if rank == packed:
+                value = Value(f"{value.atom()} // 2", value.axes, "int", 6)
             if not value.axes and frame.is_along(at):
                 moving.append((value, stride))
             elif not value.axes:

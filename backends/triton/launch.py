@@ -15,7 +15,8 @@ from attn_rewrite.backends.triton.build import is_interpreted, kernel_of
 from attn_rewrite.backends.triton.emit import Source
 from attn_rewrite.backends.triton.frame import Parameter
 from attn_rewrite.backends.triton.interpreted import exact_conversions
-from attn_rewrite.backends.triton.schedule import padded_side
+from attn_rewrite.backends.triton.packed import extents_in
+from attn_rewrite.backends.triton.schedule import least_side, padded_side
 from attn_rewrite.errors import LowerError, ToolError
 
 Launch = Callable[..., Any]
@@ -61,7 +62,8 @@ def _argument(source: Source, call: Call, p: Parameter) -> Any:
         return call.extents[p.rank]
     if p.kind == "lane":
         extent = call.extents[p.rank]
-        return padded_side(extent) if p.name.startswith("BLOCK_") else extent
+        least = least_side(source.schedule, source.program.cascade.inputs)
+        return padded_side(extent, least) if p.name.startswith("BLOCK_") else extent
     return _constant(source, call, p)
 
 
@@ -148,7 +150,7 @@ def extents_of(
     for decl in source.program.cascade.inputs:
         if decl.name not in tensors:
             continue
-        for rank, extent in zip(decl.ranks, tensors[decl.name].shape, strict=True):
+        for rank, extent in extents_in(decl, tensors[decl.name].shape):
             have = found.get(rank)
             if have is None or (isinstance(have, int) and have == 1):
                 found[rank] = extent

@@ -58,6 +58,13 @@ class Bundle:
         names = enumerate(self.index["sites"][site])
         return [Kernel(self, name, tables, place) for place, name in names]
 
+    def codes_of_site(self, site: str) -> "list[Kernel]":
+        """The kernels that make the codes, scales and means that `of_site` reads, to launch first.
+
+        ``meta["makes"]`` names what each of them writes, ``meta["operand"]`` what it reads.
+        """
+        return [Kernel(self, name) for name in self.index.get("codes", {}).get(site, ())]
+
     def tables(self, site: str) -> "dict[str, Array]":
         """What the kernels of a site read besides its operands, and the order of its tokens."""
         name = self.index.get("tables", {}).get(site)
@@ -105,9 +112,10 @@ class Kernel:
             bundle.call("FuncSetAttribute", self.function, 8, self.meta["shared_bytes"])
         self.given = self._given(tables or {}, place)
 
-    def _given(self, tables: "dict[str, Array]", place: int) -> "dict[str, int]":
-        """Arguments that come from the tables of the site."""
-        found: dict[str, int] = {}
+    def _given(self, tables: "dict[str, Array]", place: int) -> "dict[str, Any]":
+        """Arguments that are fixed, or come from the tables of the site."""
+        found: dict[str, Any] = dict(self.meta.get("values", {}))
+        found.update(dict.fromkeys(self.meta.get("null", ()), 0))
         inputs = [t for t in self.meta.get("inputs", ()) if t["name"] not in tables]
         elsewhere = {rank for t in inputs for rank in t["ranks"]}
         own = {r: n for a in tables.values() for r, n in zip(a.ranks, a.shape, strict=True)}
@@ -130,10 +138,13 @@ class Kernel:
         """The number of programs for extents of ranks: ``b=1, h=32, q=4096``."""
         rule = self.meta["grid"]
         packed = rule["packed_heads"]
-        programs = -(-extents[rule["rows"]] * packed // rule["block_rows"])
+        programs = -(-extents[rule["rows"]] * packed // rule["block_rows"]) if rule["rows"] else 1
         for rank in rule["ranks"]:
             programs *= extents[rank] // (packed if rank == "h" else 1)
-        return programs, 1, 1
+        second = 1
+        for rank in rule.get("second", ()):
+            second *= extents[rank]
+        return programs, second, 1
 
     def __call__(self, grid: "tuple[int, int, int]", stream: int = 0, **values: Any) -> None:
         """Launch; ValueError for a missing value, or one the kernel was not compiled for."""

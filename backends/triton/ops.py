@@ -25,6 +25,7 @@ from attn_rewrite.backends.triton.emit import Source
 from attn_rewrite.backends.triton.gradient import plain_index
 from attn_rewrite.backends.triton.launch import check_device, extents_of, result_dtype, run
 from attn_rewrite.backends.triton.lists import blockwise_tables, make_lists
+from attn_rewrite.backends.triton.packed import extents_in
 from attn_rewrite.backends.triton.prepare import (
     DROPOUT,
     backward,
@@ -232,7 +233,7 @@ def _(
     sizes: dict[str, Any] = {}
     for decl in cascade_of(cascade).inputs:
         if decl.name in tensors:
-            for rank, extent in zip(decl.ranks, tensors[decl.name].shape, strict=True):
+            for rank, extent in extents_in(decl, tensors[decl.name].shape):
                 if rank not in sizes or (isinstance(sizes[rank], int) and sizes[rank] == 1):
                     sizes[rank] = extent
     found = []

@@ -12,6 +12,7 @@ from attn_rewrite.backends.triton.autotune import cache_key, remembered
 from attn_rewrite.backends.triton.choose import FEW_ROWS, choose_schedule
 from attn_rewrite.backends.triton.emit import Source, emit
 from attn_rewrite.backends.triton.gradient import Backward, backward_of
+from attn_rewrite.backends.triton.packed import extents_in
 from attn_rewrite.backends.triton.program import Program, read_program
 from attn_rewrite.backends.triton.same import Same
 from attn_rewrite.backends.triton.schedule import Device, Schedule, from_text
@@ -25,7 +26,7 @@ from attn_rewrite.site import Refusal
 
 DROPOUT = "DROPOUT"
 LSE = "LSE"
-_EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+_EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
 
 
 @lru_cache(maxsize=512)
@@ -111,7 +112,7 @@ def lanes_of(program: Program, tensors: Mapping[str, Tensor]) -> dict[str, int]:
     for decl in program.cascade.inputs:
         if decl.name not in tensors:
             continue
-        for rank, extent in zip(decl.ranks, tensors[decl.name].shape, strict=True):
+        for rank, extent in extents_in(decl, tensors[decl.name].shape):
             if rank in program.roles.lanes:
                 found[rank] = int(extent)
     return found
@@ -130,7 +131,7 @@ def source_of(
     if schedule:
         chosen = _read_schedule(schedule)
     else:
-        chosen = _tuned(program, tensors) or default_of(program, tensors)
+        chosen = tuned_for(program, tensors) or default_of(program, tensors)
     chosen = widened(chosen, tensors)
     if random != chosen.random:
         chosen = chosen.with_(random=random)
@@ -171,12 +172,20 @@ def _default(
     return choose_schedule(program.value, dict(lanes), item_bytes, device, {row: rows})
 
 
-def _tuned(program: Program, tensors: Mapping[str, Tensor]) -> Schedule | None:
-    """What `tune` found for this class of shapes on this device; nothing where it never ran."""
+def tuned_for(
+    program: Program,
+    tensors: Mapping[str, Tensor],
+    kind: str = "",
+    more: Mapping[str, int] | None = None,
+) -> Schedule | None:
+    """What `tune` found for this class of shapes on this device; nothing where it never ran.
+
+    ``kind`` and ``more`` as in `tuning_key`.
+    """
     first = _first(tensors)
     if not is_tuned_for(first.device) or any(not isinstance(n, int) for n in first.shape):
         return None
-    return remembered(tuning_key(program, tensors))
+    return remembered(tuning_key(program, tensors, kind, more))
 
 
 def is_tuned_for(device: torch.device) -> bool:
@@ -184,11 +193,20 @@ def is_tuned_for(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_available()
 
 
-def tuning_key(program: Program, tensors: Mapping[str, Tensor]) -> str:
-    """Under which the result of tuning ``program`` for operands like ``tensors`` is kept."""
+def tuning_key(
+    program: Program,
+    tensors: Mapping[str, Tensor],
+    kind: str = "",
+    more: Mapping[str, int] | None = None,
+) -> str:
+    """Under which the result of tuning ``program`` for operands like ``tensors`` is kept.
+
+    ``kind`` is what the kernel is beside its program (``varlen``, ``paged``), ``more`` the extents
+    that shapes do not show.
+    """
     first = _first(tensors)
-    sizes = tuple(sizes_of(program, tensors).items())
-    return _key(Same(program), sizes, str(first.dtype), device_name(first))
+    sizes = tuple({**sizes_of(program, tensors), **(more or {})}.items())
+    return _key(Same(program), sizes, f"{first.dtype} {kind}".strip(), device_name(first))
 
 
 @lru_cache(maxsize=4096)
@@ -208,7 +226,7 @@ def sizes_of(program: Program, tensors: Mapping[str, Tensor]) -> dict[str, int]:
     found: dict[str, int] = {}
     for decl in program.cascade.inputs:
         if decl.name in tensors:
-            for rank, extent in zip(decl.ranks, tensors[decl.name].shape, strict=True):
+            for rank, extent in extents_in(decl, tensors[decl.name].shape):
                 found[rank] = max(int(extent), found.get(rank, 1))
     return found
 

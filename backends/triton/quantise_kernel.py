@@ -55,8 +55,11 @@ def quantise_kernel(  # type: ignore[no-untyped-def]
     stride_b, stride_h, stride_n, stride_d,
     lanes: tl.constexpr, padded: tl.constexpr, shared: tl.constexpr, tile: tl.constexpr,
     gather: tl.constexpr, smooth: tl.constexpr, kind: tl.constexpr, away: tl.constexpr,
+    halves: tl.constexpr,
 ):  # fmt: skip
     """Codes [b, h, n, d] and, unless kind is "given", a float32 scale for each group of tokens.
+
+    halves: codes of four bits, two in a byte [b, h, n, ceil(d / 2)], as `pack_int4` has them.
 
     kind "block": shared tokens share one; "token": each has its own, and shared is tile; "given":
     one a channel comes from outside, float64.
@@ -103,6 +106,63 @@ def quantise_kernel(  # type: ignore[no-untyped-def]
         )  # fmt: skip
         code = rounded(part / scale, away)
         code = tl.minimum(tl.maximum(code, -largest), largest)
-        at = codes + (pair * length + token)[:, None] * lanes + channel[None, :]
-        mask = inside[:, None] & (channel < lanes)[None, :]
-        tl.store(at, code.to(tl.int32).to(tl.int8), mask=mask)
+        first_code = (pair * length + token)[:, None]
+        if halves:
+            # Two in a byte, 8 added, the first in the low half; a half to spare is 0.
+            half = tl.where(channel < lanes, code.to(tl.int32) + 8, 0)
+            low, high = tl.split(tl.reshape(half, [tile, padded // 2, 2]))
+            byte = tl.arange(0, padded // 2)
+            mask = inside[:, None] & (byte < (lanes + 1) // 2)[None, :]
+            at = codes + first_code * ((lanes + 1) // 2) + byte[None, :]
+            tl.store(at, (low + high * 16).to(tl.uint8), mask=mask)
+        else:
+            mask = inside[:, None] & (channel < lanes)[None, :]
+            tl.store(
+                codes + first_code * lanes + channel[None, :],
+                code.to(tl.int32).to(tl.int8),
+                mask=mask,
+            )
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def channels_kernel(  # type: ignore[no-untyped-def]
+    x, mean, scale, mean_out, scale_out, heads, length, largest, smallest,
+    stride_b, stride_h, stride_n, stride_d,
+    lanes: tl.constexpr, padded: tl.constexpr, tile: tl.constexpr, smooth: tl.constexpr,
+    scaled: tl.constexpr,
+):  # fmt: skip
+    """What a head needs of all its tokens before `quantise_kernel`, [b, h, d]: the mean of each
+    channel (smooth), and its largest magnitude less that mean over ``largest`` (scaled).
+
+    In float64 for the codes, and in float32 (``_out``) for the attention.
+    """
+    pair = tl.program_id(0).to(tl.int64)
+    batch, head = pair // heads, pair % heads
+    channel = tl.arange(0, padded)
+    total = tl.zeros([padded], tl.float64)
+    high = tl.full([padded], float("-inf"), tl.float64)
+    low = tl.full([padded], float("inf"), tl.float64)
+    wrong = tl.zeros([padded], tl.int32)
+    for start in range(0, length, tile):
+        token = start + tl.arange(0, tile).to(tl.int64)
+        inside = token < length
+        part = centred(
+            x, x, x, batch, head, token, inside, channel, heads, length,
+            stride_b, stride_h, stride_n, stride_d, lanes, 0, False,
+        )  # fmt: skip
+        total += tl.sum(part, 0)
+        high = tl.maximum(high, tl.max(tl.where(inside[:, None], part, float("-inf")), 0))
+        low = tl.minimum(low, tl.min(tl.where(inside[:, None], part, float("inf")), 0))
+        wrong = tl.maximum(wrong, tl.max((part != part).to(tl.int32), 0))
+    middle = tl.zeros([padded], tl.float64)
+    at = pair * lanes + channel
+    if smooth:
+        middle = total / length
+        tl.store(mean + at, middle, mask=channel < lanes)
+        tl.store(mean_out + at, middle.to(tl.float32), mask=channel < lanes)
+    if scaled:
+        top = tl.maximum(tl.abs(high - middle), tl.abs(low - middle))
+        size = tl.maximum(top, smallest) / largest
+        size = tl.where(wrong > 0, float("nan"), size)
+        tl.store(scale + at, size, mask=channel < lanes)
+        tl.store(scale_out + at, size.to(tl.float32), mask=channel < lanes)

@@ -30,27 +30,28 @@ _TILE_ELEMENTS = 2048  # float64 numbers that four warps hold in registers
 
 def tile_of(group: int, channels: int) -> int:
     """Tokens that are in registers at once: a power of two."""
-    most = max(_TILE_ELEMENTS // _padded(channels), 1)
-    return min(most, _padded(max(group, 1)))
+    most = max(_TILE_ELEMENTS // padded(channels), 1)
+    return min(most, padded(max(group, 1)))
 
 
-def _padded(extent: int) -> int:
+def padded(extent: int) -> int:
+    """The next power of two."""
     return 1 << max(extent - 1, 0).bit_length()
 
 
 def constants(
     x: Tensor, index: Tensor | None, mean: Tensor | None, scale: Tensor | None, group: int,
-    away: bool,
+    away: bool, halves: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """The constants that a call compiles the kernel with."""
     channels = x.shape[3]
     kind = "given" if scale is not None else "token" if group == 1 else "block"
     tile = tile_of(32 if kind != "block" else group, channels)
     return {
-        "lanes": channels, "padded": _padded(channels), "tile": tile,
+        "lanes": channels, "padded": max(padded(channels), 2 if halves else 1), "tile": tile,
         "shared": group if kind == "block" else tile,
         "gather": 0 if index is None else 1 if index.shape[0] == x.shape[2] else 2,
-        "smooth": mean is not None, "kind": kind, "away": away,
+        "smooth": mean is not None, "kind": kind, "away": away, "halves": halves,
     }  # fmt: skip
 
 

@@ -7,8 +7,10 @@ part of it, so one kernel serves every length.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+
+from attn_rewrite.cascade.ir import TensorDecl
 
 # How tiles that the guard empties are left out.
 SKIPPING = ("none", "bounds", "lists")
@@ -61,9 +63,14 @@ class Schedule:
         return replace(self, **changes)  # type: ignore[arg-type]
 
 
-def padded_side(extent: int) -> int:
-    """The side of a tile that holds ``extent`` lanes: a power of two, at least 16."""
-    return max(16, 1 << (extent - 1).bit_length())
+def padded_side(extent: int, least: int = 16) -> int:
+    """The side of a tile that holds ``extent`` lanes: a power of two, at least ``least``."""
+    return max(least, 1 << (extent - 1).bit_length())
+
+
+def least_side(schedule: Schedule, inputs: Iterable[TensorDecl]) -> int:
+    """The fewest terms of a product: tensor cores take 16, and 32 where numbers have 8 bits."""
+    return 32 if schedule.widen or any(t.dtype in _NARROW for t in inputs) else 16
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,7 @@ class Device:
     arch: int | str = 90
 
 
+_NARROW = frozenset({"i8", "i4", "f8e4m3", "f8e5m2"})
 _LARGE = (90, 100, 103)  # products of matrices read shared memory, and not registers
 
 

@@ -5,7 +5,8 @@ emitter needs no case for it.  Products of int8 codes accumulate in int32, of 8-
 float32; scales enter the score where the placement rule let them stand.  Codes are made in float64,
 as the oracle makes them: a code that rounds the other way is an error of a whole step.  Integer
 codes of blocks, tokens and channels are made by one kernel an operand (`quantise`), others by torch
-operators.  int4 codes are stored and multiplied as int8, since no product of Triton takes less.
+operators.  int4 codes of keys and values lie two in a byte (`packed`) and are multiplied as int8,
+since no product of Triton takes less.
 
 Probabilities that are rounded are rounded below the maximum of the complete row, as the cascade
 says, which takes two passes over the keys.
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from attn_rewrite.backends.torch.emit import cast
+from attn_rewrite.backends.triton.packed import emit_packed, is_packed, packable
 from attn_rewrite.backends.triton.quantise import emit_fused
 from attn_rewrite.backends.triton.schedule import Device
 from attn_rewrite.cascade.ir import Cascade, TensorDecl
@@ -51,14 +53,15 @@ def split(cascade: Cascade) -> Staged | None:
         return None
     core = core_of(staged, cascade.name)
     made = {e.out.tensor for e in staged.stages}
-    inputs = tuple(_stored(t) if t.name in made else t for t in core.inputs)
+    packed = packable((staged.k, staged.v), core.inputs)
+    inputs = tuple(_stored(t, packed) if t.name in made else t for t in core.inputs)
     tensors = tuple(replace(t, dtype="i8") if t.dtype == "i4" else t for t in core.tensors)
     return Staged(stages_of(staged), replace(core, inputs=inputs, tensors=tensors))
 
 
-def _stored(decl: TensorDecl) -> TensorDecl:
+def _stored(decl: TensorDecl, packed: frozenset[str]) -> TensorDecl:
     """How the result of a stage lies in memory: codes in their type, everything else float32."""
-    kind = {"i4": "i8", "float": "f32"}.get(decl.dtype, decl.dtype)
+    kind = {"i4": "i4" if decl.name in packed else "i8", "float": "f32"}.get(decl.dtype, decl.dtype)
     return replace(decl, dtype=kind)
 
 
@@ -82,7 +85,12 @@ def emit_codes(
     """The inputs of the core: codes, scales and means made, everything else handed on."""
     named: Mapping[str, Any] = dict(zip((t.name for t in decls), inputs, strict=True))
     made = emit_fused(build, held.stages, {t.name: named[t.name] for t in held.stages.inputs})
-    return [
-        cast(build, made[t.name], _STORED[t.dtype]) if t.name in made else named[t.name]
-        for t in held.core.inputs
-    ]
+    found = []
+    for t in held.core.inputs:
+        if t.name not in made:
+            found.append(named[t.name])
+        elif is_packed(t):
+            found.append(emit_packed(build, cast(build, made[t.name], torch.int8)))
+        else:
+            found.append(cast(build, made[t.name], _STORED[t.dtype]))
+    return found

@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from attn_rewrite.backends.triton import varlen
 from attn_rewrite.backends.triton.autotune import pressure_of, tuned
+from attn_rewrite.backends.triton.decode import Pages, decode, small, split_form, tuning
 from attn_rewrite.backends.triton.emit import emit
 from attn_rewrite.backends.triton.launch import check_device, run
 from attn_rewrite.backends.triton.ops import backward_operands, backward_programs, tables_of
@@ -22,6 +24,7 @@ from attn_rewrite.backends.triton.prepare import (
 )
 from attn_rewrite.backends.triton.program import Program
 from attn_rewrite.backends.triton.schedule import Schedule
+from attn_rewrite.backends.triton.varlen import Sequences, attend_varlen
 from attn_rewrite.cascade.ir import Cascade
 from attn_rewrite.errors import LowerError, ToolError
 
@@ -74,6 +77,64 @@ def _tuned(program: Program, operands: Mapping[str, Tensor]) -> Schedule:
     size = next(iter(mine.values())).element_size()
     default, key = default_of(program, mine), tuning_key(program, mine)
     return tuned(key, default, lanes, size, timer, pressure_of(program))
+
+
+def tune_decode(
+    cascade: Cascade, inputs: Mapping[str, Tensor], pages: Pages | None = None
+) -> Schedule:
+    """The fastest schedule of the parts of `decode` for ``inputs``, by name, and ``pages``.
+
+    `decode` and the operators use it from then on, for every length of its class.  Raises
+    `LowerError` without a GPU, and for an attention without states that merge.
+    """
+    check_device(list(inputs.values()))
+    program = split_form(cascade).partial
+    mine = {n: t.detach() for n, t in inputs.items()}
+    default = default_of(program, mine)
+    low = small(program, default, mine["Q"])["block_rows"]
+    key = tuning_key(program, mine, *tuning(mine, pages))
+
+    def call(schedule: Schedule) -> object:
+        return decode(cascade, mine, pages=pages, schedule=schedule)
+
+    return _fastest(key, default.with_(block_rows=low), program, mine, call, low)
+
+
+def tune_varlen(cascade: Cascade, inputs: Mapping[str, Tensor], sequences: Sequences) -> Schedule:
+    """The fastest schedule of `attend_varlen` for ``inputs`` and ``sequences``; as `tune`."""
+    check_device(list(inputs.values()))
+    program = varlen.program_of(cascade)
+    mine = {n: t.detach() for n, t in inputs.items()}
+    wide = {n: t[None] if n in ("Q", "K", "V") else t for n, t in mine.items()}
+    rows = {**wide, "Q": wide["Q"][:, :, : sequences.longest_q]}
+    key = tuning_key(program, wide, "varlen", varlen.tuning(sequences))
+
+    def call(schedule: Schedule) -> object:
+        return attend_varlen(cascade, mine, sequences, schedule)
+
+    return _fastest(key, default_of(program, rows), program, wide, call)
+
+
+def _fastest(
+    key: str,
+    default: Schedule,
+    program: Program,
+    operands: Mapping[str, Tensor],
+    call: Callable[[Schedule], object],
+    rows: int | None = None,
+) -> Schedule:
+    """The best schedule of calls that take one, from disk or timed now."""
+
+    def timer(schedule: Schedule) -> float:
+        try:
+            return milliseconds(lambda: call(schedule))
+        except ToolError:  # the GPU cannot hold it
+            return math.inf
+
+    lanes = lanes_of(program, operands)
+    return tuned(
+        key, default, lanes, operands["Q"].element_size(), timer, pressure_of(program), rows
+    )
 
 
 def milliseconds(call: Callable[[], object]) -> float:

@@ -16,6 +16,7 @@ from attn_rewrite.backends.triton.prepare import (
     emitted,
     lanes_of,
     stages,
+    tuned_for,
     widened,
     with_lse,
 )
@@ -55,12 +56,13 @@ def attend_varlen(
     both = [t.name for t in cascade.inputs if {"q", "kv"} <= set(t.ranks)]
     if both:
         raise LowerError(f"{both[0]} has a value for every pair, which sequences end to end lack")
-    program = _program(Same(cascade))
+    program = program_of(cascade)
     wide = {n: t[None] if n in ("Q", "K", "V") else t for n, t in inputs.items()}
     lanes = lanes_of(program, wide)
     first = wide["Q"]
     rows = {**wide, "Q": first[:, :, : sequences.longest_q]}
-    chosen = widened(schedule or default_of(program, rows), wide)
+    found = schedule or tuned_for(program, wide, "varlen", tuning(sequences))
+    chosen = widened(found or default_of(program, rows), wide)
     skipping = unlisted(program, chosen)
     source = emitted(program, chosen.with_(varlen=True, skipping=skipping), lanes, "varlen")
     count = len(sequences.q_starts) - 1
@@ -78,6 +80,17 @@ def attend_varlen(
     starts = {"q_starts": sequences.q_starts, "kv_starts": sequences.kv_starts}
     launch(source, Call({**wide, **starts, **outputs}, ranks, sizes), wrap=wrap)
     return {n: t[0] for n, t in outputs.items()}
+
+
+def tuning(sequences: Sequences) -> dict[str, int]:
+    """What `tuning_key` needs to know beside the shapes of tensors laid end to end."""
+    count = len(sequences.q_starts) - 1
+    return {"b": count, "q": sequences.longest_q, "kv": sequences.longest_kv}
+
+
+def program_of(cascade: Cascade) -> Program:
+    """The program of an attention of one kernel, with log-sum-exp."""
+    return _program(Same(cascade))
 
 
 @lru_cache(maxsize=128)

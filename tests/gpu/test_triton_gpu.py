@@ -231,6 +231,19 @@ def test_tuned_kernels_compute_the_same(name, tmp_path, monkeypatch):
         assert torch.allclose(a, b, atol=1e-4, rtol=1e-3)
 
 
+def test_tuned_decoding_computes_the_same(tmp_path, monkeypatch):
+    from attn_rewrite.backends.triton import autotune
+    from attn_rewrite.backends.triton.tune import tune_decode
+
+    monkeypatch.setenv("ATTN_REWRITE_CACHE", str(tmp_path))
+    autotune.remembered.cache_clear()
+    x = inputs_for(CACHED, SIZES | {"q": 1, "kv": 4097}, torch.bfloat16, 18)
+    cascade = softmax_cascade(CACHED.form(2), "case")
+    best = tune_decode(cascade, on_gpu(x))
+    assert tune_decode(cascade, on_gpu(x)) == best
+    check(decode(cascade, on_gpu(x))["AV"], CACHED, x)
+
+
 def test_the_loader_of_a_bundle_launches_on_this_gpu(tmp_path):
     """A binary compiled ahead of time for this processor, with nothing but its files."""
     import json

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attn_rewrite.backends.torch.einsums import emit_stages
 from attn_rewrite.backends.triton.choose import choose_skipping
+from attn_rewrite.backends.triton.decode import decode
 from attn_rewrite.backends.triton.emit import emit
 from attn_rewrite.backends.triton.launch import run
 from attn_rewrite.backends.triton.schedule import Schedule
@@ -15,9 +19,11 @@ from attn_rewrite.backends.triton.staged import emit_codes, split
 from attn_rewrite.backends.triton.staging import stages_of
 from attn_rewrite.cascade.attention import SoftmaxAttention, restrict, softmax_cascade
 from attn_rewrite.cascade.ir import TensorDecl
+from attn_rewrite.cascade.oracle import interpret
 from attn_rewrite.cascade.text import parse_expr
 from attn_rewrite.chunked import oracle
 from attn_rewrite.graph import EagerBuilder
+from attn_rewrite.passes.quantize.packing import pack_int4, unpack_int4
 from attn_rewrite.policy_text import parse_pipeline
 from attn_rewrite.site import Refusal
 from attn_rewrite.verify import rounding_bound
@@ -89,6 +95,64 @@ def test_products_of_codes(text):
     source = check(rewritten(text, site), operands(site, torch.float32, 1))
     for product in SCHEMES[text]:
         assert product in source
+
+
+@pytest.mark.parametrize("d", [1, 7, 16, 33])
+@pytest.mark.parametrize("pv", ["", "pv=true, "])
+def test_codes_of_four_bits_lie_two_in_a_byte(d, pv):
+    """Keys of any width, an odd one with half a byte to spare; what is read is what is packed."""
+    site = make_site(hq=4, hkv=2, q_len=19, kv_len=37, d_qk=d, d_v=9, causal=True)
+    cascade, x = rewritten(f"int4({pv}smooth_q=false)", site), operands(site, torch.float32, 8)
+    held = split(cascade)
+    (decl,) = (t for t in held.core.inputs if t.name == "KI")
+    made = dict(
+        zip(
+            [t.name for t in held.core.inputs],
+            emit_codes(EagerBuilder(), held, cascade.inputs, list(x.values())),
+            strict=True,
+        )
+    )
+    assert decl.dtype == "i4"
+    assert made["KI"].dtype == torch.uint8
+    assert made["KI"].shape == (1, 2, 37, (d + 1) // 2)
+    plain = emit_stages(EagerBuilder(), held.stages, {n: x[n] for n in ("Q", "K", "V")
+                        if n in {t.name for t in held.stages.inputs}})  # fmt: skip
+    codes = plain["KI"].to(torch.int8)
+    assert codes.abs().max() == 7
+    assert torch.equal(unpack_int4(made["KI"], d), codes)
+    assert torch.equal(made["KI"], pack_int4(codes))
+    text = check(cascade, x)
+    assert "// 2" in text
+    assert "& 15" in text
+
+
+def test_two_packed_operands_and_few_queries_over_a_long_cache():
+    """Values too, which the emitter takes wherever another input has their width."""
+    form = SoftmaxAttention(
+        score=parse_expr("QK[b, h, q, kv] * 0.05"), guard=parse_expr("kv <= q + #kv - #q"),
+        group=2, reads=(TensorDecl("WIDTH", ("f",)),),
+    )  # fmt: skip
+    cascade = softmax_cascade(form)
+    inputs = tuple(replace(t, dtype="i4") if t.name in "KV" else t for t in cascade.inputs)
+    cascade = replace(cascade, inputs=inputs)
+    g = torch.Generator().manual_seed(9)
+    kc, vc = (torch.randint(-8, 8, (2, 2, 300, n), generator=g, dtype=torch.int8) for n in (15, 20))
+    x = {
+        "Q": torch.randn(2, 4, 3, 15, generator=g),
+        "K": pack_int4(kc), "V": pack_int4(vc),
+        "WIDTH": torch.zeros(20),
+    }  # fmt: skip
+    wanted = interpret(cascade, {**x, "K": kc, "V": vc})["AV"]
+    (stage,) = stages_of(cascade)
+    lanes = {"d": 15, "f": 20}
+    for pack in (1, 2):
+        source = emit(stage.program, SMALL.with_(pack=pack, widen=frozenset("KV")), lanes)
+        error = (run(source, x, {"AV": torch.float32})["AV"] - wanted).abs().max()
+        assert error <= 2**-9 * wanted.abs().max()  # probabilities meet codes in float16
+    keys = replace(cascade, inputs=(*inputs[:2], replace(inputs[2], dtype="i8"), inputs[3]))
+    for splits in (1, 3):
+        found = decode(keys, {**x, "V": vc}, splits=splits)["AV"]
+        assert (found - wanted).abs().max() <= 2**-9 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-KINDS = {"*fp32": torch.float32, "*fp16": torch.float16, "*i32": torch.int32, "*i1": torch.bool}
+KINDS = {
+    "*fp32": torch.float32,
+    "*fp16": torch.float16,
+    "*i32": torch.int32,
+    "*i1": torch.bool,
+    "*i8": torch.int8,
+    "*u8": torch.uint8,
+    "*i64": torch.int64,
+    "*fp64": torch.float64,
+}
 NUMBERS = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
 
 
@@ -60,7 +70,9 @@ class Driver:
         values: dict[str, Any] = dict(meta["constants"])
         for place, argument in enumerate(meta["arguments"]):
             kind, at = argument["type"], pointers[place]
-            if kind in KINDS:
+            if argument["name"] in meta.get("null", ()):
+                values[argument["name"]] = torch.zeros(1)  # not read
+            elif kind in KINDS:
                 room = self.memory[ctypes.c_void_p.from_address(at).value or 0]
                 size = KINDS[kind].itemsize
                 room = room[: room.numel() // size * size] if room.dtype == torch.uint8 else room
@@ -68,9 +80,45 @@ class Driver:
             else:
                 values[argument["name"]] = NUMBERS[kind].from_address(at).value
         source = module_of(self.kernel.bundle.folder / f"{meta['kernel']}.py")
-        source.attention[(x, y, z)](**values)
+        getattr(source, meta["function"])[(x, y, z)](**values)
         self.launches.append((meta["kernel"], (x, y, z)))
         return 0
+
+
+def codes_of(
+    bundle: Any, driver: Driver, site: str, x: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What the quantising kernels of a site make of its operands, by name."""
+    made: dict[str, torch.Tensor] = {}
+    types = {"int8": torch.int8, "uint8": torch.uint8, "float32": torch.float32,
+             "float64": torch.float64}  # fmt: skip
+    for kernel in bundle.codes_of_site(site):
+        meta = kernel.meta
+        operand = x[meta["operand"]]
+        b, h, n, d = operand.shape
+        known = {"b": b, "h": h, "n": n, "d": d}
+        for name, text in meta["makes"].items():
+            kind, _, shape = text.partition(" [")
+            sizes = [eval(s, {"ceil": math.ceil}, known) for s in split_sizes(shape)]
+            made[name] = torch.zeros(sizes, dtype=types[kind])
+        held = {**made, meta["operand"]: operand}
+        driver.memory |= {t.data_ptr(): t for t in held.values()}
+        driver.kernel = kernel
+        values: dict[str, Any] = {"groups": -(-n // max(meta["group"], 1))}
+        for argument in meta["arguments"]:
+            if argument["kind"] == "pointer" and argument["tensor"]:
+                values[argument["name"]] = held[argument["tensor"]].data_ptr()
+            elif argument["kind"] == "extent":
+                values[argument["name"]] = known[argument["rank"]]
+            elif argument["kind"] == "stride":
+                values[argument["name"]] = operand.stride("bhnd".index(argument["rank"]))
+        kernel(kernel.grid(**known), **values)
+    return made
+
+
+def split_sizes(text: str) -> list[str]:
+    """``b, h, ceil(n / 64)], two codes a byte`` as its sizes."""
+    return text.partition("]")[0].split(", ")
 
 
 def attend(bundle: Any, driver: Driver, site: str, x: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -89,12 +137,16 @@ def attend(bundle: Any, driver: Driver, site: str, x: dict[str, torch.Tensor]) -
         "V": gathered(x["V"], "order_kv"),
     }  # fmt: skip
     b, h, q, _ = x["Q"].shape
+    operands |= codes_of(bundle, driver, site, operands)
     operands |= {"AV": torch.zeros(b, h, q, x["V"].shape[3]), "LSE": torch.zeros(b, h, q)}
     driver.memory |= {t.data_ptr(): t for t in operands.values()}
     (kernel,) = bundle.of_site(site)
     driver.kernel = kernel
     sizes = {"b": b, "h": h, "q": q, "kv": x["K"].shape[2], "hkv": x["K"].shape[1]}
     ranks = {d["name"]: d["ranks"] for d in kernel.meta["inputs"]}
+    for name, names in ranks.items():
+        found = operands[name].shape if name in operands else ()
+        sizes |= {r: n for r, n in zip(names, found, strict=False) if r not in (*sizes, "d", "f")}
     ranks |= {o["name"]: o["ranks"] for o in kernel.meta["outputs"]}
     values: dict[str, Any] = {}
     for argument in kernel.meta["arguments"]:
