@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from attn_rewrite.backends.onnx.lowering import SiteLowering
 from attn_rewrite.backends.onnx.runtime import STAGE, open_session, placement, run_session
-from attn_rewrite.backends.onnx.sites import SiteLowering
 from attn_rewrite.errors import ToolError, VerifyError
 
 if TYPE_CHECKING:

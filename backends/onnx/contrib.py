@@ -1,10 +1,7 @@
-"""Operators of ONNX Runtime's own domain, where they express a site exactly and are faster.
+"""``MultiHeadAttention`` of ONNX Runtime's own domain.
 
-``MultiHeadAttention`` without a mask is a streaming kernel on the CPU: no score matrix in memory,
-and faster than MatMul, Softmax, MatMul.  The other candidates lose there, and say why:
-``GroupQueryAttention`` streams only where its caches are results of the graph, and computes every
-key of a local window; ``SparseAttention`` computes the dense product on the CPU and is wrong on
-blocks above the diagonal.
+Without a mask it is a streaming kernel on the CPU: no score matrix in memory.  With one it holds
+all scores, in less time than MatMul, a bias and Softmax.
 """
 
 from __future__ import annotations
@@ -18,44 +15,66 @@ from attn_rewrite.backends.onnx.dense import SdpaOptions
 from attn_rewrite.backends.onnx.graph import Recorder
 
 DOMAIN = "com.microsoft"
-NOT_BLOCKS = (
-    "com.microsoft::SparseAttention computes the dense product on the CPU, and GroupQueryAttention "
-    "every key of a local window; these tiles skip"
-)
+MULTI_HEAD = "MultiHeadAttention"
 _TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
 
-def why_not(inputs: Sequence[ir.Value], options: SdpaOptions) -> str | None:
-    """Why ``MultiHeadAttention`` is not used for ``scaled_dot_product_attention``; None: it is."""
+def price_of(operator: str, masked: bool) -> str:
+    """The name in the table of prices."""
+    return f"{operator} with a mask" if masked else operator
+
+
+def why_not(inputs: Sequence[ir.Value]) -> str | None:
+    """Why ``MultiHeadAttention`` does not express ``scaled_dot_product_attention`` of q, k, v and
+    a mask that is not causal; None: it does."""
     shapes = [x.shape for x in inputs[:3]]
-    if len(inputs) > 3:
-        return "MultiHeadAttention with a mask holds all scores and is no faster"
-    if options.causal:
-        return (
-            "GroupQueryAttention streams only where its caches are results of the graph, and "
-            "MultiHeadAttention computes the upper half"
-        )
     if any(s is None or len(s) != 4 for s in shapes):
-        return "MultiHeadAttention takes batch, heads, length and width"
+        return f"{MULTI_HEAD} takes batch, heads, length and width"
     heads, widths = ([None if s is None else s[i] for s in shapes] for i in (1, 3))
-    if not all(isinstance(n, int) for n in (*heads, *widths)) or len(set(heads)) > 1:
-        return "MultiHeadAttention takes one fixed number of heads for queries and keys"
+    if not all(isinstance(n, int) for n in (*heads, *widths)):
+        return f"{MULTI_HEAD} takes fixed numbers of heads and widths"
     if len({str(s[0]) for s in shapes if s is not None}) > 1:
-        return "MultiHeadAttention does not broadcast the batch"
+        return f"{MULTI_HEAD} does not broadcast the batch"
     if inputs[0].dtype not in _TYPES:
-        return f"MultiHeadAttention has no kernel for {inputs[0].dtype}"
+        return f"{MULTI_HEAD} has no kernel for {inputs[0].dtype}"
+    if len(inputs) > 3 and (inputs[3].shape is None or len(inputs[3].shape) > 4):
+        return f"{MULTI_HEAD} takes a mask of up to four dimensions"
     return None
 
 
 def emit_multi_head(r: Recorder, inputs: Sequence[ir.Value], options: SdpaOptions) -> ir.Value:
-    """Record one ``MultiHeadAttention``: q, k, v [b, h, s, n] -> [b, h, s, f]."""
-    q, _, v = inputs
+    """Record one ``MultiHeadAttention``: q, k, v [b, h, s, n], a mask -> [b, h, s, f]."""
+    q, _, v, *masks = inputs
     heads, width, out = (_fixed(x, i) for x, i in ((q, 1), (q, 3), (v, 3)))
     scale = 1 / math.sqrt(width) if options.scale is None else options.scale
-    flat = [_joined(r, x) for x in inputs]
-    result = r.op("MultiHeadAttention", *flat, domain=DOMAIN, num_heads=heads, scale=scale)
+    given: list[ir.Value | None] = [_joined(r, x, heads) for x in inputs[:3]]
+    keep: ir.Value | None = None
+    if masks:
+        bias, keep = _bias(r, inputs)
+        given += [None, None, bias]
+    result = r.op(MULTI_HEAD, *given, domain=DOMAIN, num_heads=heads, scale=scale)
     apart = r.op("Reshape", result, r.integers([0, 0, heads, out]))
-    return r.op("Transpose", apart, perm=[0, 2, 1, 3])
+    rows = r.op("Transpose", apart, perm=[0, 2, 1, 3])
+    return rows if keep is None else r.zero_where_empty(keep, rows, _type(q))
+
+
+def _bias(r: Recorder, inputs: Sequence[ir.Value]) -> tuple[ir.Value, ir.Value]:
+    """The mask as a bias over all queries and keys, and what it keeps."""
+    q, k, _, mask = inputs
+    dtype = _type(q)
+    lowest = r.number(-math.inf, dtype)
+    if mask.dtype == ir.DataType.BOOL:
+        keep, bias = mask, r.op("Where", mask, r.number(0.0, dtype), lowest)
+    else:
+        bias = mask if mask.dtype == dtype else r.cast(mask, dtype)
+        keep = r.op("Greater", bias, lowest)
+    shape = r.op("Concat", r.integers([1, 1]), r.extent(q, 2), r.extent(k, 2), axis=0)
+    return r.op("Expand", bias, shape), keep
+
+
+def _type(value: ir.Value) -> ir.DataType:
+    assert value.dtype is not None  # `why_not` was asked
+    return value.dtype
 
 
 def _fixed(value: ir.Value, axis: int) -> int:
@@ -64,7 +83,10 @@ def _fixed(value: ir.Value, axis: int) -> int:
     return size
 
 
-def _joined(r: Recorder, x: ir.Value) -> ir.Value:
-    """[b, h, s, n] -> [b, s, h * n]."""
+def _joined(r: Recorder, x: ir.Value, heads: int) -> ir.Value:
+    """[b, h, s, n] -> [b, s, heads * n]; a head that several query heads share is repeated."""
+    own, width = _fixed(x, 1), _fixed(x, 3)
+    if own != heads:
+        x = r.op("Gather", x, r.integers([h * own // heads for h in range(heads)]), axis=1)
     rows = r.op("Transpose", x, perm=[0, 2, 1, 3])
-    return r.op("Reshape", rows, r.integers([0, 0, _fixed(x, 1) * _fixed(x, 3)]))
+    return r.op("Reshape", rows, r.integers([0, 0, heads * width]))

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from attn_rewrite.backends.onnx.graph import Recorder
-from attn_rewrite.backends.onnx.tiles import TilePlan, plan_tiles
 from attn_rewrite.cascade.attention import QK, SoftmaxAttention
 from attn_rewrite.cascade.expr import KV, Q
 from attn_rewrite.errors import LowerError
@@ -47,19 +46,27 @@ def _fixed(value: ir.Value, axis: int, what: str) -> int:
     return size
 
 
-def emit_sdpa(
-    r: Recorder, inputs: Sequence[ir.Value], options: SdpaOptions
-) -> tuple[ir.Value, str, str]:
-    """Record the operator; returns its output, the form's name and a sentence on it."""
-    q, *rest = inputs
-    scale = options.scale
-    if scale is None:
-        scale = 1 / math.sqrt(_fixed(q, -1, "the head dimension"))
-    masked = "a mask" if len(rest) > 2 else "a causal mask" if options.causal else "no mask"
+def sdpa_form(inputs: Sequence[ir.Value], options: SdpaOptions, opset: int) -> tuple[str, str]:
+    """The name of the form that `emit_sdpa` records, and a sentence on it."""
+    masked = "a mask" if len(inputs) > 3 else "a causal mask" if options.causal else "no mask"
+    if opset >= FIRST_ATTENTION_OPSET and _fits_attention(inputs):
+        return "Attention", f"the standard operator, {masked}"
+    return "dense", f"MatMul and Softmax, {masked}"
+
+
+def emit_sdpa(r: Recorder, inputs: Sequence[ir.Value], options: SdpaOptions) -> ir.Value:
+    """Record the operator; returns its output."""
+    scale = _scale(inputs, options)
     if r.opset >= FIRST_ATTENTION_OPSET and _fits_attention(inputs):
-        out = r.op("Attention", *_whole_mask(r, inputs), is_causal=int(options.causal), scale=scale)
-        return out, "Attention", f"the standard operator, {masked}"
-    return _Decomposed(r, inputs, options, scale).emit(), "dense", f"MatMul and Softmax, {masked}"
+        masked = _whole_mask(r, inputs)
+        return r.op("Attention", *masked, is_causal=int(options.causal), scale=scale)
+    return _Decomposed(r, inputs, options, scale).emit()
+
+
+def _scale(inputs: Sequence[ir.Value], options: SdpaOptions) -> float:
+    if options.scale is not None:
+        return options.scale
+    return 1 / math.sqrt(_fixed(inputs[0], -1, "the head dimension"))
 
 
 def _fits_attention(inputs: Sequence[ir.Value]) -> bool:
@@ -81,28 +88,25 @@ def _whole_mask(r: Recorder, inputs: Sequence[ir.Value]) -> Sequence[ir.Value]:
 SHORT = 256
 
 
-def fits_tiles(inputs: Sequence[ir.Value]) -> bool:
-    """Whether q, k, v have four dimensions, fixed heads and one batch, and enough queries."""
+def fits_whole(inputs: Sequence[ir.Value]) -> bool:
+    """Whether q, k, v have four dimensions, fixed heads and one batch, and no mask."""
     sizes = [_sizes(x) for x in inputs[:3]]
     if len(inputs) != 3 or any(len(s) != 4 or not isinstance(s[1], int) for s in sizes):
         return False
-    length = sizes[0][2]
-    return len({str(s[0]) for s in sizes}) == 1 and not (
-        isinstance(length, int) and length <= SHORT
-    )
+    return len({str(s[0]) for s in sizes}) == 1
 
 
-def causal_half(
-    inputs: Sequence[ir.Value], options: SdpaOptions
-) -> tuple[SoftmaxAttention, TilePlan]:
-    """Causal attention as tiles that end at the diagonal (top-left, as in torch)."""
+def fits_tiles(inputs: Sequence[ir.Value]) -> bool:
+    """Whether q, k, v are what tiles take, with enough queries."""
+    length = _sizes(inputs[0])[-2]
+    return fits_whole(inputs) and not (isinstance(length, int) and length <= SHORT)
+
+
+def causal_form(inputs: Sequence[ir.Value], options: SdpaOptions) -> SoftmaxAttention:
+    """Causal attention (top-left, as in torch) of what `fits_whole`."""
     q, k, _ = inputs
-    scale = options.scale
-    if scale is None:
-        scale = 1 / math.sqrt(_fixed(q, -1, "the head dimension"))
     group = _fixed(q, 1, "the head count") // _fixed(k, 1, "the head count")
-    form = SoftmaxAttention(QK * scale, Q >= KV, group=group)
-    return form, plan_tiles(form)
+    return SoftmaxAttention(QK * _scale(inputs, options), Q >= KV, group=group)
 
 
 class _Decomposed:
@@ -136,18 +140,21 @@ class _Decomposed:
         return out if self.dtype == self.result else r.cast(out, self.result)
 
     def _masked(self, score: ir.Value) -> tuple[ir.Value, ir.Value | None]:
-        """The score with its mask, and what the mask keeps (None where no row can be empty)."""
+        """The score with its mask, and what the mask keeps (None where no row can be empty).
+
+        A mask is added, as in torch: selecting takes ONNX Runtime nearly as long as the products.
+        """
         r = self.r
+        zero, lowest = (r.number(x, self.dtype) for x in (0.0, -math.inf))
         if self.options.causal:
             rows = r.op("Unsqueeze", r.counting(r.extent(self.q, -2)), r.integers([1]))
             keep = r.op("GreaterOrEqual", rows, r.counting(r.extent(self.k, -2)))
-            return r.masked(keep, score, self.dtype), None
+            return r.op("Add", score, r.op("Where", keep, zero, lowest)), None
         if self.mask is None:
             return score, None
         if self.mask.dtype == ir.DataType.BOOL:
-            return r.masked(self.mask, score, self.dtype), self.mask
+            return r.op("Add", score, r.op("Where", self.mask, zero, lowest)), self.mask
         bias = self.mask if self.mask.dtype == self.dtype else r.cast(self.mask, self.dtype)
-        lowest = r.number(-math.inf, self.dtype)
         return r.op("Add", score, bias), r.op("Greater", bias, lowest)
 
     def _stacked(self, x: ir.Value) -> ir.Value:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from attn_rewrite.backends.onnx.artifact import OnnxArtifact
     from attn_rewrite.backends.onnx.codes import Codes
-    from attn_rewrite.backends.onnx.sites import SiteLowering
+    from attn_rewrite.backends.onnx.lowering import SiteLowering
 
 TARGETS = ("portable", "onnxruntime")
 CACHES = (None, "float", "int8")
@@ -137,18 +137,22 @@ def _lowered(program: ExportedProgram, number: int, target: str, cache: str | No
     import onnx_ir.passes.common as common
 
     from attn_rewrite.backends.onnx import names
-    from attn_rewrite.backends.onnx.sites import expand, site_names
+    from attn_rewrite.backends.onnx.markers import site_names
+    from attn_rewrite.backends.onnx.sites import Destination, expand
     from attn_rewrite.backends.onnx.translate import finish, quiet, translate
 
     with quiet():
         model = translate(program, number)
         common.InlinePass()(model)  # the only functions of the file are its rewritten sites
         codes = _quantised(model, program, number) if cache == "int8" else None
-        sites = expand(model, number, site_names(program), target)
+        ranges = names.axis_ranges(program)
+        sites = expand(model, Destination(number, target, ranges, site_names(program)))
         names.rename_inputs(model)
         names.rename_outputs(model, names.output_names(program))
         finish(model, number)
-        names.rename_axes(model, names.axis_names(program))
+        called = names.axis_names(program)
+        names.rename_axes(model, called)
+        sites = tuple(replace(s, axis=called.get(s.axis, s.axis)) for s in sites)
     return _Lowered(program, model, sites, codes)
 
 

@@ -124,6 +124,15 @@ def axis_names(program: ExportedProgram) -> dict[str, str]:
     return names
 
 
+def axis_ranges(program: ExportedProgram) -> dict[str, tuple[int, int]]:
+    """The least and the largest extent of every symbol; without a limit, what 32 bits hold."""
+    found = {}
+    for symbol, allowed in program.range_constraints.items():
+        low, high = (int(b) if b.is_Integer else 2**31 - 1 for b in (allowed.lower, allowed.upper))
+        found[str(symbol)] = (low, high)
+    return found
+
+
 def _of_a_step(tensor: str, axis: int) -> str | None:
     """The name of an axis whose length is the past's, or the past's and the new tokens'."""
     if is_past(tensor) and axis == 2:

@@ -8,7 +8,7 @@ codes a third run shows what another rounding of near ties does, which no runtim
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -278,12 +278,16 @@ def _output_types(program: ExportedProgram) -> dict[str, torch.dtype | None]:
     return dict(zip(output_names(program), kept, strict=True))
 
 
-def example_inputs(program: ExportedProgram) -> tuple[dict[str, Any], ...]:
+def example_inputs(
+    program: ExportedProgram, switches: Collection[tuple[str, int]] = ()
+) -> tuple[dict[str, Any], ...]:
     """The program's example inputs, and where axes are dynamic the same at other sizes.
 
     The second set has one more example in the batch and two thirds of the length, made by repeating
     and cutting the first.  A step with a cache is there without a past, and with one new token, as
-    well.  Empty where the program holds no example inputs.
+    well.  So is a set on the other side of every one of ``switches`` (the symbol of a length, and a
+    number up to which a file runs something else) that none of the others reaches.  Empty where the
+    program holds no example inputs.
     """
     if program.example_inputs is None:
         return ()
@@ -298,8 +302,33 @@ def example_inputs(program: ExportedProgram) -> tuple[dict[str, Any], ...]:
     other = _other_sizes(program, traced, given)
     if not other:
         return (given,)
-    runs = [given, {name: _resized(traced[name], value, other) for name, value in given.items()}]
-    return (*runs, *_steps(given))
+    sizes = [other, *_across(other, _own_sizes(traced, given), switches)]
+    runs = [{n: _resized(traced[n], value, at) for n, value in given.items()} for at in sizes]
+    return (given, *runs, *_steps(given))
+
+
+def _own_sizes(traced: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, int]:
+    """What every symbol is in the example."""
+    found: dict[str, int] = {}
+    for name, value in traced.items():
+        for axis, size in enumerate(sizes_of(value)):
+            found.setdefault(str(size), given[name].shape[axis])
+    return found
+
+
+def _across(
+    other: Mapping[Any, int],
+    own: Mapping[str, int],
+    switches: Collection[tuple[str, int]],
+) -> Iterator[dict[Any, int]]:
+    """Sizes beyond every switch, or at it, where the known ones are all on one side."""
+    for symbol, switch in sorted(set(switches)):
+        at = next((e for e in other if str(e) == symbol), None)
+        if at is None:
+            continue
+        above = {own[symbol] > switch, other[at] > switch}
+        if len(above) == 1:
+            yield {**other, at: switch if above.pop() else switch + 1}
 
 
 def _other_sizes(

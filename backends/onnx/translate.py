@@ -40,7 +40,7 @@ def translate(program: ExportedProgram, opset: int) -> ir.Model:
     """The program as ONNX, with a marker node per attention and no optimisation yet."""
     import torch
 
-    from attn_rewrite.backends.onnx.sites import translations
+    from attn_rewrite.backends.onnx.markers import translations
     from attn_rewrite.backends.onnx.strides import contiguous_attention
 
     try:

@@ -57,10 +57,13 @@ def _check(written: OnnxArtifact, in_child: bool) -> tuple[dict[str, float], dic
     """The largest error per output over the program's example inputs, and what codes of the cache
     do to the first of them; {} where the program has none."""
     from attn_rewrite.backends.onnx.artifact import against_program
+    from attn_rewrite.backends.onnx.names import axis_names
     from attn_rewrite.backends.onnx.oracle import as_arrays, example_inputs, own_outputs
 
     assert written.source is not None
-    plain = example_inputs(written.source)
+    symbols = {name: symbol for symbol, name in axis_names(written.source).items()}
+    switches = [(symbols[s.axis], s.switch) for s in written.sites if s.switch is not None]
+    plain = example_inputs(written.source, switches)
     if not plain:
         written.session()
         return {}, {}

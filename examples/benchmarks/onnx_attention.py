@@ -275,7 +275,8 @@ def main() -> None:
     found["ratio"] = round(found["runs"][slow]["min_ms"] / found["runs"][fast]["min_ms"], 2)
     found["ratio_is"] = f"{slow} / {fast}"
     found |= {"date": date.today().isoformat(), "onnxruntime": onnxruntime.__version__,
-              "machine": hardware(), "threads": options.threads, "heads": HEADS,
+              "machine": hardware(), "threads": options.threads,
+              "heads": found.pop("query_heads", HEADS),
               "head_dim": found.get("head_dim", WIDTH), "length": options.length,
               "repetitions": options.repetitions}  # fmt: skip
     print(json.dumps(found, indent=2))

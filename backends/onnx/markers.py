@@ -1,0 +1,155 @@
+"""Attention in an exported graph, marked while torch translates it.
+
+torch's exporter calls a translation per operator but keeps the recorder of nested bodies to itself,
+and its optimiser would see half-built loops.  So the translations here only leave one marker node
+per attention, which `sites.expand` replaces once the rest of the model is ONNX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import onnx.defs
+import onnx_ir as ir
+import torch
+from onnxscript import values
+
+from attn_rewrite.cascade.attention import SoftmaxAttention, as_softmax
+from attn_rewrite.errors import LowerError
+from attn_rewrite.site import Refusal
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+SITE_KEY = "attn_rewrite_site"  # set by attn_rewrite.apply on the nodes it splices in
+MARKER_DOMAIN = "attn_rewrite.export"
+TILED, SDPA = "TiledAttention", "ScaledDotProductAttention"
+_FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
+_ANY = [*_FLOATS, "tensor(bool)", *(f"tensor(int{n})" for n in (8, 16, 32, 64)), "tensor(uint8)"]
+
+
+def _marker(name: str, attributes: Sequence[tuple[str, Any]]) -> values.Op:
+    """An operator of the marker domain: any number of tensors in, one out."""
+    schema = onnx.defs.OpSchema
+    option = schema.FormalParameterOption
+    tensors = schema.FormalParameter(
+        "inputs", "M", param_option=option.Variadic, is_homogeneous=False
+    )
+    built = schema(
+        name,
+        MARKER_DOMAIN,
+        1,
+        inputs=[tensors],
+        outputs=[schema.FormalParameter("output", "T", param_option=option.Single)],
+        type_constraints=[("M", _ANY, ""), ("T", _FLOATS, "")],
+        attributes=[schema.Attribute(n, t, required=True) for n, t in attributes],
+    )
+    return values.Op(values.Opset(MARKER_DOMAIN, 1), name, built)
+
+
+def _translate_tiled() -> Callable[..., Any]:
+    kinds = onnx.defs.OpSchema.AttrType
+    marker = _marker(TILED, [("cascade", kinds.STRING), ("block", kinds.INT)])
+
+    def tiled_attention(q: Any, k: Any, v: Any, reads: Any, cascade: str, block: int) -> Any:
+        return marker(q, k, v, *reads, cascade=cascade, block=block)
+
+    return tiled_attention
+
+
+def _translate_sdpa() -> Callable[..., Any]:
+    kinds = onnx.defs.OpSchema.AttrType
+    flags = [("causal", kinds.INT), ("gqa", kinds.INT), ("scale", kinds.STRING)]
+    marker = _marker(SDPA, flags)
+
+    def scaled_dot_product_attention(
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Any:
+        if dropout_p:
+            raise LowerError(
+                f"ONNX: an attention has dropout {dropout_p}, expected 0; "
+                "call model.eval() before the export."
+            )
+        inputs = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
+        # A string keeps all digits of the scale; a float attribute is 32 bits wide.
+        text = "" if scale is None else repr(float(scale))
+        return marker(*inputs, causal=int(is_causal), gqa=int(enable_gqa), scale=text)
+
+    return scaled_dot_product_attention
+
+
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """What torch.onnx.export takes as ``custom_translation_table``."""
+    table: dict[Callable[..., Any], Callable[..., Any]] = {
+        torch.ops.aten.scaled_dot_product_attention.default: _translate_sdpa()
+    }
+    if hasattr(torch.ops.attn_rewrite, "tiled_attention"):
+        table[torch.ops.attn_rewrite.tiled_attention.default] = _translate_tiled()
+    if hasattr(torch.ops.attn_rewrite, "mapped_attention"):
+        table[torch.ops.attn_rewrite.mapped_attention.default] = _refuse_mapped
+    return table
+
+
+def _refuse_mapped(q: Any, k: Any, v: Any, reads: Any, cascade: str, block: int) -> Any:
+    raise LowerError(
+        "ONNX: a site rounds its probabilities before they multiply V, which this exporter has no "
+        "operators for; quantise only Q and K there (int8), or run it with the torch backend."
+    )
+
+
+def _origins(sources: Sequence[Any]) -> Iterator[str]:
+    """Names of the nodes a traced node came from, nearest first (torch's ``from_node`` chain)."""
+    for source in sources:
+        yield source.name
+        yield from _origins(source.from_node or ())
+
+
+def site_name(node: ir.Node, given: Mapping[str, str], taken: Sequence[str]) -> str:
+    """The name the rewrite gave to the graph node, else its module path with an index."""
+    meta = getattr(node.meta.get("node"), "meta", {})
+    for origin in _origins(meta.get("from_node") or ()):
+        if origin in given:
+            return given[origin]
+    stack = list((meta.get("nn_module_stack") or {}).values())
+    path = stack[-1][0].removeprefix("L['self'].") if stack else ""
+    base = path or "attention"
+    return f"{base}.{sum(n.rpartition('.')[0] == base for n in taken)}"
+
+
+def site_names(program: ExportedProgram) -> dict[str, str]:
+    """Site names by graph node, as splicing left them on the nodes of rewritten attention."""
+    nodes = [
+        n
+        for module in program.graph_module.modules()
+        if isinstance(module, torch.fx.GraphModule)
+        for n in module.graph.nodes
+    ]
+    return {n.name: n.meta[SITE_KEY] for n in nodes if SITE_KEY in n.meta}
+
+
+def attribute(node: ir.Node, name: str) -> Any:
+    """The value of a marker's attribute."""
+    return node.attributes[name].value
+
+
+def form_of(node: ir.Node, name: str) -> SoftmaxAttention:
+    """The softmax attention of a tiled marker; `LowerError` where its cascade is another."""
+    from attn_rewrite.cascade.text import parse
+
+    text = attribute(node, "cascade")
+    form = as_softmax(parse(text))
+    if form is None:
+        reason = "the cascade is not softmax attention, which is all this backend emits so far"
+        raise LowerError(
+            f"ONNX: {name}: {reason}; keep this site exact or use the torch backend.",
+            [Refusal("onnx-cascade", reason, node=text.splitlines()[0], site=name)],
+        )
+    return form
