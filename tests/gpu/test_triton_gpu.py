@@ -131,6 +131,37 @@ def test_torch_compile_gives_the_same(name):
     assert torch.equal(found, wanted)
 
 
+class Attends(torch.nn.Module):
+    """A case as a module: what export takes."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def forward(self, x):
+        return run(CASES[self.name], x)
+
+
+@pytest.mark.parametrize("name", ["causal", "bias"])
+def test_an_exported_program_gives_the_same(name):
+    x = on_gpu(inputs_for(CASES[name], SIZES, torch.bfloat16, 16))
+    program = torch.export.export(Attends(name), (x,))
+    assert any("attn_rewrite" in str(n.target) for n in program.graph.nodes)
+    assert torch.equal(program.module()(x), run(CASES[name], x))
+
+
+@pytest.mark.parametrize("name", ["causal", "bias"])
+def test_aot_inductor_gives_the_same(name, tmp_path):
+    """A package that holds the kernels and runs without Python's graph."""
+    x = on_gpu(inputs_for(CASES[name], SIZES, torch.bfloat16, 17))
+    program = torch.export.export(Attends(name), (x,))
+    package = torch._inductor.aoti_compile_and_package(
+        program, package_path=str(tmp_path / "attention.pt2")
+    )
+    found = torch._inductor.aoti_load_package(package)(x)
+    assert torch.equal(found, run(CASES[name], x))
+
+
 def test_no_compilation_for_another_length(monkeypatch):
     """One source, and one binary of it, whatever the length."""
     from attn_rewrite.backends.triton import launch
