@@ -202,11 +202,30 @@ def _is_row(expr: Expr, keys: set[int], anchor: Anchor) -> bool:
     return leaf is not None and not keys & {a for d in leaf.dims for a in anchor.axes.resolve(d)}
 
 
+def _shifts(anchor: Anchor) -> set[str]:
+    """Tensors that are one number for a row and that no mask compares: a maximum that a bound keeps
+    from cancelling (Grounding DINO) is read, and decides about no key."""
+    plain = _outside_conditions(anchor.score)
+    compared = {
+        n.tensor
+        for e in walk(anchor.score)
+        if is_boolean(e)
+        for n in walk(e)
+        if isinstance(n, Read)
+    }
+    keys = set(anchor.axes.resolve(anchor.keys))
+    return {
+        name for name in plain - compared
+        if name in anchor.lifter.leaves and _is_row(Read(name), keys, anchor)
+    }  # fmt: skip
+
+
 def _scores_decide(anchor: Anchor, dot: Dot, forward: Forward) -> Refusal | None:
     """Refuse a mask, factor or sink that the scores decide: it cannot be had without them."""
     scores = dot.product.node
     exprs = [e for e in (anchor.score, forward.weight, anchor.sink) if e is not None]
     used = {n.tensor for e in exprs for n in walk(e) if isinstance(n, Read)}
+    used -= _shifts(anchor)
     for leaf in (anchor.lifter.leaves[n] for n in used if n in anchor.lifter.leaves):
         if _follows(leaf.node, scores):
             reason = f"a mask or factor ({leaf.node}) is computed from the scores themselves"

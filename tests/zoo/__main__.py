@@ -22,7 +22,7 @@ def main() -> None:
     names = (
         [n for library in LIBRARIES for n in rows(library)]
         if options.all
-        else [name for speed in ("fast", "slow") for name in chosen(speed)]
+        else [name for speed in ("fast", "all") for name in chosen(speed)]
     )
     patterns = options.patterns or ["*"]
     with Bench() as bench:

@@ -64,7 +64,7 @@ def test_slow_row(bench: Bench, name: str, dtype: str) -> None:
 
 
 @pytest.mark.zoo
-@pytest.mark.parametrize("name", chosen("slow"))
+@pytest.mark.parametrize("name", chosen("all"))
 def test_row_of_any_size(bench: Bench, name: str) -> None:
     """With dynamic sizes, as users capture; these results are those of the table."""
     result = bench.examine(name, ("float32", "bfloat16"))
@@ -98,7 +98,7 @@ def test_a_row_with_more_sites_than_attentions_is_not_in_full(tmp_path: Path) ->
 
 
 def test_every_row_is_run_by_one_test() -> None:
-    names = [name for speed in ("fast", "slow") for name in chosen(speed)]
+    names = [name for speed in ("fast", "all") for name in chosen(speed)]
     assert len(names) == len(set(names))
     assert {"torch", "transformers", "diffusers", "timm"} == {
         name.partition("/")[0] for name in chosen("slow")
