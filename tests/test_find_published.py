@@ -77,6 +77,16 @@ class Channels(Projected):
         return self.out(torch.bmm(energy.softmax(-1), x).transpose(1, 2))
 
 
+class BoundedScores(Projected):
+    """A bound keeps the largest score from cancelling (Grounding DINO)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        scores = q @ k.transpose(-1, -2)
+        scores = torch.clamp(scores - scores.amax(-1, keepdim=True), min=-1.5)
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
 class Neighbours(Projected):
     """The mask is a comparison of another product (graph transformers)."""
 
@@ -135,6 +145,7 @@ EXPECTED = {
     LatentKeys: ((4, 1, None, None, 10, "self", "softmax", True), True),
     Pooled: ((1, 1, 12, 2, 8, "self", "softmax", False), False),
     Channels: ((1, 1, 32, 32, 12, "self", "channel", False), False),
+    BoundedScores: ((4, 4, None, None, 8, "self", "softmax", False), True),
     Neighbours: ((4, 4, None, None, 8, "self", "softmax", False), True),
     PackedWithPositions: ((4, 4, 12, 12, 8, "self", "softmax", False), False),
     MaskOfBytes: ((4, 4, None, None, 8, "self", "softmax", True), True),
@@ -161,6 +172,19 @@ def test_published_spellings(kind: type[nn.Module], dynamic: bool) -> None:
     own = (model.float()(x).double() - wanted).abs().max()
     error = (done(x).double() - wanted).abs().max()
     assert error <= max(2 * own, 4 * torch.finfo(torch.float32).eps * wanted.abs().max())
+
+
+def test_a_mask_that_compares_scores_with_their_largest_is_refused() -> None:
+    class Close(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            scores = q @ k.transpose(-1, -2)
+            far = scores < scores.amax(-1, keepdim=True) - 1
+            return scores.masked_fill(far, -math.inf).softmax(-1) @ v
+
+    torch.manual_seed(0)
+    found = ar.find_attention(Close(), tuple(torch.randn(2, 3, 7, 4) for _ in range(3)))
+    assert not found.sites
+    assert [r.code for r in found.refusals] == ["score-dependent-mask"]
 
 
 def test_a_row_less_scores_is_shifted_only_along_the_softmax() -> None:

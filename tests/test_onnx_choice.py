@@ -111,7 +111,7 @@ def priced(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_switch_is_where_the_costs_are_equal() -> None:
     found = choose({"flat": "flat", "steep": "steep", "never": "never"}, LONG)
     assert (found.name, found.short, found.switch) == ("flat", "steep", math.isqrt(999))
-    assert "never measured slower" in found.why
+    assert "never slower by measured prices" in found.why
     assert f"up to {found.switch} tokens steep is cheaper" in found.why
 
 
@@ -284,7 +284,7 @@ def test_both_branches_are_exact_and_the_length_decides(
     (site,) = artifact.sites
     assert (site.short, site.switch, site.axis) == (OPERATOR, 40, "q_2")
     assert site.form == ("half" if window == math.inf else "tiles")
-    assert "measured slower" in site.choice
+    assert "slower by measured prices" in site.choice
     session = instrumented(artifact)
     ran = {}
     for b, s in ((1, 1), (2, 39), (1, 40), (3, 41), (2, 400)):
@@ -342,7 +342,7 @@ def test_a_range_on_one_side_gets_one_form(tmp_path: Path, monkeypatch: pytest.M
     assert short.switch == 40
     (long,) = exported(math.inf, tmp_path / "l.onnx", least=64).sites
     assert (long.form, long.short, long.switch) == ("half", "", None)
-    assert "measured slower" in long.choice
+    assert "slower by measured prices" in long.choice
     switched(monkeypatch, 500)
     (one,) = exported(math.inf, tmp_path / "o.onnx", most=500).sites
     assert (one.form, one.short) == (OPERATOR, "")
@@ -389,7 +389,7 @@ def test_a_mask_is_the_operators_bias(
     artifact = export_onnx(program, tmp_path / "m.onnx", target="onnxruntime")
     (site,) = artifact.sites
     assert site.form == "MultiHeadAttention"
-    assert "dense measured slower" in site.choice
+    assert "dense slower by measured prices" in site.choice
     assert artifact.errors  # compared with float64
     got = artifact.run({**arrays(x), "m": mask.numpy()})["output"]
     if kind == "empty":

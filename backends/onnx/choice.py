@@ -119,7 +119,7 @@ def _compared(prices: Mapping[str, Sequence[float]], length: int) -> str:
     ends = sorted((found[-1], name) for name, found in prices.items())
     (best, name), *others = ends
     said = f"{name} is estimated at {_ms(best)} at {length} tokens"
-    rest = ", ".join(f"{other} measured slower ({_ms(cost)})" for cost, other in others)
+    rest = ", ".join(f"{other} slower by measured prices ({_ms(cost)})" for cost, other in others)
     return f"{said}; {rest}" if rest else said
 
 

@@ -77,25 +77,12 @@ def export_onnx(
             f"static= needs what optimize returned, got {type(optimized).__name__}: export a "
             "program with the lengths it shall have."
         )
-    made = _lowered_at(optimized, number, target, cache, static)
-    dense = _dense_though_sparse(optimized, made.sites)
-    if dense and hasattr(optimized, "at_one_length") and cache is None and not static:
-        # Which blocks to run is known once the lengths are.
-        made = _lowered_at(optimized, number, target, cache, True)
-        dense = _dense_though_sparse(optimized, made.sites)
-    _refuse_dense(dense)
+    made = _fitting(optimized, number, target, cache, static)
     model, codes = made.model, made.codes
     sites = _masks_named(optimized, made.sites)
-    census = node_census(model)
-    _check_census(census, target)
+    _check_census(node_census(model), target)
     metadata = _metadata(optimized, target, number, [s.to_json() for s in sites])
-    if made.fixed:
-        why = "asked for" if static else "a mask has no band of fixed width"
-        metadata["attn_rewrite.lengths"] = f"those of the example: {why}"
-    if cache is not None:
-        metadata["attn_rewrite.cache"] = cache
-    if codes is not None:
-        metadata["attn_rewrite.cache_scales"] = codes.to_text()
+    metadata |= _options_metadata(made, cache, static)
     model.metadata_props.update(metadata)
     draft = OnnxArtifact(
         path=Path(path),
@@ -110,6 +97,32 @@ def export_onnx(
         codes=codes,
     )
     return write(model, draft, verify)
+
+
+def _fitting(optimized: Any, number: int, target: str, cache: str | None, static: bool) -> _Lowered:
+    """The program as ONNX, at the lengths of the example where only those leave a sparse site
+    sparse; `LowerError` where nothing does."""
+    made = _lowered_at(optimized, number, target, cache, static)
+    dense = _dense_though_sparse(optimized, made.sites)
+    if dense and hasattr(optimized, "at_one_length") and cache is None and not static:
+        # Which blocks to run is known once the lengths are.
+        made = _lowered_at(optimized, number, target, cache, True)
+        dense = _dense_though_sparse(optimized, made.sites)
+    _refuse_dense(dense)
+    return made
+
+
+def _options_metadata(made: _Lowered, cache: str | None, static: bool) -> dict[str, str]:
+    """What the file says of fixed lengths and of its cache."""
+    found = {}
+    if made.fixed:
+        why = "asked for" if static else "a mask has no band of fixed width"
+        found["attn_rewrite.lengths"] = f"those of the example: {why}"
+    if cache is not None:
+        found["attn_rewrite.cache"] = cache
+    if made.codes is not None:
+        found["attn_rewrite.cache_scales"] = made.codes.to_text()
+    return found
 
 
 @dataclass(frozen=True, eq=False)

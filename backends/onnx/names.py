@@ -125,12 +125,14 @@ def axis_names(program: ExportedProgram) -> dict[str, str]:
 
 
 def axis_ranges(program: ExportedProgram) -> dict[str, tuple[int, int]]:
-    """The least and the largest extent of every symbol; without a limit, what 32 bits hold."""
-    found = {}
-    for symbol, allowed in program.range_constraints.items():
-        low, high = (int(b) if b.is_Integer else 2**31 - 1 for b in (allowed.lower, allowed.upper))
-        found[str(symbol)] = (low, high)
-    return found
+    """The least and the largest extent of every symbol; without limits 0, and what 32 bits hold."""
+    return {
+        str(symbol): (
+            int(allowed.lower) if allowed.lower.is_Integer else 0,
+            int(allowed.upper) if allowed.upper.is_Integer else 2**31 - 1,
+        )
+        for symbol, allowed in program.range_constraints.items()
+    }
 
 
 def _of_a_step(tensor: str, axis: int) -> str | None:

@@ -94,9 +94,8 @@ def export_triton(optimized: OptimizedModule, folder: str | Path, *, target: str
         sites[site.name] = tuple(entry["name"] for _, entry in kernels)
         if found.stages is not None:
             codes[site.name], note = writer.write(site, found.stages)
-            notes |= (
-                {site.name: "; ".join(n for n in (notes.get(site.name), note) if n)} if note else {}
-            )
+            if note:
+                notes[site.name] = "; ".join(n for n in (notes.get(site.name), note) if n)
         made = site_tables(tuple(s for s, _ in kernels), site, found.tables, found.reordered)
         if made.arrays:
             tables[site.name] = f"tables-{len(tables)}.safetensors"

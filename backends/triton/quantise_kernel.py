@@ -50,6 +50,26 @@ def centred(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def stored(  # type: ignore[no-untyped-def]
+    codes, code, row, inside, channel,
+    lanes: tl.constexpr, padded: tl.constexpr, tile: tl.constexpr, halves: tl.constexpr,
+):  # fmt: skip
+    """Write the rows ``row`` of codes: a byte each, or (halves) two in a byte with 8 added, the
+    first in the low half; a half to spare is 0."""
+    if halves:
+        half = tl.where(channel < lanes, code.to(tl.int32) + 8, 0)
+        low, high = tl.split(tl.reshape(half, [tile, padded // 2, 2]))
+        byte = tl.arange(0, padded // 2)
+        mask = inside[:, None] & (byte < (lanes + 1) // 2)[None, :]
+        at = codes + row[:, None] * ((lanes + 1) // 2) + byte[None, :]
+        tl.store(at, (low + high * 16).to(tl.uint8), mask=mask)
+    else:
+        mask = inside[:, None] & (channel < lanes)[None, :]
+        at = codes + row[:, None] * lanes + channel[None, :]
+        tl.store(at, code.to(tl.int32).to(tl.int8), mask=mask)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def quantise_kernel(  # type: ignore[no-untyped-def]
     x, index, mean, given, codes, scales, heads, length, groups, largest, smallest,
     stride_b, stride_h, stride_n, stride_d,
@@ -106,22 +126,7 @@ def quantise_kernel(  # type: ignore[no-untyped-def]
         )  # fmt: skip
         code = rounded(part / scale, away)
         code = tl.minimum(tl.maximum(code, -largest), largest)
-        first_code = (pair * length + token)[:, None]
-        if halves:
-            # Two in a byte, 8 added, the first in the low half; a half to spare is 0.
-            half = tl.where(channel < lanes, code.to(tl.int32) + 8, 0)
-            low, high = tl.split(tl.reshape(half, [tile, padded // 2, 2]))
-            byte = tl.arange(0, padded // 2)
-            mask = inside[:, None] & (byte < (lanes + 1) // 2)[None, :]
-            at = codes + first_code * ((lanes + 1) // 2) + byte[None, :]
-            tl.store(at, (low + high * 16).to(tl.uint8), mask=mask)
-        else:
-            mask = inside[:, None] & (channel < lanes)[None, :]
-            tl.store(
-                codes + first_code * lanes + channel[None, :],
-                code.to(tl.int32).to(tl.int8),
-                mask=mask,
-            )
+        stored(codes, code, pair * length + token, inside, channel, lanes, padded, tile, halves)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

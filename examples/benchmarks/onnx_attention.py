@@ -18,8 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -29,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import hardware
 
 HEADS, WIDTH, BLOCK, DENSITY = 12, 64, 64, 0.15
 RESULTS = Path(__file__).parent / "results" / "onnx_attention.json"
@@ -249,14 +248,6 @@ def compare_decode(folder: Path, options: Any) -> dict[str, Any]:
 
 
 KINDS = {"blocks": compare_blocks, "causal": compare_causal, "decode": compare_decode}
-
-
-def hardware() -> str:
-    """Architecture, cores and, where the kernel says it, the processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
-    return f"{platform.machine()}, {os.cpu_count()} cores, {next(names, 'processor unknown')}"
 
 
 def main() -> None:

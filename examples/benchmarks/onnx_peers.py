@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -25,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from machine import hardware
 
 RESULTS = Path(__file__).parent / "results" / "onnx_peers.json"
 ATTENTIONS = ("Attention", "MultiHeadAttention", "GroupQueryAttention", "PackedAttention")
@@ -168,14 +167,6 @@ def row(kind: str, model: torch.nn.Module, folder: Path, options: Any) -> dict[s
             found[name] |= {"median_ms": round(statistics.median(taken), 2)}
             found[name]["faster_than_plain"] = round(min(times["plain"]) / min(taken), 2)
     return found
-
-
-def hardware() -> str:
-    """Architecture, cores and, where the kernel says it, the processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
-    return f"{platform.machine()}, {os.cpu_count()} cores, {next(names, 'processor unknown')}"
 
 
 def main() -> None:

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -27,6 +25,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
+from machine import hardware
 
 from attn_rewrite.backends.onnx.blocks import Problem, plan_blocks
 from attn_rewrite.backends.onnx.contrib import emit_multi_head
@@ -193,14 +192,6 @@ PRICES: dict[str, tuple[float, ...]] = {{
 ERRORS = {{
 {worst}}}
 '''
-
-
-def hardware() -> str:
-    """Architecture, cores and, where the kernel says it, the processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
-    return f"{platform.machine()}, {os.cpu_count()} cores, {next(names, 'processor unknown')}"
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ splits into; where no such split is visible, the batch-like axis next to the pos
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,6 +22,9 @@ from attn_rewrite.passes.find.product import contraction, of_weights
 from attn_rewrite.site import Factor, Operand
 from attn_rewrite.sizes import as_size, same_size
 
+_STEPS = 24
+# Projections that an axis of Q is followed through: its own, and one per head behind it.
+_PROJECTIONS = 2
 # Operators that keep every axis where it is: position embeddings, norms, activations.
 KEEPS_AXES = frozenset(
     "add sub mul div neg cat layer_norm rms_norm native_layer_norm tanh pow softmax index_put "
@@ -63,17 +66,25 @@ class Roles:
 
 def siblings(node: fx.Node, dims: tuple[Atoms, ...], width: Atoms, axes: Axes) -> set[int]:
     """Atoms that share a dimension with ``width`` where the tensor comes from a projection."""
-    for _ in range(24):
+    for _, at in _history(node, dims, axes):
         wide = set(axes.resolve(width))
-        for dim in dims:
+        for dim in at:
             atoms = axes.resolve(dim)
             if wide & set(atoms) and len(atoms) > len(wide & set(atoms)):
                 return set(atoms) - wide
-        step = _back(node, dims, axes)
-        if step is None:
-            return set()
-        node, dims = step
     return set()
+
+
+def _history(
+    node: fx.Node, dims: tuple[Atoms, ...], axes: Axes
+) -> Iterator[tuple[fx.Node, tuple[Atoms, ...]]]:
+    """The tensor and the ones before it that hold the same elements, as far as that is seen."""
+    step: tuple[fx.Node, tuple[Atoms, ...]] | None = (node, dims)
+    for _ in range(_STEPS):
+        if step is None:
+            return
+        yield step
+        step = _back(*step, axes)
 
 
 def _back(
@@ -140,50 +151,36 @@ def from_features(node: fx.Node, dims: tuple[Atoms, ...], wanted: Atoms, axes: A
     positions."""
     if same_size(axes.extent(wanted), 1):
         return False  # one key: nothing tells
-    for _ in range(24):
-        if is_call(node, "linear", "addmm", "conv2d", "conv1d"):
-            place = len(dims) - 1 if is_call(node, "linear", "addmm") else 1
-            return set(axes.resolve(wanted)) <= set(axes.resolve(dims[place]))
-        step = _back(node, dims, axes)
-        if step is None:
-            return False
-        node, dims = step
+    for here, at in _history(node, dims, axes):
+        if is_call(here, "linear", "addmm", "conv2d", "conv1d"):
+            place = len(at) - 1 if is_call(here, "linear", "addmm") else 1
+            return set(axes.resolve(wanted)) <= set(axes.resolve(at[place]))
     return False
-
-
-# Projections that an axis of Q is followed through: its own, and one per head behind it.
-_PROJECTIONS = 2
 
 
 def is_channel(node: fx.Node, dims: tuple[Atoms, ...], wanted: Atoms, axes: Axes) -> bool | None:
     """True if the atoms are channels of a projection with weights of the model, its batch axes
     included; False if they pass it as they are; None where there is none."""
     found: bool | None = None
-    passed = 0
-    for _ in range(24):
-        made = contraction(node)
-        if made is not None:
-            product = made.product
-            of = [of_weights(product.left), of_weights(product.right)]
-            if of[0] == of[1]:
-                return found
-            labels = dict(zip(product.out_labels, dims, strict=True))
-            weights = product.left_labels if of[0] else product.right_labels
-            inside = {a for x in weights for a in axes.resolve(labels.get(x, ()))}
-            if set(axes.resolve(wanted)) <= inside:
-                return True
-            found, passed = False, passed + 1
-            if passed == _PROJECTIONS:
-                return found
-            own = product.right_labels if of[0] else product.left_labels
-            node = product.right if of[0] else product.left
-            sizes = shape_of(node)
-            dims = tuple(labels.get(x) or axes.fresh(n) for x, n in zip(own, sizes, strict=True))
-            continue
-        step = _back(node, dims, axes)
-        if step is None:
+    for _ in range(_PROJECTIONS):
+        made = next(
+            ((c.product, at) for n, at in _history(node, dims, axes) if (c := contraction(n))), None
+        )
+        if made is None:
             return found
-        node, dims = step
+        product, dims = made
+        left = of_weights(product.left)
+        if left == of_weights(product.right):
+            return found
+        sides = [(product.left, product.left_labels), (product.right, product.right_labels)]
+        (_, weights), (node, own) = sides if left else sides[::-1]
+        labels = dict(zip(product.out_labels, dims, strict=True))
+        inside = {a for x in weights for a in axes.resolve(labels.get(x, ()))}
+        if set(axes.resolve(wanted)) <= inside:
+            return True
+        found = False
+        sizes = shape_of(node)
+        dims = tuple(labels.get(x) or axes.fresh(n) for x, n in zip(own, sizes, strict=True))
     return found
 
 
@@ -214,8 +211,6 @@ def assign(
         | siblings(*key, width, axes)
         | siblings(*value, features, axes)
     )
-    origins = {a: is_channel(*query, (a,), axes) for a in axes.resolve(rows)}
-    channels = {part: known for a, known in origins.items() for part in axes.resolve((a,))}
     keys, width, features = (axes.resolve(x) for x in (keys, width, features))
     rows = axes.resolve(rows)  # after the walks: they may split atoms
     related = set(axes.resolve(tuple(related)))
@@ -229,6 +224,10 @@ def assign(
         group = group[:-1]  # a query axis is needed: the innermost
     batch = tuple(a for a in shared if a not in related)
     if not heads and not group:
+        origins = {a: is_channel(*query, (a,), axes) for a in alone}
+        channels = {part: known for a, known in origins.items() for part in axes.resolve((a,))}
+        batch, alone, keys = (axes.resolve(x) for x in (batch, alone, keys))
+        width, features = axes.resolve(width), axes.resolve(features)
         batch, heads, group = _by_position(batch, alone, keys, query[1], channels, axes)
     query_axes = tuple(a for a in alone if a not in group)
     return Roles(batch, heads, group, query_axes, keys, width, features)

@@ -57,7 +57,7 @@ def test_the_table_is_large_enough() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "dtype"), _in_turns(chosen("slow")))
 def test_slow_row(bench: Bench, name: str, dtype: str) -> None:
-    """In one type and at the sizes of the inputs: a fifth of the time of a line of the table."""
+    """In one type and at the sizes of the inputs, which are traced sooner than unknown ones."""
     if reason := EXCEPTIONS.get(name.split("/")[1]):
         pytest.skip(f"not found in full: {reason}")
     _check(bench.examine(name, (dtype,), fixed=True))
