@@ -594,11 +594,11 @@ def test_passes_of_the_library_are_frozen():
 # Quantised operands
 
 
-def quantised(text, **facts):
+def quantised(text, width=64, **facts):
     from attn_rewrite.policy_text import parse_pipeline
     from tests.sites import make_site
 
-    site = make_site(d_qk=64, d_v=64, q_len=1024, kv_len=1024, **facts)
+    site = make_site(d_qk=width, d_v=width, q_len=1024, kv_len=1024, **facts)
     (transform,) = parse_pipeline(text)
     return transform.apply(site.cascade, site)
 
@@ -653,3 +653,15 @@ def test_kernels_over_codes_compile(target, text):
         ptx = binary.files["ptx"].decode()
         integer = "s32.s8.s8" in ptx or "kind::i8" in ptx
         assert integer == ("int" in text), "products of codes run on tensor cores as integers"
+
+
+@pytest.mark.parametrize("text", ["int8", "int4", "int8(pv=true)", "fp8"])
+def test_narrow_heads_over_codes_compile(text):
+    """A product of 8-bit numbers has at least 32 terms on tensor cores."""
+    from attn_rewrite.backends.triton.bundle import fit
+
+    lanes = {"d": 16, "f": 16}
+    kernel = lower(quantised(text, 16), extents=lanes, device=parse_target("cuda:90"))
+    (source,) = kernel.sources
+    _, binary = fit(source, "cuda:90", "bfloat16", lanes)
+    assert binary.resources.spilled == 0
