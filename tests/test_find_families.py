@@ -269,3 +269,79 @@ def test_heads_are_seen_behind_blocks_of_a_symbolic_number() -> None:
     (site,) = find(canonicalize(program.module())).sites
     assert (site.hq, site.hkv, site.d_qk) == (2, 2, 8)
     assert site.rewritable
+
+
+class LowRank(nn.Module):
+    """Queries and keys that are projections of projections, as in multi-head latent attention;
+    the tables of the rotation are made without gradients, as model libraries make them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_down, self.q_up = nn.Linear(WIDTH, 8), nn.Linear(8, WIDTH)
+        self.kv_down, self.kv_up = nn.Linear(WIDTH, 8), nn.Linear(8, 2 * WIDTH)
+        self.q_norm, self.kv_norm = nn.RMSNorm(8), nn.RMSNorm(8)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        q = self.q_up(self.q_norm(self.q_down(x)))
+        k, v = self.kv_up(self.kv_norm(self.kv_down(context))).chunk(2, -1)
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (q, k, v))
+        return ((self._turned(q) @ self._turned(k).mT) / 2).softmax(-1) @ v
+
+    def _turned(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            angles = torch.arange(x.shape[-2])[:, None] * torch.tensor([1.0, 0.1])
+            cos, sin = angles.cos(), angles.sin()
+        even, odd = x[..., ::2], x[..., 1::2]
+        return torch.cat([even * cos - odd * sin, odd * cos + even * sin], -1)
+
+
+class LowRankSelf(LowRank):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x, x)
+
+
+class Reduced(Heads):
+    """Keys of an image that a strided convolution made smaller (PVT, Segformer)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.smaller = nn.Conv2d(WIDTH, WIDTH, 2, 2)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.q, self.kv = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.norm(image.flatten(2).mT)
+        y = x.mT.unflatten(-1, image.shape[2:])
+        y = self.norm(self.smaller(y).flatten(2).mT)
+        q, (k, v) = self.q(x), self.kv(y).chunk(2, -1)
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (q, k, v))
+        return (q @ k.mT).softmax(-1) @ v
+
+
+class NoResidual(nn.Module):
+    """The result of an attention asks the tokens it was made of: other queries than the keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        read = (q @ k.mT).softmax(-1) @ v
+        return (self.q(read) @ k.mT).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    ("model", "shapes", "kinds", "rope"),
+    [
+        (LowRankSelf(), [(2, LENGTH, WIDTH)], ["self"], True),
+        (LowRank(), [(2, LENGTH, WIDTH), (2, LENGTH, WIDTH)], ["cross"], True),
+        (LowRank(), [(2, LENGTH, WIDTH), (2, 9, WIDTH)], ["cross"], True),
+        (Reduced(), [(2, WIDTH, 4, 4)], ["self"], False),
+        (NoResidual(), [(2, LENGTH, WIDTH)], ["self", "cross"], False),
+    ],
+    ids=["latent", "latent of a context", "other length", "reduced keys", "no residual"],
+)
+def test_what_queries_and_keys_are_of(model, shapes, kinds, rope) -> None:
+    sites = findings(model, tuple(torch.randn(s) for s in shapes)).sites
+    assert [(s.kind, s.rope) for s in sites] == [(k, rope) for k in kinds]

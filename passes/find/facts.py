@@ -8,14 +8,27 @@ from typing import Any
 
 from torch import fx
 
-from attn_rewrite.graph import arguments, is_call, is_parameter, is_tensor, op_name, shape_of
+from attn_rewrite.graph import (
+    arguments,
+    is_call,
+    is_parameter,
+    is_tensor,
+    op_name,
+    shape_of,
+    value_of,
+)
+from attn_rewrite.passes.find.constants import attribute
 from attn_rewrite.passes.find.product import product_of
 from attn_rewrite.passes.find.roles import Roles
 from attn_rewrite.site import Operand
 from attn_rewrite.sizes import as_size, same_size
 
 PROJECTIONS = frozenset({"linear", "addmm", "conv1d", "conv2d", "convolution", "conv3d"})
+_SAME = ("to", "contiguous", "clone", "detach", "alias")
+_LAYOUTS = ("view", "reshape", "flatten", "unflatten", "transpose", "permute", "squeeze", "unsqueeze")
 _STEPS = 64
+# Projections of one operand, one behind the other.
+_PROJECTED = 3
 
 
 def length_of(own: Operand, role: str, size: Any) -> Any:
@@ -56,6 +69,15 @@ def _is_weight(node: fx.Node) -> bool:
     return is_parameter(node)
 
 
+def _laid_out(node: fx.Node) -> fx.Node:
+    """The tensor that ``node`` is in another layout: an image is a sequence and an image again."""
+    while is_call(node, *_SAME, *_LAYOUTS):
+        first = node.args[0]
+        assert isinstance(first, fx.Node)
+        node = first
+    return node
+
+
 def origins(node: fx.Node) -> tuple[set[fx.Node], list[fx.Node]]:
     """What a tensor was projected from, and the nodes between: the activations nearest behind
     it."""
@@ -65,7 +87,7 @@ def origins(node: fx.Node) -> tuple[set[fx.Node], list[fx.Node]]:
     while queue and len(between) < _STEPS:
         here = queue.pop()
         if _is_projection(here):
-            found.update(a for a in inputs_of(here) if not _is_weight(a))
+            found.update(_laid_out(a) for a in inputs_of(here) if not _is_weight(a))
             continue
         sources = [a for a in inputs_of(here) if not _is_weight(a)]
         if here.op == "placeholder" or (not sources and is_parameter(here)):
@@ -79,14 +101,43 @@ def origins(node: fx.Node) -> tuple[set[fx.Node], list[fx.Node]]:
     return found, between
 
 
+def _behind(found: set[fx.Node]) -> set[fx.Node]:
+    """``found``, and what was projected to it in earlier steps: low-rank queries and keys (MLA) are
+    projections of projections, with a norm between.  A residual sum or an attention ends the walk.
+    """
+    whole = set(found)
+    for node in found:
+        for _ in range(_PROJECTED):
+            before, between = origins(node)
+            if len(before) != 1 or any(_mixes_tokens(n) for n in between):
+                break
+            (node,) = before
+            whole.add(node)
+    return {n for n in whole if value_of(n).is_floating_point()}
+
+
+def _mixes_tokens(node: fx.Node) -> bool:
+    return is_call(node, "scaled_dot_product_attention") or product_of(node) is not None
+
+
 def rope_seen(nodes: list[fx.Node]) -> bool:
     """Rotary embedding: a rotation of halves or pairs multiplied by cos and sin."""
-    names = {op_name(n) for n in nodes}
+    names = {op_name(n) for n in (*nodes, *_inside(nodes))}
     if "view_as_complex" in names:
         return True
     return "mul" in names and bool({"add", "sub"} & names) and (
         ("neg" in names and bool({"cat", "stack"} & names)) or {"cos", "sin"} <= names
     )  # fmt: skip
+
+
+def _inside(nodes: list[fx.Node]) -> Iterator[fx.Node]:
+    """Nodes of the graphs that ``nodes`` call: tables are often made without gradients."""
+    for node in nodes:
+        for arg in node.all_input_nodes:
+            if arg.op == "get_attr":
+                called = attribute(node.graph.owning_module, str(arg.target))
+                if isinstance(called, fx.GraphModule):
+                    yield from called.graph.nodes
 
 
 def kind_of(query: Operand, key: Operand, roles: Roles) -> tuple[str, bool]:
@@ -100,7 +151,7 @@ def kind_of(query: Operand, key: Operand, roles: Roles) -> tuple[str, bool]:
         long_q, long_k = _sequences(from_q), _sequences(from_k)
         if len(long_q) >= 2 and long_q & long_k:
             return "joint", rope
-    if from_q & from_k:
+    if from_q & from_k or _behind(from_q) & _behind(from_k):
         return "self", rope
     extents = [
         {str(f.extent) for d in o.dims for f in d if f.role == r}
@@ -142,9 +193,6 @@ def written_at(key: Operand, q_len: object) -> fx.Node | None:
     if not is_tensor(index) or len(shape_of(index)) != 1:
         return None
     return index if same_size(as_size(shape_of(index)[0]), as_size(q_len)) else None
-
-
-_SAME = ("to", "contiguous", "clone", "detach", "alias")
 
 
 def _kv_place(key: Operand) -> int | None:

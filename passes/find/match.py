@@ -261,7 +261,12 @@ def _raise(
             parts.append(None)
             continue
         expr = substitute(substitute(expr, others), {Read(dot.name): product})
-        raised = in_ranks(expr, roles, axes)
+        own = {n: _operand_of(n, anchor, roles) for n in _leaf_reads(expr, anchor)}
+        # A tensor is read at whole ranks, also where the digits of one have no number for a radix.
+        whole: dict[Expr, Expr] = {
+            n: Read(n.tensor, tuple(Rank(r) for r in _ranks(o))) for n, o in own.items()
+        }
+        raised = in_ranks(substitute(expr, whole), roles, axes)
         if raised is None:
             return refuse(
                 "symbolic-axes", "a mask or bias splits an axis of dynamic length", anchor.node
@@ -270,19 +275,11 @@ def _raise(
     reads: dict[str, Operand] = {}
     mapping: dict[Expr, Expr] = {Read(dot.name): QK}
     for expr in parts:
-        for read in (
-            n
-            for n in walk(TRUE if expr is None else expr)
-            if isinstance(n, Read) and n.tensor in lifter.leaves
-        ):
-            if read in mapping:
-                continue
-            leaf = lifter.leaves[read.tensor]
-            own = operand(leaf.node, leaf.dims, roles, axes)
-            ranks = _ranks(own)
-            name = f"M{len(reads)}"
-            reads[name] = own
-            mapping[read] = Read(name, tuple(Rank(r) for r in ranks))
+        for read in _leaf_reads(TRUE if expr is None else expr, anchor):
+            if read not in mapping:
+                name = f"M{len(reads)}"
+                reads[name] = _operand_of(read, anchor, roles)
+                mapping[read] = Read(name, read.index)
     score, guard, weight, sink = (
         None if e is None else simplify(substitute(e, mapping)) for e in parts
     )
@@ -292,6 +289,16 @@ def _raise(
     terms = (c for t in (*conjuncts(guard), *extra) for c in conjuncts(normal(t)))
     kept = tuple(dict.fromkeys(terms))
     return Raised(score, conjunction(kept), weight, sink, reads)
+
+
+def _leaf_reads(expr: Expr, anchor: Anchor) -> list[Read]:
+    """Reads of tensors of the graph, in order."""
+    return [n for n in walk(expr) if isinstance(n, Read) and n.tensor in anchor.lifter.leaves]
+
+
+def _operand_of(read: Read, anchor: Anchor, roles: Roles) -> Operand:
+    leaf = anchor.lifter.leaves[read.tensor]
+    return operand(leaf.node, leaf.dims, roles, anchor.axes)
 
 
 def _ranks(own: Operand) -> tuple[str, ...]:
