@@ -153,6 +153,11 @@ def small(kind: str, implementation: str) -> torch.nn.Module:
             eos_token_id=2,
         )
         return transformers.GPT2LMHeadModel(config).eval()
+    if kind == "deepseek":  # latents are cached, and keys are projected from them
+        latent = {"kv_lora_rank": 16, "q_lora_rank": 12, "qk_rope_head_dim": 4}
+        widths = {"qk_nope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 2}
+        whole = common | latent | widths | {"num_key_value_heads": 4, "head_dim": 4}
+        return transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**whole)).eval()
     if kind == "qwen3":
         return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**common)).eval()
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**common)).eval()
@@ -216,9 +221,10 @@ def windowed(model: torch.nn.Module, ids: torch.Tensor, size: int, tokens: int) 
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_windows_in_decode(cache: str) -> None:
+@pytest.mark.parametrize("kind", ["llama", "deepseek"])
+def test_windows_in_decode(kind: str, cache: str) -> None:
     """In a cache of fixed size the position is data: a window of 4 sees the last four tokens."""
-    model, ids = small("llama", "sdpa"), torch.randint(3, 100, (2, 9))
+    model, ids = small(kind, "sdpa"), torch.randint(3, 100, (2, 9))
     module = compiled(model, ar.Policy.parse("window(size=4)"), compiler="eager")
     options = generation(cache, 7) | {"return_dict_in_generate": True, "output_logits": True}
     result = module.generate(ids, **options)

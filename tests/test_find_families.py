@@ -331,6 +331,24 @@ class NoResidual(nn.Module):
         return (self.q(read) @ k.mT).softmax(-1) @ v
 
 
+class Probe(nn.Module):
+    """One learned query for every sequence (SigLIP's head), or queries that are tokens."""
+
+    def __init__(self, queries: int) -> None:
+        super().__init__()
+        self.probe = nn.Parameter(torch.randn(1, queries, WIDTH))
+        self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        probe = self.probe.repeat(x.shape[0], 1, 1)
+        return self.attention(probe, x, x, need_weights=False)[0]
+
+
+class FirstToken(Probe):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x[:, :1], x, x, need_weights=False)[0]
+
+
 @pytest.mark.parametrize(
     ("model", "shapes", "kinds", "rope"),
     [
@@ -339,8 +357,11 @@ class NoResidual(nn.Module):
         (LowRank(), [(2, LENGTH, WIDTH), (2, 9, WIDTH)], ["cross"], True),
         (Reduced(), [(2, WIDTH, 4, 4)], ["self"], False),
         (NoResidual(), [(2, LENGTH, WIDTH)], ["self", "cross"], False),
+        (Probe(1), [(2, LENGTH, WIDTH)], ["pooling"], False),
+        (Probe(3), [(2, LENGTH, WIDTH)], ["cross"], False),
+        (FirstToken(1), [(2, LENGTH, WIDTH)], ["cross"], False),
     ],
-    ids=["latent", "latent of a context", "other length", "reduced keys", "no residual"],
+    ids="latent context length reduced no-residual probe latents first-token".split(),
 )
 def test_what_queries_and_keys_are_of(model, shapes, kinds, rope) -> None:
     sites = findings(model, tuple(torch.randn(s) for s in shapes)).sites

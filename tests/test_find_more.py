@@ -104,6 +104,24 @@ def test_sinks_of_zero(function) -> None:
     assert "max(LM[b, h, q], 0.0)" in str(site.cascade.producer("GM").expr)
 
 
+def _cast_with_its_sink(q, k, v):
+    s = torch.cat([q @ k.mT, q.sum(-1, keepdim=True)], -1).double()
+    return s.softmax(-1)[..., :-1] @ v
+
+
+def _shifted_and_cast_with_its_sink(q, k, v):
+    s = torch.cat([q.sum(-1, keepdim=True), q @ k.mT], -1)
+    s = (s - s.amax(-1, keepdim=True)).double()
+    return s.softmax(-1)[..., 1:] @ v
+
+
+@pytest.mark.parametrize("function", [_cast_with_its_sink, _shifted_and_cast_with_its_sink])
+@pytest.mark.parametrize("dynamic", [None, DYNAMIC], ids=["static", "dynamic"])
+def test_sinks_that_are_cast_with_the_scores(function, dynamic) -> None:
+    site = _agrees(function, [SHAPE] * 3, dynamic)
+    assert "M0" in str(site.cascade.producer("GM").expr)
+
+
 def test_tiled_heads_are_shared() -> None:
     def attend(q, k, v):
         k, v = (torch.tile(x.unsqueeze(2), (1, 1, 3, 1, 1)).flatten(1, 2) for x in (k, v))

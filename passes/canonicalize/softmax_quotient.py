@@ -181,9 +181,13 @@ class SoftmaxShift(Canonicalization):
     targets: ClassVar[frozenset[str]] = frozenset({"softmax", "_softmax"})
 
     def rewrite(self, node: fx.Node, build: GraphBuilder) -> fx.Node | None:
-        """Rewrite shifts by a maximum, or by anything else of length 1 along the axis."""
+        """Rewrite shifts by a maximum, or by anything else of length 1 along the axis, also those
+        of a difference that is cast to a wider type."""
         named = arguments(node)
-        shifted = named["self"]
+        shifted, dtype = named["self"], named.get("dtype")
+        while is_call(shifted, "to") and _widens(shifted):
+            dtype = dtype or value_of(shifted).dtype
+            shifted = shifted.args[0]
         if not is_call(shifted, "sub", "sub_") or arguments(shifted).get("alpha", 1) != 1:
             return None
         first, second = shifted.args[:2]
@@ -199,8 +203,18 @@ class SoftmaxShift(Canonicalization):
             source = build.call(aten.neg.default, second)
         else:
             return None
-        args = (source, named["dim"], named.get("dtype"))
+        args = (source, named["dim"], dtype)
         return build.call(aten.softmax.int, *args)  # type: ignore[no-any-return]
+
+
+def _widens(cast: fx.Node) -> bool:
+    """True for a cast from a floating type to one of no fewer bits."""
+    source = cast.args[0]
+    assert isinstance(source, fx.Node)
+    before, after = value_of(source).dtype, value_of(cast).dtype
+    if not (before.is_floating_point and after.is_floating_point):
+        return False
+    return torch.finfo(before).bits <= torch.finfo(after).bits
 
 
 def _covers(source: fx.Node, shape: tuple[Any, ...], axis: int) -> bool:

@@ -15,7 +15,15 @@ import torch
 from torch import fx
 
 from attn_rewrite.cascade.expr import TRUE, Expr, Read, call, where
-from attn_rewrite.graph import arguments, is_tensor, op_name, shape_of, source_line, value_of
+from attn_rewrite.graph import (
+    arguments,
+    is_call,
+    is_tensor,
+    op_name,
+    shape_of,
+    source_line,
+    value_of,
+)
 from attn_rewrite.passes.find.axes import Atoms, Axes
 from attn_rewrite.passes.find.layout import coordinate
 from attn_rewrite.passes.find.lift import Dot, Lifter
@@ -111,10 +119,16 @@ def _open_softmax(
 
 
 def _without_sink(scores: fx.Node, place: int) -> tuple[fx.Node, fx.Node | None, bool]:
-    """(scores, sink, sink first) of ``cat([scores, sink])`` along the softmax axis (GPT-OSS)."""
-    if op_name(scores) != "cat":
+    """(scores, sink, sink first) of ``cat([scores, sink])`` along the softmax axis (GPT-OSS), which
+    may be cast as a whole (Inkling)."""
+    joined = scores
+    while is_call(joined, "to", "contiguous", "clone") and value_of(joined).is_floating_point():
+        before = joined.args[0]
+        assert isinstance(before, fx.Node)
+        joined = before
+    if op_name(joined) != "cat":
         return scores, None, False
-    named = arguments(scores)
+    named = arguments(joined)
     parts = named["tensors"]
     if len(parts) != 2 or named["dim"] % len(shape_of(scores)) != place:
         return scores, None, False

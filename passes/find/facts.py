@@ -9,7 +9,6 @@ from typing import Any
 from torch import fx
 
 from attn_rewrite.graph import (
-    arguments,
     is_call,
     is_parameter,
     is_tensor,
@@ -25,7 +24,16 @@ from attn_rewrite.sizes import as_size, same_size
 
 PROJECTIONS = frozenset({"linear", "addmm", "conv1d", "conv2d", "convolution", "conv3d"})
 _SAME = ("to", "contiguous", "clone", "detach", "alias")
-_LAYOUTS = ("view", "reshape", "flatten", "unflatten", "transpose", "permute", "squeeze", "unsqueeze")
+_LAYOUTS = (
+    "view",
+    "reshape",
+    "flatten",
+    "unflatten",
+    "transpose",
+    "permute",
+    "squeeze",
+    "unsqueeze",
+)
 _STEPS = 64
 # Projections of one operand, one behind the other.
 _PROJECTED = 3
@@ -109,6 +117,7 @@ def _behind(found: set[fx.Node]) -> set[fx.Node]:
     for node in found:
         for _ in range(_PROJECTED):
             before, between = origins(node)
+            before = _sequences(before) or before
             if len(before) != 1 or any(_mixes_tokens(n) for n in between):
                 break
             (node,) = before
@@ -117,6 +126,15 @@ def _behind(found: set[fx.Node]) -> set[fx.Node]:
 
 
 def _mixes_tokens(node: fx.Node) -> bool:
+    """True where the rows of a result are not those of the input: an attention, or some of them."""
+    if is_call(node, "slice", "select", "index", "index_select", "gather"):
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        before, after = shape_of(source), shape_of(node)
+        return len(before) != len(after) or any(
+            not same_size(as_size(a), as_size(b))
+            for a, b in zip(before[:-1], after[:-1], strict=True)
+        )
     return is_call(node, "scaled_dot_product_attention") or product_of(node) is not None
 
 
@@ -145,7 +163,10 @@ def kind_of(query: Operand, key: Operand, roles: Roles) -> tuple[str, bool]:
     from_q, path_q = origins(query.node)
     from_k, path_k = origins(key.node)
     rope = rope_seen(path_q)
-    if not any(f.role == "b" for d in query.dims for f in d) and roles.b:
+    if roles.b and (
+        not any(f.role == "b" for d in query.dims for f in d)
+        or (_is_single(query) and _is_learned(from_q))
+    ):
         return "pooling", rope
     if any(is_call(n, "cat") for n in path_q) and any(is_call(n, "cat") for n in path_k):
         long_q, long_k = _sequences(from_q), _sequences(from_k)
@@ -162,62 +183,25 @@ def kind_of(query: Operand, key: Operand, roles: Roles) -> tuple[str, bool]:
     return ("self" if same_length and raw else "cross"), rope
 
 
+def _is_single(query: Operand) -> bool:
+    return all(same_size(f.extent, 1) for d in query.dims for f in d if f.role == "q")
+
+
+def _is_learned(found: set[fx.Node]) -> bool:
+    """True for parameters of the model, repeated for each sequence (a probe)."""
+    walks = [origins(a) for a in found]
+    return bool(walks) and all(
+        len(between) < _STEPS and all(map(is_parameter, before)) for before, between in walks
+    )
+
+
 def _sequences(nodes: set[fx.Node]) -> set[fx.Node]:
-    """Activations with a batch and a sequence, not position tables."""
+    """Activations with a batch and a sequence, not positions or tables of them."""
     return {
         n for n in nodes
-        if is_tensor(n) and len(shape_of(n)) >= 3 and not same_size(as_size(shape_of(n)[-2]), 1)
+        if is_tensor(n) and value_of(n).is_floating_point()
+        and len(shape_of(n)) >= 3 and not same_size(as_size(shape_of(n)[-2]), 1)
     }  # fmt: skip
-
-
-def written_at(key: Operand, q_len: object) -> fx.Node | None:
-    """Where the keys of the queries were written into a cache of fixed size: the index tensor [q].
-
-    ``index_copy(cache, kv, index, new)`` and ``cache[:, :, index] = new``.  Key ``index[i]`` is the
-    one of query i, so this is the position of the query among the keys, also in a cache that rolls.
-    None where the keys are not written like that, or are not as many as the queries.
-    """
-    place = _kv_place(key)
-    node = key.node
-    while is_call(node, *_SAME, "copy_"):
-        node = node.args[1 if is_call(node, "copy_") else 0]  # type: ignore[assignment]
-    if place is None or not is_call(node, "index_copy", "index_copy_", "index_put", "index_put_"):
-        return None
-    named = arguments(node)
-    index: Any
-    if is_call(node, "index_copy", "index_copy_"):
-        index = named["index"] if named["dim"] % len(key.dims) == place else None
-    else:
-        at = [i for i, x in enumerate(named["indices"]) if x is not None]
-        index = named["indices"][place] if at == [place] and not named["accumulate"] else None
-    if not is_tensor(index) or len(shape_of(index)) != 1:
-        return None
-    return index if same_size(as_size(shape_of(index)[0]), as_size(q_len)) else None
-
-
-def _kv_place(key: Operand) -> int | None:
-    """The dimension of K that is the keys alone."""
-    return next((i for i, d in enumerate(key.dims) if [f.role for f in d] == ["kv"]), None)
-
-
-def appended_to_cache(key: Operand, q_len: object) -> bool:
-    """True if the keys are a cache with the newest ones appended: ``cat([past, new])`` along kv,
-    one new key for each query."""
-    position = next((i for i, d in enumerate(key.dims) if any(f.role == "kv" for f in d)), None)
-    node = key.node
-    while is_call(node, *_SAME):
-        node = node.args[0]  # type: ignore[assignment]
-    if not is_call(node, "cat") or position is None:
-        return False
-    named = arguments(node)
-    parts = named["tensors"]
-    if named["dim"] % len(key.dims) != position or len(parts) != 2:
-        return False
-    if not same_size(as_size(shape_of(parts[1])[position]), as_size(q_len)):
-        return False
-    if parts[0].op == "placeholder":
-        return True
-    return same_size(as_size(q_len), 1) and not _is_projection(parts[0])
 
 
 def layout_text(operand: Operand) -> str:

@@ -8,7 +8,7 @@ from torch import fx
 
 from attn_rewrite.cascade.expr import Call, Const, Expr, Extent, call, conjuncts
 from attn_rewrite.cascade.simplify import is_causal_term, mask_value, rows_kept, simplify
-from attn_rewrite.passes.find.facts import appended_to_cache, written_at
+from attn_rewrite.passes.find.cached import appended_to_cache, written_at
 from attn_rewrite.passes.find.masks import removing
 from attn_rewrite.site import UNKNOWN_OFFSET, Operand
 from attn_rewrite.sizes import as_size, same_size

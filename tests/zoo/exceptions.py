@@ -7,8 +7,6 @@ from __future__ import annotations
 EXCEPTIONS: dict[str, str] = {
     "vits": "the probabilities also weight embeddings of the distance, in a second product "
     "(relative positions of the values), so they are used in two places",
-    "gemma3n_audio": "blocks of a number that may change are a batch beside the batch, and the mask "
-    "tells both apart: refused (symbolic-axes)",
     "pocket_tts_audio_tokenizer_encoder": "the exported graph does not run: a padding depends on "
     "values that tracing could not tell",
     "sam3_lite_text": "not captured ahead of time: a size that the inputs decide is compared while "
