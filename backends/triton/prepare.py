@@ -236,6 +236,13 @@ def device_name(tensor: Tensor) -> str:
     return torch.cuda.get_device_name(tensor.device) if tensor.device.type == "cuda" else "cpu"
 
 
+def processors_of(tensor: Tensor) -> int:
+    """Processors (SM, CU) of the GPU a tensor lies on; those of an H100 where there is none."""
+    if tensor.device.type != "cuda":
+        return 132
+    return int(torch.cuda.get_device_properties(tensor.device).multi_processor_count)
+
+
 def _rows(program: Program, tensors: Mapping[str, Tensor]) -> int | None:
     """The number of rows, where it is not symbolic."""
     row = program.roles.row
