@@ -5,7 +5,8 @@ folds the states with the *merge* cascade and ends with the *finish* cascade.  B
 the cascades that `fuse_reductions` proves; neither knows which attention it is.
 
 Keys and values lie in plain tensors, or in pages: ``K [pages, hkv, page, d]`` with a table
-``pages [b, n]`` (int32) and ``lengths [b]`` (int32).
+``pages [b, n]`` (int32) and ``lengths [b]`` (int32).  Pages also hold any other input with a value
+for each key of each batch entry, as the scales of an 8-bit cache: ``[pages, hkv, page]``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from attn_rewrite.backends.triton.choose import unlisted
 from attn_rewrite.backends.triton.emit import Source
+from attn_rewrite.backends.triton.frame import lies_in_pages
 from attn_rewrite.backends.triton.launch import (
     Call,
     extents_of,
@@ -27,11 +29,11 @@ from attn_rewrite.backends.triton.launch import (
     result_dtype,
     without_gradients,
 )
+from attn_rewrite.backends.triton.packed import extents_by_rank
 from attn_rewrite.backends.triton.prepare import (
     default_of,
     emitted,
     lanes_of,
-    sizes_of,
     tuned_for,
     widened,
     with_lse,
@@ -186,7 +188,8 @@ def decode(
 ) -> dict[str, Tensor]:
     """The outputs of an attention over a cache, and LSE [b, h, q].
 
-    ``inputs`` by name, in the declared ranks; with ``pages`` K and V are [pages, hkv, page, d].
+    ``inputs`` by name, in the declared ranks; with ``pages`` K and V are [pages, hkv, page, d], and
+    so is what else has a value for each key of each batch entry.
     ``splits``, ``schedule`` (of the parts) and ``join`` (of the kernel that folds them) are chosen
     where not given; ``wrap`` as in `launch`.  Reassociated.  Raises `LowerError` for an attention
     without states that merge, and where a gradient is asked for.
@@ -229,10 +232,10 @@ def tuning(inputs: Mapping[str, Tensor], pages: Pages | None) -> tuple[str, dict
 
 def join_tuning(
     form: SplitForm, inputs: Mapping[str, Tensor], pages: Pages | None
-) -> tuple[str, dict[str, int]]:
+) -> tuple[str, dict[str, Any]]:
     """As `tuning` for the kernel that folds the parts: it is kept by the shapes of the cache."""
     kind, more = tuning(inputs, pages)
-    return f"{kind} join", {**sizes_of(form.partial, inputs), **more}
+    return f"{kind} join", {**extents_by_rank(form.partial.cascade.inputs, inputs), **more}
 
 
 def small(program: Program, schedule: Schedule, q: Tensor) -> dict[str, Any]:
@@ -280,8 +283,9 @@ def _parts(
     tables: dict[str, Tensor] = {}
     if pages is not None:
         tables = {"pages": pages.table, "lengths": pages.lengths}
+        roles = source.program.roles
+        ranks |= {n: ("page", *r[1:]) for n, r in ranks.items() if lies_in_pages(roles, r)}
         ranks |= {"pages": ("b", "page")}
-        ranks |= {n: ("page", *ranks[n][1:]) for n in ("K", "V")}
         special["PAGE"] = inputs["K"].shape[2]
     states = {}
     for o in source.outputs:

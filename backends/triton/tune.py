@@ -34,11 +34,11 @@ from attn_rewrite.backends.triton.decode import (
 from attn_rewrite.backends.triton.emit import emit
 from attn_rewrite.backends.triton.launch import check_device, run
 from attn_rewrite.backends.triton.ops import backward_operands, backward_programs, tables_of
+from attn_rewrite.backends.triton.packed import extents_by_rank
 from attn_rewrite.backends.triton.prepare import (
     default_of,
     lanes_of,
     processors_of,
-    sizes_of,
     stages,
     tuning_key,
     widened,
@@ -128,7 +128,7 @@ def _tuned_parts(
     program, kind = form.partial, tuning(inputs, pages)
     default = default_of(program, inputs)
     default = default.with_(block_rows=small(program, default, inputs["Q"])["block_rows"])
-    sizes = {**sizes_of(program, inputs), **kind[1]}
+    sizes = {**extents_by_rank(program.cascade.inputs, inputs), **kind[1]}
     programs, processors = programs_of(program, default, sizes), processors_of(inputs["Q"])
     size, held = inputs["Q"].element_size(), pressure_of(program)
     lanes = lanes_of(program, inputs)
@@ -153,15 +153,14 @@ def tune_varlen(cascade: Cascade, inputs: Mapping[str, Tensor], sequences: Seque
     program = varlen.program_of(cascade)
     mine = {n: t.detach() for n, t in inputs.items()}
     wide = {n: t[None] if n in ("Q", "K", "V") else t for n, t in mine.items()}
-    rows = {**wide, "Q": wide["Q"][:, :, : sequences.longest_q]}
     key = tuning_key(program, wide, "varlen", varlen.tuning(sequences))
 
     def call(schedule: Schedule) -> Callable[[], object]:
         return partial(attend_varlen, cascade, mine, sequences, schedule)
 
     lanes, size = lanes_of(program, wide), wide["Q"].element_size()
-    default, held = default_of(program, rows), pressure_of(program)
-    return tuned(key, default, lanes, size, _timer(call), held)
+    default = varlen.default_for(program, wide, sequences.longest_q)
+    return tuned(key, default, lanes, size, _timer(call), pressure_of(program))
 
 
 def _timer(make: Callable[[Schedule], Callable[[], object]]) -> Timer:
