@@ -52,7 +52,7 @@ def bench(monkeypatch):
 def test_the_benchmark_writes_after_every_case_and_goes_on_later(bench, monkeypatch, tmp_path):
     ran = []
 
-    def fake(shape, rounds, seconds):
+    def fake(shape, rounds, seconds, tuned):
         ran.append(shape.name)
         if len(ran) == 3:
             raise KeyboardInterrupt
@@ -155,6 +155,70 @@ def test_contenders_compute_the_same_attention(bench, mask, monkeypatch):
 
     exact = interpret(triton_contenders.cascade_of(shape), x)["AV"]
     assert torch.allclose(exact.float(), wanted, atol=2e-5)
+
+
+def test_decoding_is_timed_in_graphs_of_many_calls(bench, monkeypatch):
+    """A row says so, and has the time of one call; what was tuned is part of it."""
+    import triton_contenders
+
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 40, 1 << 40))
+    monkeypatch.setattr(bench, "operands", lambda shape: {})
+    monkeypatch.setattr(bench, "contenders", lambda shape, x: {"attn-rewrite": lambda: lambda: 0})
+    monkeypatch.setattr(bench, "tune_for", lambda shape, x: {"part": "{}"})
+    monkeypatch.setattr(bench, "replayed", lambda run, calls: ("graph", calls))
+    ran = []
+    monkeypatch.setattr(bench, "_once", lambda run: ran.append(run) or 40.0)
+    shape = triton_contenders.Shape("small", "cached", 1, 4, 2, 1, 256, 32)
+    row = bench.row(shape, 5, 0.0, True)
+    assert set(ran) == {("graph", 20)}
+    assert (row["calls in a graph"], row["tuned"]) == (20, {"part": "{}"})
+    assert row["times"]["attn-rewrite"]["median_ms"] == 2.0
+    assert row["cache_gb_per_s"] == 2 * 2 * 256 * 32 * 2 / 2.0 / 1e6
+    plain = bench.row(triton_contenders.Shape("small", "dense", 1, 4, 2, 8, 256, 32), 5, 0.0)
+    assert (plain["calls in a graph"], plain["tuned"]) == (0, {})
+    assert plain["times"]["attn-rewrite"]["median_ms"] == 40.0
+
+
+@pytest.mark.parametrize(
+    ("mask", "kernels"), [("cached", {"part", "join"}), ("causal", {"attention"})]
+)
+def test_the_benchmark_tunes_what_it_runs(bench, monkeypatch, mask, kernels):
+    import triton_contenders
+
+    from attn_rewrite.backends.triton import tune
+    from attn_rewrite.backends.triton.schedule import Schedule
+
+    asked = []
+    monkeypatch.setattr(tune, "check_device", lambda tensors: None)
+    monkeypatch.setattr(tune, "searched", lambda key, default, *rest: asked.append(key) or default)
+    monkeypatch.setattr(tune, "tuned", lambda key, *rest: asked.append(key) or Schedule(warps=8))
+    shape = triton_contenders.Shape("small", mask, 1, 4, 2, 1, 256, 32)
+    x = triton_contenders.operands(shape, "cpu")
+    found = triton_contenders.tune_for(shape, x)
+    assert set(found) == kernels
+    assert len(asked) == len(set(asked)) == len(kernels)
+
+
+def test_compilers_trace_what_the_gpu_suite_compiles():
+    """Without a break: the operator is all that a graph holds of an attention."""
+    from tests.gpu.test_triton_gpu import SIZES, made
+    from tests.interpreted.dense import inputs_for
+
+    graphs = []
+
+    def seen(graph, inputs):
+        graphs.append(graph)
+        return lambda *given: given[:1]
+
+    for name in ("causal", "per head", "bias"):
+        x = inputs_for(CASES[name], SIZES, torch.bfloat16, 9)
+        torch.compile(made(CASES[name]), fullgraph=True, backend=seen)(*x.values())
+    for graph in graphs:
+        called = [str(n.target) for n in graph.graph.nodes if n.op == "call_function"]
+        assert sum("attn_rewrite.triton_cascade" in t for t in called) == 1
+    assert len(graphs) == 3
 
 
 def test_ratios_are_of_the_same_round_and_have_a_spread(bench, monkeypatch):

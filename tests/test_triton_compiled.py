@@ -25,7 +25,7 @@ from attn_rewrite.backends.triton.schedule import Device, Schedule, to_text
 from attn_rewrite.backends.triton.varlen import Sequences, attend_varlen
 from attn_rewrite.cascade.attention import softmax_cascade
 from attn_rewrite.cascade.text import parse_expr
-from attn_rewrite.errors import LowerError
+from attn_rewrite.errors import LowerError, ToolError
 from tests.interpreted.dense import CASES
 from tests.test_triton_edges import assert_wide_addresses
 
@@ -113,72 +113,148 @@ def test_serving_takes_one_binary_of_each_kernel_for_all_lengths(binaries):
     }  # fmt: skip
 
 
-def serving(kind, length):
-    """A call of a kernel of serving, how it is tuned, and which kernel it is."""
+def serving(kind, length, page=64, batch=2):
+    """A call of a kernel of serving, and how it is tuned."""
     cascade = softmax_cascade(CASES["cached"].form(2), "case")
     x = dict(zip("QKV", operands(length, None if kind == "varlen" else 1), strict=True))
+    x = {n: t[:1].expand(batch, -1, -1, -1) for n, t in x.items()}
     if kind == "varlen":
         starts = torch.tensor([0, length // 2, length], dtype=torch.int32)
         given = ({n: t[0] for n, t in x.items()}, Sequences(starts, starts, length, length))
         return lambda: attend_varlen(cascade, *given), lambda: tune.tune_varlen(cascade, *given)
     pages = None
     if kind == "paged":
-        x |= {n: torch.empty(9, 2, 64, 64, dtype=torch.bfloat16) for n in "KV"}
-        table = torch.zeros(2, -(-length // 64), dtype=torch.int32)
-        pages = Pages(table, torch.tensor([length, 1], dtype=torch.int32))
+        x |= {n: torch.empty(9, 2, page, 64, dtype=torch.bfloat16) for n in "KV"}
+        table = torch.zeros(batch, -(-length // page), dtype=torch.int32)
+        pages = Pages(table, torch.full((batch,), length, dtype=torch.int32))
     return (
         lambda: decode(cascade, x, pages=pages),
         lambda: tune.tune_decode(cascade, x, pages),
     )
 
 
-@pytest.mark.parametrize("kind", ["split", "paged", "varlen"])
-def test_kernels_of_serving_are_tuned(kind, binaries, monkeypatch):
-    """Timed once for a class of shapes; calls use what was found, in this process and by file."""
-    name = "varlen" if kind == "varlen" else "decode_part"
-    used, timed = [], []
-    launched = launch.launch
+@pytest.fixture
+def clock(binaries, monkeypatch):
+    """A stand-in for the GPU's clock: ``clock.cost`` of what is launched; ``clock.timed`` of each."""
 
-    def noted(source, *rest, **more):
-        used.append((source.name, source.schedule))
-        return launched(source, *rest, **more)
+    class Clock:
+        def __init__(self):
+            self.used, self.timed = [], []
 
-    def clock(call):
-        used.clear()
-        call()
-        (schedule,) = (s for n, s in used if n == name)
-        timed.append(schedule)
-        return abs(schedule.block_along - 32) + schedule.stages + schedule.warps
+        @staticmethod
+        def cost(schedule, splits):
+            return abs(schedule.block_along - 32) + schedule.stages + schedule.warps
+
+        def __call__(self, call):
+            found = self.seen(call)
+            self.timed.append(tuple(found.values()))
+            return sum(self.cost(*one) for one in found.values())
+
+        def seen(self, call):
+            """Schedules and grids of the kernels that a call launches, by name."""
+            self.used.clear()
+            call()
+            return dict(self.used)
+
+    clock, launched = Clock(), launch.launch
+
+    def noted(source, call, splits=1, **more):
+        clock.used.append((source.name, (source.schedule, splits)))
+        return launched(source, call, splits, **more)
 
     for module in (decode_module, varlen_module):
         monkeypatch.setattr(module, "launch", noted)
     monkeypatch.setattr(tune, "check_device", lambda tensors: None)
     monkeypatch.setattr(tune, "milliseconds", clock)
     monkeypatch.setattr(prepare, "is_tuned_for", lambda device: True)
+    return clock
+
+
+@pytest.mark.parametrize("kind", ["split", "paged", "varlen"])
+def test_kernels_of_serving_are_tuned(kind, clock):
+    """Timed once for a class of shapes; calls use what was found, in this process and by file."""
+    name = "varlen" if kind == "varlen" else "decode_part"
     call, tuner = serving(kind, 1000)
-    call()
-    (_, plain) = next(u for u in used if u[0] == name)
-    best = tuner()
+    plain, _ = clock.seen(call)[name]
+    found = tuner()
+    best = found if kind == "varlen" else found["part"]
     assert (best.block_along, best.stages, best.warps) == (32, 2, 4)
-    assert 1 < len(timed) == len(set(timed)) <= 24
+    assert 1 < len(clock.timed) <= 2 * autotune.MOST
+    # The best parts are timed once more, with what else may fold them.
+    assert len(clock.timed) - len(set(clock.timed)) == (kind != "varlen")
     assert (plain.block_along, plain.stages, plain.warps) != (32, 2, 4)
-    count = len(timed)
+    count = len(clock.timed)
     autotune.remembered.cache_clear()  # from the disk
     near, again = serving(kind, 1020)
-    used.clear()
-    near()
-    (_, found) = next(u for u in used if u[0] == name)
-    assert found.with_(**changed(kind, found)) == best.with_(**changed(kind, found))
-    assert again() == best
-    assert len(timed) == count, "the class of shapes is known"
+    used, _ = clock.seen(near)[name]
+    assert used.with_(**changed(kind, used)) == best.with_(**changed(kind, used))
+    assert again() == found
+    assert len(clock.timed) == count, "the class of shapes is known"
     serving(kind, 5000)[1]()
-    assert len(timed) == 2 * count, "another class is not"
+    assert len(clock.timed) > 1.5 * count, "another class is not"
 
 
 def changed(kind, schedule):
     """What a call sets on every schedule it takes."""
-    names = ("split", "paged", "varlen", "skipping", "block_rows", "widen")
+    names = ("split", "paged", "varlen", "skipping", "block_rows", "widen", "parts")
     return {n: getattr(schedule, n) for n in names}
+
+
+@pytest.mark.parametrize("kind", ["split", "paged"])
+@pytest.mark.parametrize("wanted", [1, 64, 128])
+def test_the_number_of_parts_is_tuned(kind, wanted, clock):
+    """Of few numbers, those that fill a GPU; tile sides are tried at the best of them."""
+    clock.cost = lambda schedule, splits: abs(splits - wanted) + schedule.stages / 8
+    call, tuner = serving(kind, 32768)
+    _, default = clock.seen(call)["decode_part"]
+    assert default == 64  # 66 parts for 264 programs, each of whole tiles
+    best = tuner()["part"]
+    assert [parts[1] for parts, _ in clock.timed[:4]] == [64, 32, 128, 256]
+    assert best.parts == {1: 33, 64: 0, 128: 132}[wanted]
+    for length in (32768, 30000):
+        parts, splits = clock.seen(serving(kind, length)[0])["decode_part"]
+        assert 0.85 <= splits / (best.parts or 66) <= 1, "parts are whole tiles"
+        assert parts.parts == 0, "the source does not depend on it"
+
+
+def test_many_programs_need_few_parts(clock):
+    clock.cost = lambda schedule, splits: splits
+    assert serving("split", 4096, batch=300)[1]()["part"].parts <= 1
+    assert {parts[1] for parts, _ in clock.timed} == {1, 2}
+
+
+@pytest.mark.parametrize("kind", ["split", "paged"])
+def test_the_kernel_that_joins_the_parts_is_tuned(kind, clock):
+    clock.cost = lambda schedule, splits: schedule.warps if schedule.split else 9 - schedule.warps
+    call, tuner = serving(kind, 4000)
+    assert clock.seen(call)["decode_join"][0] == decode_module.JOIN
+    found = tuner()["join"]
+    assert (found.warps, found.block_rows) == (8, 16)
+    autotune.remembered.cache_clear()
+    assert clock.seen(serving(kind, 3000)[0])["decode_join"][0] == found
+
+
+def test_pages_of_another_size_are_another_class(clock):
+    clock.cost = lambda schedule, splits: schedule.warps
+    serving("paged", 4096, page=64)[1]()
+    count = len(clock.timed)
+    serving("paged", 4096, page=64)[1]()
+    assert len(clock.timed) == count
+    serving("paged", 4096, page=16)[1]()
+    assert len(clock.timed) > count
+
+
+def test_a_schedule_that_no_gpu_holds_is_left_out(clock):
+    """Where nothing runs the defaults stay, and nothing is kept."""
+
+    def impossible(schedule, splits):
+        raise ToolError("out of resources", stage="triton launch")
+
+    clock.cost = impossible
+    found = serving("split", 4096)[1]()
+    assert found["join"] == decode_module.JOIN
+    assert found["part"].parts == 0
+    assert not list(autotune._path("none").parent.glob("*.json"))
 
 
 # Addresses

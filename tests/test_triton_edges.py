@@ -274,6 +274,16 @@ def test_triton_compiles_one_binary_for_all_lengths(name, most):
     assert len(found) <= most
 
 
+def test_products_of_8_bit_floats_are_handed_on_to_float32():
+    """Tensor cores add them with 22 bits: those of stored operands, and no others."""
+    found = program(CASES["dense"].form(1))
+    x = {n: torch.empty(1, 2, 64, 64, dtype=torch.float8_e5m2) for n in "QKV"}
+    lines = [s for s in source_of(found, x).text.splitlines() if "tl.dot(" in s]
+    assert ["max_num_imprecise_acc" in s for s in lines] == [True, False]
+    half = source_of(found, {**x, "Q": x["Q"].half()})
+    assert "max_num_imprecise_acc" not in half.text
+
+
 # Lists
 
 

@@ -1,8 +1,9 @@
 """Tuning: a small space of schedules, timed once, remembered on disk.
 
 The space is the default schedule and its neighbours in tile sides, warps and stages; what cannot
-fit a processor is left out before anything is compiled.  Results are kept by source, class of
-shapes, type, device and versions, so that one length tunes all lengths of its class.
+fit a processor is left out before anything is compiled.  Where keys are cut into parts, a few
+numbers of parts are tried first, and the other choices at the best of them.  Results are kept by
+source, class of shapes, type, device and versions, so that one length tunes all of its class.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -24,6 +25,9 @@ from attn_rewrite.backends.triton.schedule import Schedule, from_text, padded_si
 from attn_rewrite.errors import ToolError
 
 Timer = Callable[[Schedule], float]
+Propose = Callable[[Schedule], Iterable[Schedule]]
+MOST = 24  # schedules that are timed for one result
+_WAVES = (1, 2, 4, 8)  # programs for each processor
 _REGISTERS = 255  # a thread has no more
 _SHARED = 227 * 1024  # bytes one block can take on sm_90; smaller parts fail to launch and drop out
 
@@ -51,7 +55,7 @@ def space(
     pressure: Pressure | None = None,
     rows: int | None = None,
 ) -> Iterator[Schedule]:
-    """The schedules worth timing: at most 24, the given one first.
+    """The schedules worth timing: at most `MOST`, the given one first.
 
     ``rows`` fixes the side of blocks of rows, as few queries do.
     """
@@ -63,7 +67,7 @@ def space(
         sides = (rows,)
     for side, along, warps, stages in product(sides, (32, 64, 128), (4, 8), (2, 3)):
         new = schedule.with_(block_rows=side, block_along=along, warps=warps, stages=stages)
-        if new not in seen and _plausible(new, lanes, item_bytes, held) and len(seen) < 24:
+        if new not in seen and _plausible(new, lanes, item_bytes, held) and len(seen) < MOST:
             seen.add(new)
             yield new
 
@@ -78,6 +82,30 @@ def _plausible(
     words = schedule.block_rows * row / threads
     tiles = (2 * schedule.block_along * schedule.stages + schedule.block_rows) * width * item_bytes
     return words <= _REGISTERS - 32 and tiles <= _SHARED
+
+
+def parts_space(
+    schedule: Schedule, programs: int, tiles: int, processors: int
+) -> Iterator[Schedule]:
+    """``schedule`` with the numbers of parts worth timing: at most four.
+
+    ``programs`` (batch entries x key heads x blocks of queries) run for each part; all parts give
+    each of a GPU's ``processors`` one, two, four or eight.  A part has two of the ``tiles`` at
+    least.
+    """
+    most = max(1, tiles // 2)
+    wanted = (-(-waves * processors // max(programs, 1)) for waves in _WAVES)
+    for parts in dict.fromkeys(min(most, n) for n in wanted):
+        yield schedule.with_(parts=parts)
+
+
+def join_space(schedule: Schedule, lanes: Mapping[str, int], rows: int) -> Iterator[Schedule]:
+    """The schedules worth timing of a kernel that folds the states of ``rows`` rows: at most 12."""
+    width = max((padded_side(n) for n in lanes.values()), default=16)
+    for side, warps in product((16, 32, 64), (1, 2, 4, 8)):
+        words = side * width / (32 * warps)
+        if side <= padded_side(rows) and words <= _REGISTERS - 32:
+            yield schedule.with_(block_rows=side, warps=warps)
 
 
 def shape_class(extents: Mapping[str, int]) -> str:
@@ -137,17 +165,32 @@ def tuned(
     item_bytes: int,
     timer: Timer,
     pressure: Pressure | None = None,
-    rows: int | None = None,
 ) -> Schedule:
     """The fastest schedule of the space, from disk or timed now with ``timer`` (milliseconds).
 
     ``timer`` gives infinity for a schedule that does not run.  The default is returned where none
     does.
     """
+
+    def near(best: Schedule) -> Iterator[Schedule]:
+        return space(best, lanes, item_bytes, pressure)
+
+    return searched(key, schedule, [near], timer)
+
+
+def searched(key: str, schedule: Schedule, proposals: Sequence[Propose], timer: Timer) -> Schedule:
+    """As `tuned`, with the neighbours that each of ``proposals`` sees in the fastest so far.
+
+    At most `MOST` are timed, ``schedule`` first.
+    """
     known = remembered(key)
     if known is not None:
         return known
-    times = {s: timer(s) for s in space(schedule, lanes, item_bytes, pressure, rows)}
+    times = {schedule: timer(schedule)}
+    for propose in proposals:
+        for new in propose(min(times, key=times.__getitem__)):
+            if new not in times and len(times) < MOST:
+                times[new] = timer(new)
     best = min(times, key=times.__getitem__)
     if math.isfinite(times[best]):
         remember(key, best, times[best])

@@ -5,7 +5,8 @@ folds the states with the *merge* cascade and ends with the *finish* cascade.  B
 the cascades that `fuse_reductions` proves; neither knows which attention it is.
 
 Keys and values lie in plain tensors, or in pages: ``K [pages, hkv, page, d]`` with a table
-``pages [b, n]`` (int32) and ``lengths [b]`` (int32).
+``pages [b, n]`` (int32) and ``lengths [b]`` (int32).  Pages also hold any other input with a value
+for each key of each batch entry, as the scales of an 8-bit cache: ``[pages, hkv, page]``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from attn_rewrite.backends.triton.choose import unlisted
 from attn_rewrite.backends.triton.emit import Source
+from attn_rewrite.backends.triton.frame import lies_in_pages
 from attn_rewrite.backends.triton.launch import (
     Call,
     extents_of,
@@ -27,6 +29,7 @@ from attn_rewrite.backends.triton.launch import (
     result_dtype,
     without_gradients,
 )
+from attn_rewrite.backends.triton.packed import extents_by_rank
 from attn_rewrite.backends.triton.prepare import (
     default_of,
     emitted,
@@ -50,6 +53,8 @@ SPLIT = "split"
 _PROGRAMS = 264
 _LEAST_TILES = 4
 _FEW_QUERIES, _TYPICAL_TILE = 16, 64
+# The kernel that folds the parts has a program for each 16 queries of a head.
+JOIN = Schedule(block_rows=16, block_along=16)
 
 
 @dataclass(frozen=True)
@@ -178,36 +183,59 @@ def decode(
     pages: Pages | None = None,
     splits: int | None = None,
     schedule: Schedule | None = None,
+    join: Schedule | None = None,
     wrap: bool = False,
 ) -> dict[str, Tensor]:
     """The outputs of an attention over a cache, and LSE [b, h, q].
 
-    ``inputs`` by name, in the declared ranks; with ``pages`` K and V are [pages, hkv, page, d].
-    ``splits`` and ``schedule`` are chosen where not given; ``wrap`` as in `launch`.  Reassociated.
-    Raises `LowerError` for an attention without states that merge, and where a gradient is asked
-    for.
+    ``inputs`` by name, in the declared ranks; with ``pages`` K and V are [pages, hkv, page, d], and
+    so is what else has a value for each key of each batch entry.
+    ``splits``, ``schedule`` (of the parts) and ``join`` (of the kernel that folds them) are chosen
+    where not given; ``wrap`` as in `launch`.  Reassociated.  Raises `LowerError` for an attention
+    without states that merge, and where a gradient is asked for.
     """
     without_gradients("decode", inputs)
     form = split_form(cascade)
-    first = inputs["Q"]
     lanes = lanes_of(form.partial, inputs)
-    chosen = schedule or tuned_for(form.partial, inputs, *tuning(inputs, pages))
-    chosen = widened(chosen or default_of(form.partial, inputs), inputs)
-    chosen = chosen.with_(split=True, paged=pages is not None, **small(form.partial, chosen, first))
-    source = emitted(form.partial, chosen, lanes, "decode_part")
+    chosen = part_schedule(form.partial, inputs, pages, schedule)
+    source = emitted(form.partial, chosen.with_(parts=0), lanes, "decode_part")
     sizes = extents_of(source, inputs, _sizes(inputs, pages))
-    chunk, splits = _chunk(source, sizes, splits)
+    chunk, splits = _chunk(source, sizes, splits or chosen.parts)
     call = _parts(source, inputs, sizes, chunk, splits, pages)
     launch(source, call, splits, wrap=wrap)
     states = {o.name: call.tensors[o.name] for o in source.outputs}
-    source, call = _join(form.joined, states, inputs, sizes, splits, lanes)
+    folding = join or tuned_for(form.joined, inputs, *join_tuning(form, inputs, pages)) or JOIN
+    source, call = _join(form.joined, folding, states, inputs, {**sizes, SPLIT: splits}, lanes)
     launch(source, call, wrap=wrap)
     return {o.name: call.tensors[o.name] for o in source.outputs}
 
 
+def part_schedule(
+    program: Program,
+    inputs: Mapping[str, Tensor],
+    pages: Pages | None = None,
+    schedule: Schedule | None = None,
+) -> Schedule:
+    """How the parts run: ``schedule``, what tuning found, or the default, for these operands."""
+    chosen = schedule or tuned_for(program, inputs, *tuning(inputs, pages))
+    chosen = widened(chosen or default_of(program, inputs), inputs)
+    few = small(program, chosen, inputs["Q"])
+    return chosen.with_(split=True, paged=pages is not None, **few)
+
+
 def tuning(inputs: Mapping[str, Tensor], pages: Pages | None) -> tuple[str, dict[str, int]]:
     """What `tuning_key` needs to know of a cache beside the shapes of its tensors."""
-    return ("split" if pages is None else "paged", _sizes(inputs, pages))
+    if pages is None:
+        return "split", {}
+    return "paged", {**_sizes(inputs, pages), "page": inputs["K"].shape[2]}
+
+
+def join_tuning(
+    form: SplitForm, inputs: Mapping[str, Tensor], pages: Pages | None
+) -> tuple[str, dict[str, Any]]:
+    """As `tuning` for the kernel that folds the parts: it is kept by the shapes of the cache."""
+    kind, more = tuning(inputs, pages)
+    return f"{kind} join", {**extents_by_rank(form.partial.cascade.inputs, inputs), **more}
 
 
 def small(program: Program, schedule: Schedule, q: Tensor) -> dict[str, Any]:
@@ -224,15 +252,19 @@ def _sizes(inputs: Mapping[str, Tensor], pages: Pages | None) -> dict[str, int]:
     return {"b": inputs["Q"].shape[0], "kv": pages.table.shape[1] * page}
 
 
-def _chunk(source: Source, sizes: Mapping[str, int], splits: int | None) -> tuple[int, int]:
-    """Keys of a part, a multiple of the tile side, and the number of parts."""
-    schedule, roles = source.schedule, source.program.roles
-    side, length = schedule.block_along, sizes[roles.along]
-    tiles = -(-length // side)
+def programs_of(program: Program, schedule: Schedule, sizes: Mapping[str, int]) -> int:
+    """Programs that run for each part."""
     programs = -(-sizes["q"] * schedule.pack // schedule.block_rows)
-    for rank in roles.grid:
+    for rank in program.roles.grid:
         programs *= sizes[rank] // (schedule.pack if rank == "h" else 1)
-    wanted = splits or parts_for(programs, tiles)
+    return programs
+
+
+def _chunk(source: Source, sizes: Mapping[str, int], splits: int) -> tuple[int, int]:
+    """Keys of a part, a multiple of the tile side, and the number of parts."""
+    side, length = source.schedule.block_along, sizes[source.program.roles.along]
+    tiles = -(-length // side)
+    wanted = splits or parts_for(programs_of(source.program, source.schedule, sizes), tiles)
     chunk = max(1, -(-tiles // wanted)) * side
     return chunk, max(1, -(-length // chunk))
 
@@ -251,8 +283,9 @@ def _parts(
     tables: dict[str, Tensor] = {}
     if pages is not None:
         tables = {"pages": pages.table, "lengths": pages.lengths}
+        roles = source.program.roles
+        ranks |= {n: ("page", *r[1:]) for n, r in ranks.items() if lies_in_pages(roles, r)}
         ranks |= {"pages": ("b", "page")}
-        ranks |= {n: ("page", *ranks[n][1:]) for n in ("K", "V")}
         special["PAGE"] = inputs["K"].shape[2]
     states = {}
     for o in source.outputs:
@@ -264,15 +297,15 @@ def _parts(
 
 def _join(
     program: Program,
+    schedule: Schedule,
     states: Mapping[str, Tensor],
     inputs: Mapping[str, Tensor],
     sizes: Mapping[str, int],
-    splits: int,
     lanes: Mapping[str, int],
 ) -> tuple[Source, Call]:
     """The launch that folds the states of all parts and finishes."""
     mine = {r: n for r, n in lanes.items() if r in program.roles.lanes}
-    source = emitted(program, Schedule(block_rows=16, block_along=16), mine, "decode_join")
+    source = emitted(program, schedule, mine, "decode_join")
     declared = {t.name: t.ranks for t in program.cascade.inputs}
     operands = {n: states.get(n, inputs.get(n)) for n in declared}
     outputs = {}
@@ -283,4 +316,4 @@ def _join(
         outputs[o.name] = torch.empty(shape, dtype=kind, device=inputs["Q"].device)
         declared[o.name] = o.ranks
     tensors = {n: t for n, t in (operands | outputs).items() if t is not None}
-    return source, Call(tensors, declared, {**sizes, SPLIT: splits})
+    return source, Call(tensors, declared, sizes)

@@ -79,6 +79,11 @@ def axis_order(roles: Roles, contracted: frozenset[str]) -> tuple[str, ...]:
     return (roles.row, *before, roles.along, *after)
 
 
+def lies_in_pages(roles: Roles, ranks: Sequence[str]) -> bool:
+    """Does a paged cache hold an input: a value for each key of each batch entry?"""
+    return roles.grid[:1] == tuple(ranks[:1]) and roles.along in ranks and roles.row not in ranks
+
+
 @dataclass
 class Frame:
     """The state of one emission."""
@@ -308,13 +313,14 @@ class Memory:
         return self._is_packed(ranks) or self._is_paged(tensor, ranks)
 
     def _is_packed(self, ranks: Sequence[str]) -> bool:
+        """Is it laid end to end?  What is the same for every batch entry is read by position."""
         roles = self.frame.roles
-        return self.frame.schedule.varlen and not {roles.row, roles.along}.isdisjoint(ranks)
+        own = roles.grid[:1] == tuple(ranks[:1]) and not {roles.row, roles.along}.isdisjoint(ranks)
+        return self.frame.schedule.varlen and own
 
     def _is_paged(self, tensor: str, ranks: Sequence[str]) -> bool:
-        roles = self.frame.roles
         paged = self.frame.schedule.paged and tensor in self.frame.inputs
-        return paged and roles.along in ranks and roles.row not in ranks
+        return paged and lies_in_pages(self.frame.roles, ranks)
 
     def _starts(self, tensor: str, ranks: Sequence[str], output: bool) -> list[str]:
         """Where the sequence begins (varlen), and the part of split outputs."""

@@ -15,7 +15,7 @@ from attn_rewrite.backends.triton.build import is_interpreted, kernel_of
 from attn_rewrite.backends.triton.emit import Source
 from attn_rewrite.backends.triton.frame import Parameter
 from attn_rewrite.backends.triton.interpreted import exact_conversions
-from attn_rewrite.backends.triton.packed import extents_in
+from attn_rewrite.backends.triton.packed import extents_by_rank
 from attn_rewrite.backends.triton.schedule import least_side, padded_side
 from attn_rewrite.errors import LowerError, ToolError
 
@@ -146,15 +146,7 @@ def extents_of(
     source: Source, tensors: Mapping[str, Tensor], more: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Extents of all ranks from the inputs; a dimension of one broadcasts if another is larger."""
-    found: dict[str, Any] = {}
-    for decl in source.program.cascade.inputs:
-        if decl.name not in tensors:
-            continue
-        for rank, extent in extents_in(decl, tensors[decl.name].shape):
-            have = found.get(rank)
-            if have is None or (isinstance(have, int) and have == 1):
-                found[rank] = extent
-    found.update(more or {})
+    found = {**extents_by_rank(source.program.cascade.inputs, tensors), **(more or {})}
     for rank in (source.program.roles.row, source.program.roles.along):
         if rank not in found:
             raise LowerError(f"no input of {source.program.cascade.name} has the rank {rank}")

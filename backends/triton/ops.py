@@ -25,7 +25,7 @@ from attn_rewrite.backends.triton.emit import Source
 from attn_rewrite.backends.triton.gradient import plain_index
 from attn_rewrite.backends.triton.launch import check_device, extents_of, result_dtype, run
 from attn_rewrite.backends.triton.lists import blockwise_tables, make_lists
-from attn_rewrite.backends.triton.packed import extents_in
+from attn_rewrite.backends.triton.packed import extents_by_rank
 from attn_rewrite.backends.triton.prepare import (
     DROPOUT,
     backward,
@@ -36,6 +36,7 @@ from attn_rewrite.backends.triton.prepare import (
     softmax_form,
     source_of,
     stages,
+    with_lse,
 )
 from attn_rewrite.backends.triton.program import Program
 from attn_rewrite.backends.triton.same import Same
@@ -229,19 +230,14 @@ def _(
     inputs: Sequence[Tensor], seed: Tensor | None, cascade: str, schedule: str, dropout: float
 ) -> list[Tensor]:
     tensors = _named(cascade, inputs)
-    last = stages(cascade)[-1].program
-    sizes: dict[str, Any] = {}
-    for decl in cascade_of(cascade).inputs:
-        if decl.name in tensors:
-            for rank, extent in extents_in(decl, tensors[decl.name].shape):
-                if rank not in sizes or (isinstance(sizes[rank], int) and sizes[rank] == 1):
-                    sizes[rank] = extent
+    whole, lanes = with_lse(cascade_of(cascade)), stages(cascade)[-1].program.roles.lanes
+    sizes = extents_by_rank(cascade_of(cascade).inputs, tensors)
     found = []
     for name in outputs_of(cascade):
-        einsum = last.cascade.producer(name)
+        einsum = whole.producer(name)
         assert einsum is not None
         ranks = [str(i) for i in einsum.out.index]
-        wide = not set(last.roles.lanes) & set(ranks)
+        wide = not set(lanes) & set(ranks)
         kind = torch.float32 if wide else result_dtype(inputs)
         found.append(inputs[0].new_empty([sizes[r] for r in ranks], dtype=kind))
     return found

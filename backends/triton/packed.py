@@ -7,7 +7,7 @@ half the bytes of memory; products of matrices take 8 bits.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,19 @@ def extents_in(decl: TensorDecl, shape: Sequence[Any]) -> Iterator[tuple[str, An
     """Ranks of ``decl`` and their extents by ``shape``; not the packed one, which it rounds."""
     ranks = decl.ranks[:-1] if is_packed(decl) else decl.ranks
     return zip(ranks, shape[: len(ranks)], strict=True)
+
+
+def extents_by_rank(decls: Sequence[TensorDecl], tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Extents of the ranks of operands, by name; a dimension of one broadcasts."""
+    found: dict[str, Any] = {}
+    for decl in decls:
+        if decl.name not in tensors:
+            continue
+        for rank, extent in extents_in(decl, tensors[decl.name].shape):
+            have = found.get(rank)
+            if have is None or (isinstance(have, int) and have == 1):
+                found[rank] = extent
+    return found
 
 
 def packable(names: Collection[str], inputs: Sequence[TensorDecl]) -> frozenset[str]:

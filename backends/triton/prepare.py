@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from attn_rewrite.backends.triton.autotune import cache_key, remembered
 from attn_rewrite.backends.triton.choose import FEW_ROWS, choose_schedule
 from attn_rewrite.backends.triton.emit import Source, emit
 from attn_rewrite.backends.triton.gradient import Backward, backward_of
-from attn_rewrite.backends.triton.packed import extents_in
+from attn_rewrite.backends.triton.packed import extents_by_rank, extents_in
 from attn_rewrite.backends.triton.program import Program, read_program
 from attn_rewrite.backends.triton.same import Same
 from attn_rewrite.backends.triton.schedule import Device, Schedule, from_text
@@ -154,10 +155,18 @@ def default_of(program: Program, tensors: Mapping[str, Tensor]) -> Schedule:
     lanes = tuple(sorted(lanes_of(program, tensors).items()))
     device = device_of(first)
     chosen = _default(Same(program), lanes, first.element_size(), device, few)
+    if device.arch == 80 and _mixed(tensors):
+        chosen = chosen.with_(block_along=min(chosen.block_along, 32))
     loose = torch.get_float32_matmul_precision() != "highest"
     if loose and device.backend == "cuda" and first.dtype == torch.float32:
         return chosen.with_(precision="tf32")
     return chosen
+
+
+def _mixed(tensors: Mapping[str, Tensor]) -> bool:
+    """Are keys or values of 8 bits made wider for their products?  That takes registers."""
+    narrow = {t.dtype in _EIGHT_BITS for n, t in tensors.items() if n in ("Q", "K", "V")}
+    return len(narrow) == 2
 
 
 @lru_cache(maxsize=512)
@@ -176,7 +185,7 @@ def tuned_for(
     program: Program,
     tensors: Mapping[str, Tensor],
     kind: str = "",
-    more: Mapping[str, int] | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> Schedule | None:
     """What `tune` found for this class of shapes on this device; nothing where it never ran.
 
@@ -197,7 +206,7 @@ def tuning_key(
     program: Program,
     tensors: Mapping[str, Tensor],
     kind: str = "",
-    more: Mapping[str, int] | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> str:
     """Under which the result of tuning ``program`` for operands like ``tensors`` is kept.
 
@@ -205,7 +214,8 @@ def tuning_key(
     that shapes do not show.
     """
     first = _first(tensors)
-    sizes = tuple({**sizes_of(program, tensors), **(more or {})}.items())
+    found = {**extents_by_rank(program.cascade.inputs, tensors), **(more or {})}
+    sizes = tuple((rank, int(extent)) for rank, extent in found.items())
     return _key(Same(program), sizes, f"{first.dtype} {kind}".strip(), device_name(first))
 
 
@@ -221,19 +231,16 @@ def _first(tensors: Mapping[str, Tensor]) -> Tensor:
     return next(t for t in tensors.values() if t.is_floating_point() or t.dtype == torch.int8)
 
 
-def sizes_of(program: Program, tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Extents of the ranks of the operands; a dimension of one broadcasts."""
-    found: dict[str, int] = {}
-    for decl in program.cascade.inputs:
-        if decl.name in tensors:
-            for rank, extent in extents_in(decl, tensors[decl.name].shape):
-                found[rank] = max(int(extent), found.get(rank, 1))
-    return found
-
-
 def device_name(tensor: Tensor) -> str:
     """The name of the GPU a tensor lies on."""
     return torch.cuda.get_device_name(tensor.device) if tensor.device.type == "cuda" else "cpu"
+
+
+def processors_of(tensor: Tensor) -> int:
+    """Processors (SM, CU) of the GPU a tensor lies on; those of an H100 where there is none."""
+    if tensor.device.type != "cuda":
+        return 132
+    return int(torch.cuda.get_device_properties(tensor.device).multi_processor_count)
 
 
 def _rows(program: Program, tensors: Mapping[str, Tensor]) -> int | None:

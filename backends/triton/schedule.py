@@ -38,6 +38,7 @@ class Schedule:
     pack: int = 1
     precision: str = "ieee"
     split: bool = False
+    parts: int = 0
     varlen: bool = False
     paged: bool = False
     random: str | None = None
@@ -55,6 +56,8 @@ class Schedule:
                 f"blocks of {self.block_rows} rows hold no whole number of positions of "
                 f"{self.pack} packed heads; expected a divisor where tiles are skipped by lists"
             )
+        if self.parts < 0:
+            raise ValueError(f"parts is {self.parts}; expected 0 or a number of parts")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision is {self.precision!r}; expected one of {PRECISIONS}")
 

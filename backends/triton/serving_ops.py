@@ -2,11 +2,12 @@
 
 ``attn_rewrite::triton_varlen(inputs, q_starts, kv_starts, longest_q, longest_kv, cascade)`` runs
 `attend_varlen`: Q [h, tokens, d], K and V [hkv, tokens, .], further inputs of the cascade as they
-are declared; it gives AV [h, tokens, f] and LSE [h, tokens].
+are declared (``[1, .., tokens]`` where they have a batch rank); it gives AV [h, tokens, f] and LSE
+[h, tokens].
 
 ``attn_rewrite::triton_paged(inputs, table, lengths, cascade)`` runs `decode` over pages: Q [b, h,
-q, d], K and V [pages, hkv, page, .], ``table`` int32 [b, n], ``lengths`` int32 [b]; it gives AV
-[b, h, q, f] and LSE [b, h, q].
+q, d], K and V [pages, hkv, page, .] and so what else has a value for each key of each batch entry,
+``table`` int32 [b, n], ``lengths`` int32 [b]; it gives AV [b, h, q, f] and LSE [b, h, q].
 
 Both are for inference: a backward pass through them is an error, not a zero.
 """

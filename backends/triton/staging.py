@@ -26,7 +26,7 @@ class Stage:
 
 
 def stages_of(cascade: Cascade, row: str = "q", along: str = "kv") -> tuple[Stage, ...] | Refusal:
-    """The kernels of ``cascade``, the last of which makes its outputs.
+    """The kernels of ``cascade``; the last makes its outputs but for statistics of an earlier one.
 
     Reassociated, by the proofs of `fuse_reductions`.  Refused where a kernel cannot be read.
     """
@@ -35,12 +35,13 @@ def stages_of(cascade: Cascade, row: str = "q", along: str = "kv") -> tuple[Stag
     if not statistics:
         return _staged([(cascade, row, along)])
     names = {e.out.tensor for e in statistics}
-    first = _cut(cascade, f"{cascade.name}-statistics", names, frozenset())
     made = tuple(_declared(cascade, e) for e in statistics)
-    second = _cut(cascade, cascade.name, set(cascade.outputs), frozenset(names), made)
+    returned = names & set(cascade.outputs)
+    second = _cut(cascade, cascade.name, set(cascade.outputs) - names, frozenset(names), made)
     read = set().union(*(tensors_of(e.expr) for e in second.einsums()))
-    first = _cut(cascade, first.name, names & read, frozenset())
-    return _staged([(first, along, row), (second, row, along)])
+    first = _cut(cascade, f"{cascade.name}-statistics", names & (read | returned), frozenset())
+    parts = [(first, along, row), (second, row, along)]
+    return _staged([part for part in parts if part[0].outputs])
 
 
 def _staged(parts: Sequence[tuple[Cascade, str, str]]) -> tuple[Stage, ...] | Refusal:

@@ -256,7 +256,7 @@ class Steps:
                      zip(texts, (first, second), strict=True)]  # fmt: skip
         frame.parameter(_PRECISION)
         options = ", out_dtype=tl.int32" if integer else ", input_precision=PRECISION"
-        if eight and self._stored_as_float8((*left, *right)):
+        if eight and not integer and (all(narrow) or self._stored_as_float8((*left, *right))):
             # Tensor cores add 8-bit products with 22 bits: hand them on to float32 in time.
             options += f", max_num_imprecise_acc=min({_IMPRECISE}, {frame.side(folded)})"
         text = f"tl.dot({texts[0]}, {texts[1]}{options})"

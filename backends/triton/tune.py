@@ -3,20 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from attn_rewrite.backends.triton import varlen
-from attn_rewrite.backends.triton.autotune import pressure_of, tuned
-from attn_rewrite.backends.triton.decode import Pages, decode, small, split_form, tuning
+from attn_rewrite.backends.triton.autotune import (
+    Timer,
+    join_space,
+    parts_space,
+    pressure_of,
+    searched,
+    space,
+    tuned,
+)
+from attn_rewrite.backends.triton.decode import (
+    JOIN,
+    Pages,
+    SplitForm,
+    decode,
+    join_tuning,
+    parts_for,
+    programs_of,
+    small,
+    split_form,
+    tuning,
+)
 from attn_rewrite.backends.triton.emit import emit
 from attn_rewrite.backends.triton.launch import check_device, run
 from attn_rewrite.backends.triton.ops import backward_operands, backward_programs, tables_of
+from attn_rewrite.backends.triton.packed import extents_by_rank
 from attn_rewrite.backends.triton.prepare import (
     default_of,
     lanes_of,
+    processors_of,
     stages,
     tuning_key,
     widened,
@@ -66,38 +88,63 @@ def _tuned(program: Program, operands: Mapping[str, Tensor]) -> Schedule:
     mine = {n: t.detach() for n, t in operands.items() if n in names}
     lanes = lanes_of(program, mine)
 
-    def timer(schedule: Schedule) -> float:
+    def call(schedule: Schedule) -> Callable[[], object]:
         source = emit(program, widened(schedule, mine), lanes)
-        try:
-            tables = tables_of(source, mine)
-            return milliseconds(lambda: run(source, mine, tables=tables))
-        except ToolError:  # the GPU cannot hold it
-            return math.inf
+        return partial(run, source, mine, tables=tables_of(source, mine))
 
     size = next(iter(mine.values())).element_size()
     default, key = default_of(program, mine), tuning_key(program, mine)
-    return tuned(key, default, lanes, size, timer, pressure_of(program))
+    return tuned(key, default, lanes, size, _timer(call), pressure_of(program))
 
 
 def tune_decode(
     cascade: Cascade, inputs: Mapping[str, Tensor], pages: Pages | None = None
-) -> Schedule:
-    """The fastest schedule of the parts of `decode` for ``inputs``, by name, and ``pages``.
+) -> dict[str, Schedule]:
+    """The fastest schedules of `decode` for ``inputs``, by name, and ``pages``.
 
-    `decode` and the operators use it from then on, for every length of its class.  Raises
-    `LowerError` without a GPU, and for an attention without states that merge.
+    The result has ``part``, which knows how many parts there are, and ``join``, of the kernel that
+    folds them.  `decode` and the operators use both from then on, for every length of the class.
+    Raises `LowerError` without a GPU, and for an attention without states that merge.
     """
     check_device(list(inputs.values()))
-    program = split_form(cascade).partial
+    form = split_form(cascade)
     mine = {n: t.detach() for n, t in inputs.items()}
-    default = default_of(program, mine)
-    low = small(program, default, mine["Q"])["block_rows"]
-    key = tuning_key(program, mine, *tuning(mine, pages))
+    part = _tuned_parts(cascade, form, mine, pages)
+    rows, width = mine["Q"].shape[2], {"f": mine["V"].shape[3]}
 
-    def call(schedule: Schedule) -> object:
-        return decode(cascade, mine, pages=pages, schedule=schedule)
+    def near(schedule: Schedule) -> Iterator[Schedule]:
+        return join_space(schedule, width, rows)
 
-    return _fastest(key, default.with_(block_rows=low), program, mine, call, low)
+    key = tuning_key(form.joined, mine, *join_tuning(form, mine, pages))
+    call = partial(decode, cascade, mine, pages=pages, schedule=part)
+    join = searched(key, JOIN, [near], _timer(lambda s: partial(call, join=s)))
+    return {"part": part, "join": join}
+
+
+def _tuned_parts(
+    cascade: Cascade, form: SplitForm, inputs: Mapping[str, Tensor], pages: Pages | None
+) -> Schedule:
+    """The best schedule of the parts: how many there are, then how each of them runs."""
+    program, kind = form.partial, tuning(inputs, pages)
+    default = default_of(program, inputs)
+    default = default.with_(block_rows=small(program, default, inputs["Q"])["block_rows"])
+    sizes = {**extents_by_rank(program.cascade.inputs, inputs), **kind[1]}
+    programs, processors = programs_of(program, default, sizes), processors_of(inputs["Q"])
+    size, held = inputs["Q"].element_size(), pressure_of(program)
+    lanes = lanes_of(program, inputs)
+
+    def parts(best: Schedule) -> Iterator[Schedule]:
+        tiles = sizes["kv"] // best.block_along
+        plain = parts_for(programs, tiles)
+        more = parts_space(best, programs, tiles, processors)
+        return (s for s in more if s.parts != plain)
+
+    def near(best: Schedule) -> Iterator[Schedule]:
+        return space(best, lanes, size, held, best.block_rows)
+
+    call = partial(decode, cascade, inputs, pages=pages)
+    key = tuning_key(program, inputs, *kind)
+    return searched(key, default, [parts, near], _timer(lambda s: partial(call, schedule=s)))
 
 
 def tune_varlen(cascade: Cascade, inputs: Mapping[str, Tensor], sequences: Sequences) -> Schedule:
@@ -106,39 +153,30 @@ def tune_varlen(cascade: Cascade, inputs: Mapping[str, Tensor], sequences: Seque
     program = varlen.program_of(cascade)
     mine = {n: t.detach() for n, t in inputs.items()}
     wide = {n: t[None] if n in ("Q", "K", "V") else t for n, t in mine.items()}
-    rows = {**wide, "Q": wide["Q"][:, :, : sequences.longest_q]}
     key = tuning_key(program, wide, "varlen", varlen.tuning(sequences))
 
-    def call(schedule: Schedule) -> object:
-        return attend_varlen(cascade, mine, sequences, schedule)
+    def call(schedule: Schedule) -> Callable[[], object]:
+        return partial(attend_varlen, cascade, mine, sequences, schedule)
 
-    return _fastest(key, default_of(program, rows), program, wide, call)
+    lanes, size = lanes_of(program, wide), wide["Q"].element_size()
+    default = varlen.default_for(program, wide, sequences.longest_q)
+    return tuned(key, default, lanes, size, _timer(call), pressure_of(program))
 
 
-def _fastest(
-    key: str,
-    default: Schedule,
-    program: Program,
-    operands: Mapping[str, Tensor],
-    call: Callable[[Schedule], object],
-    rows: int | None = None,
-) -> Schedule:
-    """The best schedule of calls that take one, from disk or timed now."""
+def _timer(make: Callable[[Schedule], Callable[[], object]]) -> Timer:
+    """The time of what ``make`` gives for a schedule; infinite where the GPU cannot hold it."""
 
     def timer(schedule: Schedule) -> float:
         try:
-            return milliseconds(lambda: call(schedule))
-        except ToolError:  # the GPU cannot hold it
+            return milliseconds(make(schedule))
+        except ToolError:
             return math.inf
 
-    lanes = lanes_of(program, operands)
-    return tuned(
-        key, default, lanes, operands["Q"].element_size(), timer, pressure_of(program), rows
-    )
+    return timer
 
 
 def milliseconds(call: Callable[[], object]) -> float:
-    """The time of a call on the GPU."""
+    """The time of a call on the GPU, replayed: that of Python and of launches is no part of it."""
     import triton
 
-    return float(triton.testing.do_bench(call))
+    return float(triton.testing.do_bench_cudagraph(call, return_mode="median"))

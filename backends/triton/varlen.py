@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attn_rewrite.backends.triton.choose import unlisted
 from attn_rewrite.backends.triton.launch import Call, launch, result_dtype, without_gradients
+from attn_rewrite.backends.triton.packed import extents_by_rank
 from attn_rewrite.backends.triton.prepare import (
     default_of,
     emitted,
@@ -48,28 +49,27 @@ def attend_varlen(
     """AV [h, tokens, f] and LSE [h, tokens] of sequences laid end to end.
 
     ``inputs`` has Q [h, tokens, d], K [hkv, tokens, d], V [hkv, tokens, f] and further inputs of
-    the cascade that do not have both ranks of the scores (a bias per pair has no place here);
-    positions and lengths in the mask are those of each sequence.  Reassociated.  ``wrap`` as in
+    the cascade: [1, .., tokens] where they have a batch rank (then not both ranks of the scores),
+    else by position, for every sequence alike.  Positions and lengths in the mask are those of each
+    sequence.  Reassociated.  ``wrap`` as in
     `launch`.  Without gradients: `LowerError` where one is asked for.
     """
     without_gradients("attend_varlen", inputs)
-    both = [t.name for t in cascade.inputs if {"q", "kv"} <= set(t.ranks)]
+    both = [t.name for t in cascade.inputs if {"b", "q", "kv"} <= set(t.ranks)]
     if both:
-        raise LowerError(f"{both[0]} has a value for every pair, which sequences end to end lack")
+        raise LowerError(
+            f"{both[0]} has a value for every pair of each batch entry, which sequences end to end "
+            "lack; give one that is the same for all, [h, q, kv]"
+        )
     program = program_of(cascade)
     wide = {n: t[None] if n in ("Q", "K", "V") else t for n, t in inputs.items()}
     lanes = lanes_of(program, wide)
     first = wide["Q"]
-    rows = {**wide, "Q": first[:, :, : sequences.longest_q]}
-    found = schedule or tuned_for(program, wide, "varlen", tuning(sequences))
-    chosen = widened(found or default_of(program, rows), wide)
+    chosen = schedule or tuned_for(program, wide, "varlen", tuning(sequences))
+    chosen = widened(chosen or default_for(program, wide, sequences.longest_q), wide)
     skipping = unlisted(program, chosen)
     source = emitted(program, chosen.with_(varlen=True, skipping=skipping), lanes, "varlen")
-    count = len(sequences.q_starts) - 1
-    sizes = {
-        "b": count, "h": first.shape[1], "hkv": wide["K"].shape[1], "q": sequences.longest_q,
-        "kv": sequences.longest_kv, **lanes,
-    }  # fmt: skip
+    sizes = {**extents_by_rank(program.cascade.inputs, wide), **tuning(sequences)}
     ranks: dict[str, Sequence[str]] = {t.name: t.ranks for t in program.cascade.inputs}
     outputs = {}
     for o in source.outputs:
@@ -80,6 +80,11 @@ def attend_varlen(
     starts = {"q_starts": sequences.q_starts, "kv_starts": sequences.kv_starts}
     launch(source, Call({**wide, **starts, **outputs}, ranks, sizes), wrap=wrap)
     return {n: t[0] for n, t in outputs.items()}
+
+
+def default_for(program: Program, wide: Mapping[str, Tensor], longest: int) -> Schedule:
+    """The default for sequences of up to ``longest`` queries; ``wide`` have a batch of one."""
+    return default_of(program, {**wide, "Q": wide["Q"][:, :, :longest]})
 
 
 def tuning(sequences: Sequences) -> dict[str, int]:

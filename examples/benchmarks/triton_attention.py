@@ -6,6 +6,10 @@ the work that the mask leaves, and the time over the tile bound (own dense time 
 tiles).  Lists of tiles are made within the time of attn-rewrite; the masks of the other contenders
 are made before.
 
+Decoding is replayed from a CUDA graph of several calls for every contender, as servers replay it:
+one call takes the GPU less time than Python.  ``--tune`` finds the schedules of attn-rewrite for
+each case first; without it they are the defaults.
+
 The results are written after every case, so nothing is lost when time runs out.  A run stops before
 ``--minutes`` are over (9 if not said); ``--resume`` goes on with the cases that are missing.
 ``--dry-run`` lists the cases and touches no GPU.
@@ -13,6 +17,7 @@ The results are written after every case, so nothing is lost when time runs out.
     make gpu-bench                                # results/triton_attention.json
     make gpu-bench BENCH="--only 16384 --only Llama --minutes 5"
     make gpu-bench BENCH=--resume
+    make gpu-bench BENCH="--only decode --tune"
 """
 
 from __future__ import annotations
@@ -39,12 +44,14 @@ from triton_contenders import (
     contenders,
     operand_bytes,
     operands,
+    tune_for,
 )
 
 RESULTS = Path(__file__).parent / "results" / "triton_attention.json"
 LENGTHS = (16384, 4096, 32768, 1024, 131072)  # what targets are stated for comes first
 MASKS = ("dense", "causal", "window", "blocks")
 TOKENS = 16384  # a batch holds so many tokens at short lengths
+REPLAYED = 20  # calls in a graph
 
 
 MODELS = (
@@ -84,12 +91,13 @@ def share_of_tiles(shape: Shape) -> float:
 
 
 def measure(
-    makers: dict[str, Callable[[], Run]], rounds: int, seconds: float
+    makers: dict[str, Callable[[], Run]], rounds: int, seconds: float, calls_each: int = 1
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Milliseconds of each contender over alternating rounds, and why others did not run.
 
     ``ratio`` is a contender's time over that of the first one in the same round, with quartiles.
-    As many rounds as fit ``seconds``: at least 5, at most ``rounds``.
+    As many rounds as fit ``seconds``: at least 5, at most ``rounds``.  Where ``calls_each`` is more
+    than one, so many are replayed from a graph, and the time is that of one.
     """
     import torch
 
@@ -101,7 +109,7 @@ def measure(
             for _ in range(3):
                 run()
             torch.cuda.synchronize()
-            calls[name] = run
+            calls[name] = run if calls_each == 1 else replayed(run, calls_each)
         except Exception as error:
             failed[name] = str(error).strip().splitlines()[0][:200] if str(error) else repr(error)
             torch.cuda.empty_cache()
@@ -111,7 +119,7 @@ def measure(
         if done >= 5 and time.monotonic() - start > seconds:
             break
         for name, run in calls.items():
-            times[name].append(_once(run))
+            times[name].append(_once(run) / calls_each)
     first = next(iter(times), "")
     found = {n: _summary(t) for n, t in times.items()}
     for name in found:
@@ -120,6 +128,22 @@ def measure(
             zip(("low", "median", "high"), statistics.quantiles(pairs, n=4), strict=True)
         )
     return found, failed
+
+
+def replayed(run: Run, calls: int) -> Run:
+    """A CUDA graph of so many calls."""
+    import torch
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            run()
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph.replay
 
 
 def _once(run: Callable[[], Any]) -> float:
@@ -138,7 +162,7 @@ def _summary(times: list[float]) -> dict[str, Any]:
     return {"median_ms": middle, "low_ms": low, "high_ms": high, "rounds": len(times)}
 
 
-def row(shape: Shape, rounds: int, seconds: float) -> dict[str, Any]:
+def row(shape: Shape, rounds: int, seconds: float, tuned: bool = False) -> dict[str, Any]:
     """One case as plain values."""
     import torch
 
@@ -150,11 +174,14 @@ def row(shape: Shape, rounds: int, seconds: float) -> dict[str, Any]:
     # Dynamo compiles a function for a few shapes only, and then runs it uncompiled.
     torch._dynamo.reset()
     x = operands(shape)
+    each = REPLAYED if shape.mask == "cached" else 1
     with torch.no_grad():
-        times, failed = measure(contenders(shape, x), rounds, seconds)
+        schedules = tune_for(shape, x) if tuned else {}
+        times, failed = measure(contenders(shape, x), rounds, seconds, each)
     share = share_of_tiles(shape)
     flops = 4 * shape.b * shape.hq * shape.q * shape.kv * shape.d * share
-    found = {"shape": asdict(shape), "tiles": share, "times": times, "not run": failed}
+    found = {"shape": asdict(shape), "tiles": share, "times": times, "not run": failed,
+             "calls in a graph": each if each > 1 else 0, "tuned": schedules}  # fmt: skip
     mine = times.get("attn-rewrite")
     if mine is not None:
         others = {n: t for n, t in times.items() if n != "attn-rewrite"}
@@ -254,6 +281,7 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=2.0, help="timed rounds of one case")
     parser.add_argument("--rounds", type=int, default=30, help="at most so many")
     parser.add_argument("--resume", action="store_true", help="only cases the results lack")
+    parser.add_argument("--tune", action="store_true", help="tune attn-rewrite for each case first")
     parser.add_argument("--output", type=Path, default=RESULTS)
     return parser.parse_args(arguments)
 
@@ -285,7 +313,7 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         if start + longest > end:  # no case takes much longer than the longest so far
             break
-        rows.append(row(shape, options.rounds, options.seconds))
+        rows.append(row(shape, options.rounds, options.seconds, options.tune))
         longest = max(longest, time.monotonic() - start)
         add_tile_bounds(rows)
         write(options.output, {

@@ -98,6 +98,16 @@ def _own(shape: Shape, x: dict[str, Any]) -> Run:
     return lambda: kernel.emit(EagerBuilder(), inputs)
 
 
+def tune_for(shape: Shape, x: dict[str, Any]) -> dict[str, str]:
+    """Tune what `contenders` runs of attn-rewrite; the schedules found, as text, by kernel."""
+    from attn_rewrite.backends.triton.schedule import to_text
+    from attn_rewrite.backends.triton.tune import tune, tune_decode
+
+    cascade = cascade_of(shape)
+    found = tune_decode(cascade, x) if shape.mask == "cached" else {"attention": tune(cascade, x)}
+    return {kernel: to_text(schedule) for kernel, schedule in found.items()}
+
+
 SDPA = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
 
 

@@ -34,10 +34,14 @@ def check(found, case, x, index=0):
     assert error <= bound(wanted, plain, x["Q"].dtype)
 
 
-def run(case, x, dropout=0.0):
-    group = x["Q"].shape[1] // x["K"].shape[1]
+def made(case, group=2, dropout=0.0):
+    """A function of the inputs, in order: what compilers see of an attention."""
     kernel = lower(softmax_cascade(case.form(group), "case"), dropout=dropout)
-    return kernel.emit(EagerBuilder(), list(x.values()))
+    return lambda *inputs: kernel.emit(EagerBuilder(), list(inputs))
+
+
+def run(case, x, dropout=0.0):
+    return made(case, x["Q"].shape[1] // x["K"].shape[1], dropout)(*x.values())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -125,10 +129,10 @@ def test_opcheck(name):
 
 @pytest.mark.parametrize("name", ["causal", "per head"])
 def test_torch_compile_gives_the_same(name):
-    x = on_gpu(inputs_for(CASES[name], SIZES, torch.bfloat16, 9))
-    wanted = run(CASES[name], x)
-    found = torch.compile(lambda **t: run(CASES[name], t), fullgraph=True)(**x)
-    assert torch.equal(found, wanted)
+    x = list(on_gpu(inputs_for(CASES[name], SIZES, torch.bfloat16, 9)).values())
+    attend = made(CASES[name])
+    found = torch.compile(attend, fullgraph=True)(*x)
+    assert torch.equal(found, attend(*x))
 
 
 class Attends(torch.nn.Module):
@@ -169,11 +173,15 @@ def test_no_compilation_for_another_length(monkeypatch):
     used = set()
     kernel_of = launch.kernel_of
     monkeypatch.setattr(launch, "kernel_of", lambda s: used.add(kernel_of(s)) or kernel_of(s))
+    counts = []
     for length in (512, 513, 640, 1000, 4096):
         sizes = SIZES | {"q": length, "kv": length}
         run(CASES["causal"], on_gpu(inputs_for(CASES["causal"], sizes, torch.bfloat16, 1)))
-    (kernel,) = used
-    assert [len(cache[0]) for cache in kernel.device_caches.values()] == [1]
+        (kernel,) = used
+        # Other types and tiles of the same source may have run before this test.
+        counts.append(sum(len(cache[0]) for cache in kernel.device_caches.values()))
+    assert counts[0] > 0
+    assert set(counts) == {counts[0]}
 
 
 @pytest.mark.parametrize("name", ["clipped-softmax", "softmax-over-queries", "attention-weights"])
@@ -215,9 +223,10 @@ def test_torch_compile_trains(name):
     x = on_gpu(inputs_for(CASES[name], SIZES, torch.float32, 14))
     pull = torch.randn(2, 4, 301, 64, device="cuda")
     results = []
-    for call in (run, torch.compile(run)):
-        mine = {n: t.clone().requires_grad_() for n, t in x.items()}
-        results.append(torch.autograd.grad(call(CASES[name], mine), list(mine.values()), pull))
+    attend = made(CASES[name])
+    for call in (attend, torch.compile(attend, fullgraph=True)):
+        mine = [t.clone().requires_grad_() for t in x.values()]
+        results.append(torch.autograd.grad(call(*mine), mine, pull))
     for a, b in zip(*results, strict=True):
         assert torch.allclose(a, b, atol=1e-5, rtol=1e-4)
 
@@ -271,6 +280,7 @@ def test_tuned_decoding_computes_the_same(tmp_path, monkeypatch):
     x = inputs_for(CACHED, SIZES | {"q": 1, "kv": 4097}, torch.bfloat16, 18)
     cascade = softmax_cascade(CACHED.form(2), "case")
     best = tune_decode(cascade, on_gpu(x))
+    assert set(best) == {"part", "join"}
     assert tune_decode(cascade, on_gpu(x)) == best
     check(decode(cascade, on_gpu(x))["AV"], CACHED, x)
 

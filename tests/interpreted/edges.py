@@ -17,6 +17,7 @@ from attn_rewrite.backends.triton.lower import lower
 from attn_rewrite.cascade.attention import QK, SoftmaxAttention, softmax_cascade
 from attn_rewrite.cascade.expr import KV, TRUE, B, Extent, H, Q, Read, call, eq
 from attn_rewrite.cascade.ir import TensorDecl
+from attn_rewrite.errors import ToolError
 from attn_rewrite.graph import EagerBuilder
 
 DEVICE = "cpu"
@@ -53,11 +54,26 @@ def by_rows(q, k, v, keep=None, offset=None):
     return out, lse
 
 
-def close(found: Tensor, wanted: Tensor, factor: float = 1.0) -> None:
+def close(found: Tensor, wanted: Tensor, factor: float = 1.0, more: float = 0.0) -> None:
     assert torch.equal(found.isfinite(), wanted.isfinite())
     finite = wanted.isfinite()
     error = (found.double() - wanted.double())[finite].abs().max().item()
-    assert error <= factor * 4e-6 * max(1.0, wanted[finite].abs().max().item())
+    assert error <= factor * 4e-6 * max(1.0, wanted[finite].abs().max().item()) + more
+
+
+def lacks(dtype: torch.dtype) -> bool:
+    """NVIDIA GPUs before compute capability 8.9 have no E4M3."""
+    if DEVICE == "cpu" or dtype != torch.float8_e4m3fn or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability() < (8, 9)
+
+
+def of_narrow_products(q: Tensor, k: Tensor) -> float:
+    """What tensor cores may lose of a score: they add products of 8 bits with 13 bits of fraction."""
+    if DEVICE == "cpu":
+        return 0.0
+    k = k.float().abs().repeat_interleave(q.shape[1] // k.shape[1], 1)
+    return 2.0**-12 * 0.25 * (q.float().abs() @ k.mT).max().item()
 
 
 def operands(b=1, h=4, hkv=2, q=20, kv=33, d=16, f=24, seed=0):
@@ -204,6 +220,10 @@ def test_operands_of_any_layout_are_read_in_place(order):
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_eight_bit_operands_give_bfloat16(dtype):
     x = [t.to(dtype) for t in operands()]
+    if lacks(dtype):
+        with pytest.raises(ToolError, match="fp8e4nv"):
+            attend(SoftmaxAttention(QK * 0.25, group=2), *x)
+        return
     found, lse = attend(SoftmaxAttention(QK * 0.25, group=2), *x)
     assert (found.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
     wanted, _ = by_rows(*(t.float() for t in x))
@@ -315,10 +335,12 @@ def test_columns_and_rows_of_minus_infinity_in_a_bias(rows):
 def test_eight_bit_operands_of_many_shapes(dtype, h, hkv, q, kv):
     x = [t.to(dtype) for t in operands(h=h, hkv=hkv, q=q, kv=kv, d=72, f=40)]
     form = SoftmaxAttention(QK * 0.25, CACHED, group=h // hkv)
+    if lacks(dtype):
+        return  # refused, as the test above sees
     found, lse = attend(form, *x)
     wanted, wanted_lse = by_rows(*(t.float() for t in x), causal_rows(q, kv))
     assert (found.double() - wanted).abs().max() <= 2**-8 * wanted.abs().max()
-    close(lse, wanted_lse)
+    close(lse, wanted_lse, more=of_narrow_products(*x[:2]))
 
 
 def test_operands_of_stride_zero():

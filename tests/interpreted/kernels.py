@@ -236,6 +236,35 @@ def test_named_cascades_against_the_oracle(name):
         assert error <= ROUNDED.get(name, 2e-6) * wanted.abs().max(), output
 
 
+@pytest.mark.parametrize("outputs", ["AV, CD", "CM, AV", "CD"])
+def test_statistics_over_rows_may_be_outputs(outputs):
+    """They come from the kernel that makes them, in the order of the cascade."""
+    import attn_rewrite.ops  # noqa: F401
+
+    text = str(NAMED["softmax-over-queries"]).replace("output AV", f"outputs {outputs}")
+    cascade = parse(text)
+    x = named_inputs(cascade)
+    x = {t.name: x[t.name] for t in cascade.inputs}
+    found = torch.ops.attn_rewrite.triton_cascade(list(x.values()), None, str(cascade), "", 0.0)
+    for output, got in zip(cascade.outputs, found, strict=True):
+        wanted = interpret(cascade, x)[output]
+        assert (got.double() - wanted).abs().max() <= 2e-6 * wanted.abs().max(), output
+
+
+def test_sums_of_probabilities_over_queries_are_refused_with_a_reason():
+    """They fold rows that a fold of keys made: one block of rows does not know them all."""
+    import attn_rewrite.ops  # noqa: F401
+    from attn_rewrite.errors import LowerError
+
+    text = str(NAMED["attention-weights"]).rstrip() + "\nSEEN[m] = A[m, p]\n"
+    x = list(named_inputs(parse(text)).values())
+    unused = torch.ops.attn_rewrite.triton_cascade(x, None, text, "", 0.0)
+    assert len(unused) == 2
+    cascade = parse(text.replace("output AV, A", "output AV, SEEN"))
+    with pytest.raises(LowerError, match="folds m, of which a kernel sees one block"):
+        torch.ops.attn_rewrite.triton_cascade(x, None, str(cascade), "", 0.0)
+
+
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_other_cascades_are_refused_with_a_reason(name):
     from attn_rewrite.backends.triton.lower import lower

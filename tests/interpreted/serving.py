@@ -9,8 +9,8 @@ from attn_rewrite.backends.triton.decode import Pages, decode, is_worth_splittin
 from attn_rewrite.backends.triton.schedule import Schedule
 from attn_rewrite.backends.triton.varlen import Sequences, attend_varlen
 from attn_rewrite.cascade import NAMED
-from attn_rewrite.cascade.attention import softmax_cascade
-from attn_rewrite.cascade.expr import KV, Extent, Q
+from attn_rewrite.cascade.attention import QK, softmax_cascade
+from attn_rewrite.cascade.expr import KV, B, Extent, H, Q, Read
 from attn_rewrite.errors import LowerError
 from tests.interpreted.dense import CASES, Case, bound, inputs_for, reference
 
@@ -68,6 +68,41 @@ def test_pages_of_different_fill(case, skipping, lengths):
         ]
         mine = {"Q": x["Q"][entry : entry + 1], "K": whole[0], "V": whole[1]}
         close({n: t[entry : entry + 1] for n, t in found.items()}, case, mine)
+
+
+SCALED = Case(
+    ONE.guard, ONE.mask,
+    score=QK * Read("KS", (B, H // 2, KV)), weight=Read("VS", (B, H // 2, KV)),
+    scores=lambda s, q, k, x: s / 0.25 * x["KS"].repeat_interleave(2, 1)[:, :, None],
+    weights=lambda q, k, x: x["VS"].repeat_interleave(2, 1)[:, :, None],
+    reads=(("KS", ("b", "hkv", "kv"), "float"), ("VS", ("b", "hkv", "kv"), "float")),
+)  # fmt: skip
+
+
+def test_pages_hold_the_scales_of_their_keys():
+    """An 8-bit cache whose keys and values have a scale each, in pages of their own."""
+    page, lengths, make = 16, [75, 1], torch.Generator().manual_seed(32)
+    table = torch.randperm(12, generator=make)[:10].view(2, 5).to(torch.int32)
+    q = torch.randn(2, 4, 3, 16, generator=make)
+    cache = {n: torch.randint(-127, 128, (12, 2, page, w), generator=make, dtype=torch.int8)
+             for n, w in (("K", 16), ("V", 24))}  # fmt: skip
+    cache |= {n: torch.rand(12, 2, page, generator=make) / 100 for n in ("KS", "VS")}
+    found = decode(
+        softmax_cascade(SCALED.form(2), "case"), {"Q": q, **cache},
+        pages=Pages(table, torch.tensor(lengths, dtype=torch.int32)), splits=2,
+        schedule=SMALL,
+    )  # fmt: skip
+    for entry, length in enumerate(lengths):
+        mine = {n: torch.cat(list(t[table[entry].long()]), 1)[None, :, :length].float()
+                for n, t in cache.items()}  # fmt: skip
+        wanted, lse = reference(SCALED, {"Q": q[entry : entry + 1], **mine}, torch.float64)
+        # Probabilities meet codes in float16.
+        error = (found["AV"][entry] - wanted[0]).abs().max()
+        assert error <= 2**-10 * (mine["V"] * mine["VS"][..., None]).abs().max()
+        finite = lse[0].isfinite()
+        assert (found["LSE"][entry] - lse[0])[finite].abs().max() <= 4e-6 * lse[0][
+            finite
+        ].abs().max()
 
 
 def test_the_operator_splits_few_queries_over_many_keys():
@@ -180,6 +215,51 @@ def test_a_bias_per_pair_has_no_place_in_sequences_end_to_end():
     case = CASES["bias"]
     with pytest.raises(LowerError, match="every pair"):
         attend_varlen(softmax_cascade(case.form(2), "case"), {}, None)
+
+
+@pytest.mark.parametrize("name", ["blocks", "by position", "per token", "bias"])
+def test_tables_beside_sequences_end_to_end(name):
+    """What has a batch rank is laid end to end; everything else is read by position."""
+    lens = [40, 1, 0, 34]
+    starts = torch.tensor([0, *torch.tensor(lens).cumsum(0)], dtype=torch.int32)
+    own = {
+        "blocks": CASES["blocks"],
+        "by position": Case(
+            score=QK * 0.25 + Read("T", (H, KV)), scores=lambda s, q, k, x: s + x["T"][:, None],
+            reads=(("T", ("h", "kv"), "float"),),
+        ),
+        "bias": Case(
+            score=QK * 0.25 + Read("T", (H, Q, KV)), scores=lambda s, q, k, x: s + x["T"],
+            reads=(("T", ("h", "q", "kv"), "float"),),
+        ),
+        "per token": Case(
+            score=QK * 0.25 + Read("T", (B, KV)), scores=lambda s, q, k, x: s + x["T"][:, None, None],
+            reads=(("T", ("b", "kv"), "float"),),
+        ),
+    }  # fmt: skip
+    case, make = own[name], torch.Generator().manual_seed(33)
+    x = inputs_for(CASES["dense"], SIZES | {"b": 1, "q": 75, "kv": 75}, torch.float32, 33)
+    table = {
+        "blocks": {"keep": torch.rand(4, 3, 3, generator=make) < 0.5},
+        "by position": {"T": torch.randn(4, 40, generator=make)},
+        "per token": {"T": torch.randn(1, 75, generator=make)},
+        "bias": {"T": torch.randn(4, 40, 40, generator=make)},
+    }[name]
+    found = attend_varlen(
+        softmax_cascade(case.form(2), "case"), {**{n: t[0] for n, t in x.items()}, **table},
+        Sequences(starts, starts, 40, 40),
+    )  # fmt: skip
+    for i, length in enumerate(lens):
+        if length:
+            part = slice(int(starts[i]), int(starts[i + 1]))
+            mine = {n: t[:, :, part] for n, t in x.items()} | table
+            if name == "per token":
+                mine["T"] = table["T"][:, part]
+            elif name != "blocks":
+                mine["T"] = table["T"][..., :length]
+            if name == "bias":
+                mine["T"] = mine["T"][:, :length]
+            close({n: t[None, :, part] for n, t in found.items()}, case, mine)
 
 
 @pytest.mark.parametrize("lens", [[0, 7, 0], [0, 0], [0, 0, 1], [129, 0, 2]])
