@@ -151,9 +151,10 @@ def rope_seen(nodes: list[fx.Node]) -> bool:
 def _inside(nodes: list[fx.Node]) -> Iterator[fx.Node]:
     """Nodes of the graphs that ``nodes`` call: tables are often made without gradients."""
     for node in nodes:
+        module = node.graph.owning_module
         for arg in node.all_input_nodes:
-            if arg.op == "get_attr":
-                called = attribute(node.graph.owning_module, str(arg.target))
+            if arg.op == "get_attr" and module is not None:
+                called = attribute(module, str(arg.target))
                 if isinstance(called, fx.GraphModule):
                     yield from called.graph.nodes
 
