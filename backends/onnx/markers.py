@@ -16,6 +16,7 @@ import torch
 from onnxscript import values
 
 from attn_rewrite.cascade.attention import SoftmaxAttention, as_softmax
+from attn_rewrite.cascade.staged import StagedAttention, as_staged
 from attn_rewrite.errors import LowerError
 from attn_rewrite.site import Refusal
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 SITE_KEY = "attn_rewrite_site"  # set by attn_rewrite.apply on the nodes it splices in
 MARKER_DOMAIN = "attn_rewrite.export"
 TILED, SDPA = "TiledAttention", "ScaledDotProductAttention"
+CODED = "CodedAttention"
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
 _ANY = [*_FLOATS, "tensor(bool)", *(f"tensor(int{n})" for n in (8, 16, 32, 64)), "tensor(uint8)"]
 
@@ -56,6 +58,16 @@ def _translate_tiled() -> Callable[..., Any]:
         return marker(q, k, v, *reads, cascade=cascade, block=block)
 
     return tiled_attention
+
+
+def _translate_coded() -> Callable[..., Any]:
+    kinds = onnx.defs.OpSchema.AttrType
+    marker = _marker(CODED, [("cascade", kinds.STRING), ("block", kinds.INT)])
+
+    def coded_attention(operands: Any, cascade: str, block: int) -> Any:
+        return marker(*operands, cascade=cascade, block=block)
+
+    return coded_attention
 
 
 def _translate_sdpa() -> Callable[..., Any]:
@@ -93,16 +105,9 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     }
     if hasattr(torch.ops.attn_rewrite, "tiled_attention"):
         table[torch.ops.attn_rewrite.tiled_attention.default] = _translate_tiled()
-    if hasattr(torch.ops.attn_rewrite, "mapped_attention"):
-        table[torch.ops.attn_rewrite.mapped_attention.default] = _refuse_mapped
+    if hasattr(torch.ops.attn_rewrite, "coded_attention"):
+        table[torch.ops.attn_rewrite.coded_attention.default] = _translate_coded()
     return table
-
-
-def _refuse_mapped(q: Any, k: Any, v: Any, reads: Any, cascade: str, block: int) -> Any:
-    raise LowerError(
-        "ONNX: a site rounds its probabilities before they multiply V, which this exporter has no "
-        "operators for; quantise only Q and K there (int8), or run it with the torch backend."
-    )
 
 
 def _origins(sources: Sequence[Any]) -> Iterator[str]:
@@ -138,6 +143,15 @@ def site_names(program: ExportedProgram) -> dict[str, str]:
 def attribute(node: ir.Node, name: str) -> Any:
     """The value of a marker's attribute."""
     return node.attributes[name].value
+
+
+def staged_of(node: ir.Node) -> StagedAttention:
+    """The staged attention of a coded marker, which `coded` has made."""
+    from attn_rewrite.cascade.text import parse
+
+    staged = as_staged(parse(attribute(node, "cascade")))
+    assert staged is not None
+    return staged
 
 
 def form_of(node: ir.Node, name: str) -> SoftmaxAttention:
