@@ -197,18 +197,15 @@ def _site_of(node: fx.Node) -> _Site | None:
 
 def _of_sdpa(node: fx.Node, q: _Coded, k: _Coded) -> _Site | None:
     """``scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=, enable_gqa=)``."""
-    mask, dropout, causal = (
-        (*node.args[3:], None, 0.0, False)[:3] if len(node.args) < 6 else (node.args[3:6])
-    )
-    mask = node.kwargs.get("attn_mask", mask)
-    causal = node.kwargs.get("is_causal", causal)
-    if node.kwargs.get("dropout_p", dropout):
+    names = ("attn_mask", "dropout_p", "is_causal")
+    given = {**dict(zip(names, node.args[3:], strict=False)), **node.kwargs}
+    if given.get("dropout_p"):
         return None  # said where the operator is translated
     sizes = [x.meta["val"].shape for x in node.args[:2]]  # type: ignore[union-attr]
     group = 1 if sizes[0][1] == sizes[1][1] else int(sizes[0][1]) // int(sizes[1][1])
-    scale = node.kwargs.get("scale")
+    scale, mask = given.get("scale"), given.get("attn_mask")
     score: Expr = QK * (sizes[0][-1] ** -0.5 if scale is None else float(scale))  # type: ignore[arg-type]
-    form = SoftmaxAttention(score, Q >= KV if causal else TRUE, group=group)
+    form = SoftmaxAttention(score, Q >= KV if given.get("is_causal") else TRUE, group=group)
     if mask is None:
         return _Site(q, k, node.args[2], form, (), 128)  # type: ignore[arg-type]
     return None if not isinstance(mask, fx.Node) else _masked(node, q, k, form, mask)
@@ -218,6 +215,8 @@ def _masked(
     node: fx.Node, q: _Coded, k: _Coded, form: SoftmaxAttention, mask: fx.Node
 ) -> _Site | None:
     value = mask.meta["val"]
+    if value.dim() > 4:
+        return None
     ranks = _SPACE[4 - value.dim() :]
     # What has one element along a rank is read at 0 there.
     index = tuple(Const(0) if n == 1 else r for n, r in zip(value.shape, ranks, strict=True))
