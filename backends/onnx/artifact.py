@@ -133,8 +133,8 @@ class OnnxArtifact:
             if self.source is None:
                 raise ValueError(f"{self.path.name} is not held with its program: give reference=.")
             got, arrays = self.run(inputs, in_child=in_child), self._complete(inputs)
-            lists = {n: arrays[n] for n, x in inputs.items() if isinstance(x, list | tuple)}
-            given = {**inputs, **lists}  # a size stays the number it is
+            given: dict[str, Any] = dict(inputs)  # a size stays the number it is
+            given |= {n: arrays[n] for n, x in given.items() if isinstance(x, list | tuple)}
             return against_program(self.path.name, self.source, self.codes, given, got)
         return compare(self.path.name, self.run(inputs, in_child=in_child), reference, bound)
 

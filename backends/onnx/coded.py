@@ -238,8 +238,9 @@ def _coded(value: Any) -> _Coded | None:
         return _Coded(value)
     if _name(value) != "mul":
         return None
-    for part, scale in (value.args, value.args[::-1]):
-        sizes = scale.meta["val"].shape if isinstance(scale, fx.Node) else ()
+    left, right = value.args
+    for part, scale in ((left, right), (right, left)):
+        sizes: Sequence[Any] = scale.meta["val"].shape if isinstance(scale, fx.Node) else ()
         found = _coded(part) if len(sizes) == 4 and sizes[-1] == 1 else None
         if found is not None:
             return _Coded(found.codes, (*found.scales, scale))
@@ -292,8 +293,11 @@ def _mark(graph: fx.Graph, node: fx.Node, site: _Site) -> None:
     """The marker in the place of ``node``: its score reads the scales of queries and keys."""
     build, form = GraphBuilder(graph).at(node), site.form
     head: Expr = H if form.group == 1 else call("floordiv", H, form.group)
-    sides = [(site.q, "QSCALE", (B, H, Q), ("b", "h", "q"))]
-    sides.append((site.k, "KSCALE", (B, head, KV), ("b", "h" if head == H else "hkv", "kv")))
+    places_of_keys: tuple[Expr, ...] = (B, head, KV)
+    sides = (
+        (site.q, "QSCALE", (B, H, Q), ("b", "h", "q")),
+        (site.k, "KSCALE", places_of_keys, ("b", "h" if head == H else "hkv", "kv")),
+    )
     whole, number = _multiple(form.score)
     product: Expr = QK
     decls, scales = [], []
