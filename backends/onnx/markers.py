@@ -15,6 +15,7 @@ import onnx_ir as ir
 import torch
 from onnxscript import values
 
+from attn_rewrite.backends.onnx.statistics import flash_attention_with_statistics
 from attn_rewrite.cascade.attention import SoftmaxAttention, as_softmax
 from attn_rewrite.cascade.staged import StagedAttention, as_staged
 from attn_rewrite.errors import LowerError
@@ -101,7 +102,10 @@ def _translate_sdpa() -> Callable[..., Any]:
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """What torch.onnx.export takes as ``custom_translation_table``."""
     table: dict[Callable[..., Any], Callable[..., Any]] = {
-        torch.ops.aten.scaled_dot_product_attention.default: _translate_sdpa()
+        torch.ops.aten.scaled_dot_product_attention.default: _translate_sdpa(),
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: (
+            flash_attention_with_statistics
+        ),
     }
     if hasattr(torch.ops.attn_rewrite, "tiled_attention"):
         table[torch.ops.attn_rewrite.tiled_attention.default] = _translate_tiled()
