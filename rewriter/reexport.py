@@ -82,6 +82,19 @@ def _without_strides(program: ExportedProgram) -> ExportedProgram:
     return program
 
 
+def _hint(original: ExportedProgram, size: Any) -> Any:
+    """A free dimension within the range that ``original`` declares for the symbol ``size``."""
+    allowed = original.range_constraints.get(size.node.expr)
+    if allowed is None:  # no symbol of its own
+        return Dim.AUTO
+    limits = {
+        name: int(end)
+        for name, end in (("min", allowed.lower), ("max", allowed.upper))
+        if end.is_Integer
+    }
+    return Dim.AUTO(**limits) if limits else Dim.AUTO
+
+
 def _dynamic(original: ExportedProgram, args: Any, kwargs: Any, lengths: bool) -> Any:
     """Every dimension that is symbolic in ``original`` is dynamic again, without ``lengths`` only
     the first of a tensor."""
@@ -94,7 +107,11 @@ def _dynamic(original: ExportedProgram, args: Any, kwargs: Any, lengths: bool) -
         value = values.get(name) if isinstance(name, str) else None
         if not isinstance(leaf, torch.Tensor) or not isinstance(value, torch.Tensor):
             continue
-        free = {i: Dim.AUTO for i, size in enumerate(value.shape) if not isinstance(size, int)}
+        free = {
+            i: _hint(original, size)
+            for i, size in enumerate(value.shape)
+            if not isinstance(size, int)
+        }
         if not lengths:
             free = {i: kind for i, kind in free.items() if i == 0}
         if free:

@@ -11,6 +11,7 @@ import math
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from torch.export import Dim, ExportedProgram
 import attn_rewrite as ar
 import attn_rewrite.ops  # registers attn_rewrite::tiled_attention
 from attn_rewrite.backends.onnx import dense, runtime
-from attn_rewrite.backends.onnx.artifact import OnnxArtifact
+from attn_rewrite.backends.onnx.artifact import OnnxArtifact, TensorSpec
 from attn_rewrite.backends.onnx.export import export_onnx
 from attn_rewrite.cascade.attention import QK, SoftmaxAttention, softmax_cascade
 from attn_rewrite.cascade.expr import KV, B, Q, Read
@@ -543,9 +544,11 @@ def test_nodes_that_fall_back_to_the_cpu_are_listed(artifact: OnnxArtifact) -> N
 
 
 def test_a_run_that_fails_is_an_error(artifact: OnnxArtifact) -> None:
+    # The shape is the file's business: what is said of its inputs here would stop it before.
+    free = replace(artifact, inputs=(TensorSpec("x", "float32", ("batch", "length", "width")),))
     for in_child in (False, True):
         with pytest.raises(ToolError, match="while running"):
-            artifact.run({"x": np.zeros((2, 9, 3), np.float32)}, in_child=in_child)
+            free.run({"x": np.zeros((2, 9, 3), np.float32)}, in_child=in_child)
 
 
 def test_missing_packages_say_what_to_install(

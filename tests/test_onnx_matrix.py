@@ -148,7 +148,7 @@ def scores_of(artifact: OnnxArtifact, example: dict[str, Any]) -> int:
     scans = [n for n in proto.graph.node if n.op_type == "Scan"]
     for i, scan in enumerate(scans):
         body = next(a.g for a in scan.attribute if a.name == "body")
-        product = next(n for n in body.node if n.op_type == "MatMul")
+        product = next(n for n in body.node if n.op_type in ("MatMul", "MatMulInteger"))
         body.node.append(onnx.helper.make_node("Size", [product.output[0]], [f"scores_{i}"]))
         body.output.append(onnx.helper.make_tensor_value_info(f"scores_{i}", 7, []))
         axes = next(a for a in scan.attribute if a.name == "scan_output_axes")

@@ -10,8 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from attn_rewrite.backends.onnx.lowering import SiteLowering
-from attn_rewrite.backends.onnx.runtime import STAGE, open_session, placement, run_session
-from attn_rewrite.errors import ToolError, VerifyError
+from attn_rewrite.backends.onnx.runtime import (
+    STAGE,
+    Providers,
+    open_session,
+    placement,
+    run_session,
+)
+from attn_rewrite.errors import PolicyError, ToolError, VerifyError
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -54,7 +60,7 @@ class OnnxArtifact:
     approximation: Mapping[str, float] = field(default_factory=dict, compare=False)
     codes: Codes | None = field(default=None, compare=False, repr=False)
 
-    def session(self, providers: Sequence[str] | None = None, *, threads: int = 2) -> Any:
+    def session(self, providers: Providers | None = None, *, threads: int = 2) -> Any:
         """An ``onnxruntime.InferenceSession`` (CPU unless ``providers`` says otherwise).
 
         `ToolError` where the file cannot be loaded or a provider did not start; a `RuntimeWarning`
@@ -70,16 +76,15 @@ class OnnxArtifact:
         self, runs: Sequence[Arrays], *, in_child: bool = False
     ) -> list[dict[str, np.ndarray[Any, Any]]]:
         """Outputs by name for several sets of inputs, in one session."""
-        given = [self._complete(inputs) for inputs in runs]
         if in_child:
             from attn_rewrite.backends.onnx.child import run_in_child
 
-            return run_in_child(self.path, given)[0]
+            return run_in_child(self.path, [self._complete(inputs) for inputs in runs])[0]
         session = self.session()
-        return [run_session(session, inputs) for inputs in given]
+        return [run_session(session, self._complete(inputs)) for inputs in runs]
 
     def placement(
-        self, inputs: Arrays, providers: Sequence[str] | None = None
+        self, inputs: Arrays, providers: Providers | None = None
     ) -> dict[str, tuple[str, ...]]:
         """The operators that ran on each provider in one run with ``inputs``, sorted.
 
@@ -87,11 +92,25 @@ class OnnxArtifact:
         """
         return placement(self.path, self._complete(inputs), providers)
 
-    def _complete(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
-        missing = [s.name for s in self.inputs if s.name not in inputs]
+    def _complete(self, inputs: object) -> dict[str, np.ndarray[Any, Any]]:
+        """The inputs as the file takes them; `ToolError` where they are others."""
+        names = [s.name for s in self.inputs]
+        if not isinstance(inputs, Mapping):
+            kind = type(inputs).__name__
+            raise ToolError(
+                f"{self.path.name} takes arrays by the names {', '.join(names)}, got a {kind}.",
+                stage=STAGE,
+            )
+        missing = [n for n in names if n not in inputs]
         if missing:
             raise ToolError(f"{self.path.name} needs input {', '.join(missing)}.", stage=STAGE)
-        return {s.name: np.asarray(inputs[s.name]) for s in self.inputs}
+        strange = [str(n) for n in inputs if n not in names]
+        if strange:
+            raise ToolError(
+                f"{self.path.name} has no input {', '.join(strange)}; it takes {', '.join(names)}.",
+                stage=STAGE,
+            )
+        return {s.name: _fitting(self.path.name, s, inputs[s.name]) for s in self.inputs}
 
     def verify(
         self,
@@ -113,9 +132,35 @@ class OnnxArtifact:
         if reference is None:
             if self.source is None:
                 raise ValueError(f"{self.path.name} is not held with its program: give reference=.")
-            got = self.run(inputs, in_child=in_child)
-            return against_program(self.path.name, self.source, self.codes, inputs, got)
+            got, arrays = self.run(inputs, in_child=in_child), self._complete(inputs)
+            given: dict[str, Any] = dict(inputs)  # a size stays the number it is
+            given |= {n: arrays[n] for n, x in given.items() if isinstance(x, list | tuple)}
+            return against_program(self.path.name, self.source, self.codes, given, got)
         return compare(self.path.name, self.run(inputs, in_child=in_child), reference, bound)
+
+
+def _fitting(what: str, spec: TensorSpec, given: Any) -> np.ndarray[Any, Any]:
+    """``given`` as an array that fits ``spec``; plain numbers and lists take its type."""
+    plain = isinstance(given, bool | int | float | list | tuple)
+    try:
+        array: np.ndarray[Any, Any] = np.asarray(given, spec.dtype if plain else None)
+    except (TypeError, ValueError) as error:
+        raise ToolError(f"{what}: input {spec.name!r} is no array: {error}", stage=STAGE) from error
+    fits = len(array.shape) == len(spec.shape) and all(
+        isinstance(axis, str) or axis == size
+        for axis, size in zip(spec.shape, array.shape, strict=True)
+    )
+    if not fits or str(array.dtype) != spec.dtype:
+        raise ToolError(
+            f"{what} takes input {spec.name!r} as {spec.dtype} {_shape(spec.shape)}, got "
+            f"{array.dtype} {_shape(array.shape)}.",
+            stage=STAGE,
+        )
+    return array
+
+
+def _shape(extents: Sequence[int | str]) -> str:
+    return f"[{', '.join(map(str, extents))}]"
 
 
 def against_program(
@@ -148,6 +193,8 @@ def compare(
         if name not in got:
             raise VerifyError(f"{what} has no output {name!r}; it has {', '.join(got)}.")
         errors[name] = _error(name, got[name], np.asarray(expected))
+        if bound is not None and name not in bound:
+            raise PolicyError(f"bound has no {name!r}; give one for every output of the reference.")
         allowed = _default_bound(got[name], expected) if bound is None else bound[name]
         if not errors[name] <= allowed:
             raise VerifyError(

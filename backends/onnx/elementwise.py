@@ -105,6 +105,10 @@ class Elementwise:
             self._done[expr] = self._emit(expr)
         return self._done[expr]
 
+    def know(self, expr: Expr, value: ir.Value) -> None:
+        """Take ``value``, a float, for ``expr`` from now on."""
+        self._done[expr] = Typed(value, "float")
+
     def number(self, expr: Expr) -> ir.Value:
         """The value of ``expr`` in the frame's floating-point type."""
         return self._as(self.emit(expr), "float")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attn_rewrite.backends.onnx.runtime import require_exporter
-from attn_rewrite.errors import LowerError, PolicyError
+from attn_rewrite.errors import LowerError, PolicyError, ToolError
 from attn_rewrite.site import Refusal
 
 if TYPE_CHECKING:
@@ -66,9 +67,11 @@ def export_onnx(
     disagree; no file is left behind then.
     """
     number = check_options(target, opset, cache, static)
+    place = check_place(path)
     require_exporter()
     from attn_rewrite.backends.onnx.writing import write
 
+    _check_source(optimized)
     optimized = optimized if cache is None else _step_of(optimized)
     from attn_rewrite.backends.onnx.artifact import OnnxArtifact
 
@@ -85,7 +88,7 @@ def export_onnx(
     metadata |= _options_metadata(made, cache, static)
     model.metadata_props.update(metadata)
     draft = OnnxArtifact(
-        path=Path(path),
+        path=place,
         opset=number,
         target=target,
         inputs=_specs(model.graph.inputs),
@@ -150,23 +153,36 @@ def _lowered(program: ExportedProgram, number: int, target: str, cache: str | No
     import onnx_ir.passes.common as common
 
     from attn_rewrite.backends.onnx import names
+    from attn_rewrite.backends.onnx.coded import over_codes, with_codes
     from attn_rewrite.backends.onnx.markers import site_names
     from attn_rewrite.backends.onnx.sites import Destination, expand
     from attn_rewrite.backends.onnx.translate import finish, quiet, translate
 
     with quiet():
-        model = translate(program, number)
+        coded = with_codes(program, target == "portable")
+        model = translate(coded, number)
         common.InlinePass()(model)  # the only functions of the file are its rewritten sites
         codes = _quantised(model, program, number) if cache == "int8" else None
         ranges = names.axis_ranges(program)
-        sites = expand(model, Destination(number, target, ranges, site_names(program)))
+        sites = expand(model, Destination(number, target, ranges, site_names(coded)))
         names.rename_inputs(model)
         names.rename_outputs(model, names.output_names(program))
         finish(model, number)
+        if target == "onnxruntime":
+            sites = _floats_chosen(sites, over_codes(program))
         called = names.axis_names(program)
         names.rename_axes(model, called)
         sites = tuple(replace(s, axis=called.get(s.axis, s.axis)) for s in sites)
     return _Lowered(program, model, sites, codes)
+
+
+def _floats_chosen(sites: tuple[SiteLowering, ...], coded: set[str]) -> tuple[SiteLowering, ...]:
+    """``sites``, with those over codes saying that floats multiply there."""
+    why = "codes times their scales multiply as floats: integer products are slower on the CPU"
+    return tuple(
+        replace(s, choice=f"{s.choice}; {why}".removeprefix("; ")) if s.name in coded else s
+        for s in sites
+    )
 
 
 def _quantised(model: ir.Model, program: ExportedProgram, opset: int) -> Codes:
@@ -205,6 +221,8 @@ def check_options(
             "static= and cache= were both given: the lengths of a step grow with its cache."
         )
     number = DEFAULT_OPSET if opset is None else opset
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise PolicyError(f"opset is {number!r}, expected a whole number.")
     if number in OPSETS:
         return number
     why = (
@@ -214,6 +232,39 @@ def check_options(
         else "torch's exporter starts at 18"
     )
     raise PolicyError(f"opset {number} is not supported: {why}; use {OPSETS[0]} to {OPSETS[-1]}.")
+
+
+def check_place(path: Any) -> Path:
+    """``path`` where a file may be written; `PolicyError` where it names none, `ToolError` where
+    none can be.  Nothing is created."""
+    try:
+        place = Path(path)
+        named = bool(place.name) and "\0" not in str(place)
+    except TypeError:
+        named = False
+    if not named:
+        raise PolicyError(f"the path of the ONNX file is {path!r}, expected the name of a file.")
+    above = next((p for p in place.absolute().parents if os.path.lexists(p)), place)
+    why = None
+    if place.is_dir():
+        why = "it is a folder"
+    elif not above.is_dir():
+        why = f"{above} is no folder"
+    elif not os.access(above, os.W_OK | os.X_OK):
+        why = f"{above} is not writable"
+    if why is not None:
+        raise ToolError(f"cannot write {place}: {why}; name another place.", stage="disk")
+    return place
+
+
+def _check_source(optimized: Any) -> None:
+    if hasattr(optimized, "at_one_length"):  # what optimize returned; its program is made later
+        return
+    if not hasattr(getattr(optimized, "program", optimized), "graph_signature"):
+        raise PolicyError(
+            f"export_onnx takes what optimize returned, or an ExportedProgram, got a "
+            f"{type(optimized).__name__}."
+        )
 
 
 def node_census(model: ir.Model) -> dict[str, int]:

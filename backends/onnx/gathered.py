@@ -16,6 +16,8 @@ import onnx_ir as ir
 from attn_rewrite.backends.onnx.blocks import BlockPlan, Steps
 from attn_rewrite.backends.onnx.elementwise import Coordinate, Frame, Joined, Typed
 from attn_rewrite.backends.onnx.graph import Recorder
+from attn_rewrite.backends.onnx.mapped import MappedRows, ProbabilityMap, whole_peak
+from attn_rewrite.backends.onnx.products import product
 from attn_rewrite.backends.onnx.rows import Operands, RowSoftmax
 from attn_rewrite.cascade.attention import QK, SoftmaxAttention
 from attn_rewrite.cascade.expr import KV, Expr, call
@@ -24,8 +26,16 @@ from attn_rewrite.cascade.expr import KV, Expr, call
 class Gathered:
     """One block-sparse attention being recorded."""
 
-    def __init__(self, r: Recorder, x: Operands, form: SoftmaxAttention, plan: BlockPlan) -> None:
-        self.r, self.x, self.form, self.plan = r, x, form, plan
+    def __init__(
+        self,
+        r: Recorder,
+        x: Operands,
+        form: SoftmaxAttention,
+        plan: BlockPlan,
+        mapping: ProbabilityMap | None = None,
+    ) -> None:
+        self.r, self.x, self.form, self.plan, self.mapping = r, x, form, plan, mapping
+        self.peak: ir.Value | None = None
         problem, block = plan.problem, plan.block
         self.guard = form.guard
         if problem.kv_len % block:
@@ -52,7 +62,10 @@ class Gathered:
     def emit(self) -> ir.Value:
         """Record the loops and put their rows in order."""
         r, plan = self.r, self.plan
-        parts = [self._scan(i, steps) for i, steps in enumerate(plan.groups)]
+        groups = list(enumerate(plan.groups))
+        if self.mapping is not None and self.mapping.whole_peak and groups:
+            self.peak = whole_peak(r, [self._scan(i, steps, peaks=True) for i, steps in groups])
+        parts = [self._scan(i, steps) for i, steps in groups]
         order = plan.order()
         if order.max(initial=0) == sum(g.rows.size for g in plan.groups):
             parts.append(self._zeros())
@@ -81,9 +94,10 @@ class Gathered:
         lead = r.integers([0, heads * blocks, block])
         return r.op("Reshape", x, r.op("Concat", lead, r.extent(x, 3), axis=0))
 
-    def _scan(self, index: int, steps: Steps) -> ir.Value:
-        """The rows of one group of steps, [b, steps * size, block, f]."""
-        r, prefix = self.r, f"{self.r.prefix}/steps_{index}"
+    def _scan(self, index: int, steps: Steps, peaks: bool = False) -> ir.Value:
+        """The rows of one group of steps, [b, steps * size, block, f], or the ``peaks`` of their
+        probabilities, [..., 1]."""
+        r, prefix = self.r, f"{self.r.prefix}/{'peaks' if peaks else 'steps'}_{index}"
         keys = r.constant(steps.keys)
         body = r.inner()
         given = {
@@ -92,7 +106,7 @@ class Gathered:
             )
             for name, n in (("rows", steps.size), ("span", 3))
         }
-        out = _Step(self, body, steps, given, keys).emit()
+        out = _Step(self, body, steps, given, keys).emit(peaks)
         out.dtype = self.x.dtype
         graph = ir.Graph(
             list(given.values()), [out], nodes=body.nodes, name=f"{prefix}/tile",
@@ -103,7 +117,8 @@ class Gathered:
             body=graph, num_scan_inputs=2, scan_output_axes=[1],
         )  # fmt: skip
         lead = r.integers([0, steps.rows.size, self.plan.block])
-        return r.op("Reshape", scanned, r.op("Concat", lead, r.extent(self.x.v, 3), axis=0))
+        width = r.integers([1]) if peaks else r.extent(self.x.v, 3)
+        return r.op("Reshape", scanned, r.op("Concat", lead, width, axis=0))
 
 
 class _Step:
@@ -125,17 +140,29 @@ class _Step:
         end = r.op("Add", start, r.op("Mul", self.count, r.integers([steps.size])))
         self.keys = r.op("Slice", keys, start, end)
 
-    def emit(self) -> ir.Value:
-        """The finished rows, [b, size, block, f]."""
-        r, outer = self.r, self.outer
+    def emit(self, peaks: bool = False) -> ir.Value:
+        """The finished rows, [b, size, block, f], or the ``peaks`` of their probabilities."""
+        r, outer, x = self.r, self.outer, self.outer.x
         q = r.op("Gather", outer.q, self.rows, axis=1)
         k, v = self._gathered(outer.k), self._gathered(outer.v)
-        product = r.op("MatMul", q, r.op("Transpose", k, perm=[0, 1, 3, 2]))
+        turned = r.op("Transpose", k, perm=[0, 1, 3, 2])
+        scores = product(r, q, turned, x.dtype, coded=x.coded)
         columns = self._columns()
-        emitter = Joined(r, self._frame(columns, {QK: Typed(product, "float")}))
+        frame = self._frame(columns, {QK: Typed(scores, "float")})
         keep = self._keep(columns) if self.steps.masked else None
-        rows = RowSoftmax(r, emitter, outer.form, outer.x.dtype, self.steps.certain)
-        return rows.attend(keep, lambda p: r.op("MatMul", p, v))
+
+        def contract(p: ir.Value) -> ir.Value:
+            return product(r, p, v, x.dtype, coded=x.coded_values)
+
+        if outer.mapping is None:
+            rows = RowSoftmax(r, Joined(r, frame), outer.form, x.dtype, self.steps.certain)
+            return rows.attend(keep, contract)
+        places = r.op("Reshape", r.counting(r.extent(x.v, 3)), r.integers([1, 1, 1, -1]))
+        mapped = MappedRows(
+            r, lambda f: Joined(r, f), frame, outer.form, outer.mapping, x,
+            Coordinate(places, False),
+        )  # fmt: skip
+        return mapped.peaks(keep) if peaks else mapped.attend(keep, contract, outer.peak)
 
     def _gathered(self, x: ir.Value) -> ir.Value:
         """Key blocks of the step joined per row, [b, size, columns, n]."""

@@ -15,7 +15,9 @@ import onnx_ir as ir
 import torch
 from onnxscript import values
 
+from attn_rewrite.backends.onnx.statistics import flash_attention_with_statistics
 from attn_rewrite.cascade.attention import SoftmaxAttention, as_softmax
+from attn_rewrite.cascade.staged import StagedAttention, as_staged
 from attn_rewrite.errors import LowerError
 from attn_rewrite.site import Refusal
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 SITE_KEY = "attn_rewrite_site"  # set by attn_rewrite.apply on the nodes it splices in
 MARKER_DOMAIN = "attn_rewrite.export"
 TILED, SDPA = "TiledAttention", "ScaledDotProductAttention"
+CODED = "CodedAttention"
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
 _ANY = [*_FLOATS, "tensor(bool)", *(f"tensor(int{n})" for n in (8, 16, 32, 64)), "tensor(uint8)"]
 
@@ -58,6 +61,16 @@ def _translate_tiled() -> Callable[..., Any]:
     return tiled_attention
 
 
+def _translate_coded() -> Callable[..., Any]:
+    kinds = onnx.defs.OpSchema.AttrType
+    marker = _marker(CODED, [("cascade", kinds.STRING), ("block", kinds.INT)])
+
+    def coded_attention(operands: Any, cascade: str, block: int) -> Any:
+        return marker(*operands, cascade=cascade, block=block)
+
+    return coded_attention
+
+
 def _translate_sdpa() -> Callable[..., Any]:
     kinds = onnx.defs.OpSchema.AttrType
     flags = [("causal", kinds.INT), ("gqa", kinds.INT), ("scale", kinds.STRING)]
@@ -89,20 +102,16 @@ def _translate_sdpa() -> Callable[..., Any]:
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """What torch.onnx.export takes as ``custom_translation_table``."""
     table: dict[Callable[..., Any], Callable[..., Any]] = {
-        torch.ops.aten.scaled_dot_product_attention.default: _translate_sdpa()
+        torch.ops.aten.scaled_dot_product_attention.default: _translate_sdpa(),
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: (
+            flash_attention_with_statistics
+        ),
     }
     if hasattr(torch.ops.attn_rewrite, "tiled_attention"):
         table[torch.ops.attn_rewrite.tiled_attention.default] = _translate_tiled()
-    if hasattr(torch.ops.attn_rewrite, "mapped_attention"):
-        table[torch.ops.attn_rewrite.mapped_attention.default] = _refuse_mapped
+    if hasattr(torch.ops.attn_rewrite, "coded_attention"):
+        table[torch.ops.attn_rewrite.coded_attention.default] = _translate_coded()
     return table
-
-
-def _refuse_mapped(q: Any, k: Any, v: Any, reads: Any, cascade: str, block: int) -> Any:
-    raise LowerError(
-        "ONNX: a site rounds its probabilities before they multiply V, which this exporter has no "
-        "operators for; quantise only Q and K there (int8), or run it with the torch backend."
-    )
 
 
 def _origins(sources: Sequence[Any]) -> Iterator[str]:
@@ -138,6 +147,15 @@ def site_names(program: ExportedProgram) -> dict[str, str]:
 def attribute(node: ir.Node, name: str) -> Any:
     """The value of a marker's attribute."""
     return node.attributes[name].value
+
+
+def staged_of(node: ir.Node) -> StagedAttention:
+    """The staged attention of a coded marker, which `coded` has made."""
+    from attn_rewrite.cascade.text import parse
+
+    staged = as_staged(parse(attribute(node, "cascade")))
+    assert staged is not None
+    return staged
 
 
 def form_of(node: ir.Node, name: str) -> SoftmaxAttention:

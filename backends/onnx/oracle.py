@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from attn_rewrite.backends.onnx.evaluation import Evaluation, widened
 from attn_rewrite.backends.onnx.names import (
     input_name,
     input_values,
@@ -28,7 +29,7 @@ from attn_rewrite.backends.onnx.names import (
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 _CONTRACTIONS = ("mm", "bmm", "addmm", "baddbmm", "matmul", "linear", "einsum", "convolution")
-_ATTENTIONS = ("scaled_dot_product_attention", "tiled_attention")
+_ATTENTIONS = ("scaled_dot_product_attention", "tiled_attention", "mapped_attention")
 _FORWARDS = ("alias", "clone", "detach", "contiguous")
 CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
@@ -45,61 +46,6 @@ class Expected:
     appended: Arrays = field(default_factory=dict)
 
 
-class _Evaluation(torch.fx.Interpreter):
-    """Runs a program's graph; with ``wide`` all floating-point arithmetic happens in float64.
-
-    Weights are widened one operator at a time, so that no second copy of the model exists; every
-    other value is widened where it is made, so that writes in place reach it.  ``held`` replaces
-    values by node name; what they were is kept in ``seen``.  ``rounded`` keeps what every ``round``
-    was given; within ``slack`` of a tie its result is the other neighbour.
-    """
-
-    def __init__(
-        self,
-        program: ExportedProgram,
-        wide: bool,
-        held: Mapping[str, Any],
-        slack: Mapping[str, float],
-    ) -> None:
-        super().__init__(program.graph_module)
-        self.wide, self.held, self.slack = wide, held, slack
-        self.seen: dict[str, Any] = {}
-        self.rounded: dict[str, torch.Tensor] = {}
-
-    def run_node(self, n: torch.fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.target is torch.ops.aten.round.default:
-            given = self.fetch_args_kwargs_from_env(n)[0][0]
-            self.rounded[n.name] = given
-            if n.name in self.slack:
-                value = _turned(value, given, self.slack[n.name])
-        if n.name not in self.held:
-            return value
-        self.seen[n.name] = value
-        return self.held[n.name].to(value.dtype)
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if not self.wide:
-            return super().call_function(target, args, kwargs)
-        args, kwargs = pytree.tree_map(_widened, (args, kwargs))
-        return pytree.tree_map(_widened, super().call_function(target, args, kwargs))
-
-
-def _turned(rounded: torch.Tensor, given: torch.Tensor, slack: float) -> torch.Tensor:
-    """``rounded``, with the other neighbour where ``given`` is within ``slack`` of a tie."""
-    low = given.floor()
-    near = (given - low - 0.5).abs() <= slack
-    return torch.where(near, 2 * low + 1 - rounded, rounded)
-
-
-def _widened(value: Any) -> Any:
-    if isinstance(value, torch.Tensor) and value.is_floating_point():
-        return value.double()
-    if isinstance(value, torch.dtype) and value.is_floating_point:
-        return torch.float64
-    return value
-
-
 def _arguments(program: ExportedProgram, inputs: Mapping[str, Any], wide: bool) -> Iterator[Any]:
     """The graph's arguments in order: weights and constants, and the user's values by name."""
     signature, constants = program.graph_signature, program.constants
@@ -109,7 +55,7 @@ def _arguments(program: ExportedProgram, inputs: Mapping[str, Any], wide: bool) 
         elif spec.kind == InputKind.USER_INPUT:
             value = inputs[input_name(spec.arg.name)]
             value = torch.as_tensor(value) if isinstance(value, np.ndarray) else value
-            yield _widened(value) if wide else value
+            yield widened(value) if wide else value
         elif spec.target in program.state_dict:
             yield program.state_dict[spec.target]
         else:
@@ -135,7 +81,7 @@ def _run(
     """One run; ``held`` are outputs by name that are taken as given."""
     nodes = _made_by(program) if held else {}
     given = {nodes[name]: torch.as_tensor(array) for name, array in (held or {}).items()}
-    evaluation = _Evaluation(program, wide, given, slack or {})
+    evaluation = Evaluation(program, wide, given, slack or {})
     with torch.no_grad():
         results = evaluation.run(*_arguments(program, inputs, wide))
     specs = program.graph_signature.output_specs

@@ -22,7 +22,8 @@ _FINITE = frozenset(
 class Operands:
     """The attention's inputs as ONNX values, already in the type of the arithmetic.
 
-    ``heads`` query heads are given, from ``first`` on, of ``every``.
+    ``heads`` query heads are given, from ``first`` on, of ``every``.  ``coded``: q and k are bytes
+    of codes; ``coded_values``: v is, and so are the probabilities that multiply it.
     """
 
     q: ir.Value
@@ -33,6 +34,8 @@ class Operands:
     dtype: ir.DataType
     first: int = 0
     every: int | None = None
+    coded: bool = False
+    coded_values: bool = False
 
 
 class RowSoftmax:

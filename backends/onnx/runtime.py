@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attn_rewrite.errors import ToolError
+from attn_rewrite.errors import PolicyError, ToolError
 
 STAGE = "onnxruntime"
+Provider = str | tuple[str, Mapping[str, Any]]
+Providers = str | Sequence[Provider]
 WHEELS = ("onnxruntime", "onnxruntime-gpu")
 THREADS = 2
 CPU = "CPUExecutionProvider"
@@ -69,7 +71,7 @@ def both_wheels() -> bool:
 
 def open_session(
     path: Path,
-    providers: Sequence[str] | None = None,
+    providers: Providers | None = None,
     *,
     threads: int = THREADS,
     prepack: bool = True,
@@ -77,13 +79,18 @@ def open_session(
 ) -> Any:
     """An ``InferenceSession`` on ``path``; `ToolError` where it cannot be loaded.
 
+    ``providers`` are names, each alone or with its options, in the order of preference; None is the
+    CPU's.  `PolicyError` where they are something else.
+
     The pool does not spin (other sessions and processes share the cores).  A provider that was
     asked for and did not start is an error, never a silent fall back to the CPU; single nodes that
     an accelerator leaves to the CPU are listed in a ``RuntimeWarning``.  ``prepack`` False
     leaves weights as they are in the file: slower to run, faster to load, no second copy.
     ``profile`` is the start of the name of a file that says where each node ran.
     """
-    ort = runtime()
+    ort, wanted = runtime(), _named(providers)
+    if threads < 1:
+        raise PolicyError(f"threads is {threads}, expected at least 1.")
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -93,21 +100,36 @@ def open_session(
         options.add_session_config_entry("session.disable_prepacking", "1")
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    wanted = list(providers) if providers is not None else [CPU]
     if set(wanted) != {CPU}:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    _require(ort, wanted, ort.get_available_providers())
+    _require(ort, tuple(wanted), ort.get_available_providers())
     try:
-        session = ort.InferenceSession(str(path), options, providers=wanted)
+        session = ort.InferenceSession(str(path), options, providers=list(wanted.items()))
     except Exception as error:
         raise ToolError(
             f"ONNX Runtime {ort.__version__} cannot load {path.name}: {_first_line(error)}",
             stage=STAGE,
         ) from error
-    _require(ort, wanted, session.get_providers())
+    _require(ort, tuple(wanted), session.get_providers())
     if set(wanted) != {CPU}:
         _say_what_fell_back(session, path, [p for p in wanted if p != CPU])
     return session
+
+
+def _named(providers: Providers | None) -> dict[str, Mapping[str, Any]]:
+    """The options of each provider by its name, in the order of preference."""
+    given = [providers] if isinstance(providers, str) else [CPU] if providers is None else providers
+    found: dict[str, Mapping[str, Any]] = {}
+    for one in given:
+        name, options = one if isinstance(one, tuple) and len(one) == 2 else (one, {})
+        if not isinstance(name, str) or not isinstance(options, Mapping):
+            raise PolicyError(
+                f"a provider is a name, or a name and its options, got {one!r}; {CPU} is one."
+            )
+        found[name] = options
+    if not found:
+        raise PolicyError(f"no provider is named; leave providers out for {CPU}.")
+    return found
 
 
 def _say_what_fell_back(session: Any, path: Path, wanted: Sequence[str]) -> None:
@@ -147,7 +169,7 @@ def run_session(session: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def placement(
-    path: Path, inputs: Mapping[str, Any], providers: Sequence[str] | None = None
+    path: Path, inputs: Mapping[str, Any], providers: Providers | None = None
 ) -> dict[str, tuple[str, ...]]:
     """Operators by the provider that ran them, nested graphs included, in one profiled run."""
     with tempfile.TemporaryDirectory(prefix="attn-rewrite-") as folder:

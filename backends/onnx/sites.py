@@ -19,11 +19,24 @@ from attn_rewrite.backends.onnx.contrib import DOMAIN
 from attn_rewrite.backends.onnx.dense import SdpaOptions
 from attn_rewrite.backends.onnx.graph import Recorder
 from attn_rewrite.backends.onnx.lowering import SiteLowering
-from attn_rewrite.backends.onnx.markers import MARKER_DOMAIN, TILED, attribute, form_of, site_name
-from attn_rewrite.backends.onnx.offers import record, sdpa_offers, tiled_offers
+from attn_rewrite.backends.onnx.mapped import mapping_of
+from attn_rewrite.backends.onnx.markers import (
+    CODED,
+    MARKER_DOMAIN,
+    TILED,
+    attribute,
+    form_of,
+    site_name,
+    staged_of,
+)
+from attn_rewrite.backends.onnx.offers import record, sdpa_offers, tiled_lowering, tiled_offers
 from attn_rewrite.backends.onnx.repeats import keys_once
-from attn_rewrite.backends.onnx.tiles import DEFAULT_ROWS
+from attn_rewrite.backends.onnx.tiles import DEFAULT_ROWS, HeadPlan, choose_plan, emit_attention
+from attn_rewrite.backends.torch.staged import prepared
 from attn_rewrite.cascade.attention import SoftmaxAttention, softmax_cascade
+from attn_rewrite.cascade.expr import TRUE
+from attn_rewrite.errors import LowerError
+from attn_rewrite.site import Refusal
 
 FUNCTION_DOMAIN = "attn_rewrite"
 
@@ -68,6 +81,35 @@ def _expand_one(
         value = nodes[0].outputs[0]
     _replace(node, name, nodes, {node.outputs[0]: value})
     return lowering
+
+
+def _expand_coded(
+    model: ir.Model, node: ir.Node, name: str, prefix: str, to: Destination
+) -> SiteLowering:
+    """Attention over codes, or with mapped probabilities: our own tiles on every target."""
+    r, given, staged = Recorder(prefix, to.opset), _given(node), staged_of(node)
+    form = prepared(staged, fold=False).form
+    formal, mapping = _parameters(r, given), mapping_of(staged)
+    plan = choose_plan(form, given, attribute(node, "block") or DEFAULT_ROWS)
+    if mapping is not None and mapping.whole_peak and isinstance(plan, HeadPlan):
+        reason = "one statistic of all heads' probabilities, and its heads differ in their keys"
+        raise LowerError(
+            f"ONNX: {name}: {reason}; export with fixed lengths (static=True).",
+            [Refusal("onnx-statistic", reason, site=name)],
+        )
+    value = emit_attention(r, formal, form, plan, mapping)
+    call = _as_function(model, r, node, name, (formal, given), (value,))
+    _replace(node, name, [call], {node.outputs[0]: call.outputs[0]})
+    said = tiled_lowering(name, form, plan)
+    coded = [n for x, n in ((given[0], "Q K"), (given[2], "P V")) if x.dtype == ir.DataType.UINT8]
+    how = f"; integer products {' and '.join(coded)}" if coded else ""
+    kind = "dense" if said.form == "dense mask" and form.guard == TRUE else said.form
+    choice = (
+        "" if to.target == "portable" else "ONNX Runtime has no operator of mapped probabilities"
+    )
+    return replace(
+        said, operator="coded_attention", form=kind, detail=said.detail + how, choice=choice
+    )
 
 
 def _given(node: ir.Node) -> list[ir.Value]:
@@ -201,7 +243,8 @@ def expand(model: ir.Model, to: Destination) -> tuple[SiteLowering, ...]:
         ]
         for node in markers:
             name = site_name(node, to.names, [s.name for s in found])
-            found.append(_expand_one(model, node, name, f"attention_{len(found)}", to))
+            expanded = _expand_coded if node.op_type == CODED else _expand_one
+            found.append(expanded(model, node, name, f"attention_{len(found)}", to))
         owner.opset_imports.pop(MARKER_DOMAIN, None)
     model.opset_imports.pop(MARKER_DOMAIN, None)
     if any(domain == FUNCTION_DOMAIN for domain, *_ in model.functions):

@@ -24,7 +24,6 @@ def contiguous_attention(program: ExportedProgram) -> ExportedProgram:
     """
     if not any(node.target is _SDPA for node in program.graph.nodes):
         return program
-    module = copy.copy(program.graph_module)
     graph = copy.deepcopy(program.graph)
     for node in list(graph.nodes):
         if node.target is not _SDPA:
@@ -42,6 +41,12 @@ def contiguous_attention(program: ExportedProgram) -> ExportedProgram:
         node.replace_all_uses_with(
             clone, delete_user_cb=lambda user, made=clone: _takes(user, made)
         )
+    return with_graph(program, graph)
+
+
+def with_graph(program: ExportedProgram, graph: torch.fx.Graph) -> ExportedProgram:
+    """``program`` running ``graph``, an edited copy of its own; weights are shared."""
+    module = copy.copy(program.graph_module)
     module.graph = graph
     return ExportedProgram(
         root=module,

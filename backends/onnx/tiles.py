@@ -22,6 +22,8 @@ from attn_rewrite.backends.onnx.blocks import BlockPlan, Problem, plan_blocks
 from attn_rewrite.backends.onnx.elementwise import Coordinate, Elementwise, Frame, Typed, affine
 from attn_rewrite.backends.onnx.gathered import Gathered
 from attn_rewrite.backends.onnx.graph import Recorder
+from attn_rewrite.backends.onnx.mapped import MappedRows, ProbabilityMap, whole_peak
+from attn_rewrite.backends.onnx.products import product
 from attn_rewrite.backends.onnx.rows import Operands, RowSoftmax
 from attn_rewrite.cascade.attention import QK, SoftmaxAttention
 from attn_rewrite.cascade.cover import heads_differ
@@ -165,29 +167,40 @@ def emit_attention(
     inputs: Sequence[ir.Value],
     form: SoftmaxAttention,
     plan: Plan,
+    mapping: ProbabilityMap | None = None,
 ) -> ir.Value:
-    """Record ``form`` over ``inputs`` (q, k, v, then the reads) and return its output."""
+    """Record ``form`` over ``inputs`` (q, k, v, then the reads) and return its output.
+
+    Queries, keys and values that are bytes are codes (`products`); the output then has the type of
+    what is no code, float64 where ``mapping`` maps the probabilities.
+    """
     q, k, v, *reads = inputs
-    result = q.dtype
+    coded = [x.dtype == ir.DataType.UINT8 for x in (q, v)]
+    result = ir.DataType.DOUBLE if coded[1] else v.dtype if coded[0] else q.dtype
     if result is None or len(reads) != len(form.reads):
         raise LowerError(f"ONNX: {q.name} has no type or the reads are not {len(form.reads)}.")
     dtype = ir.DataType.FLOAT if result in HALVES else result
     heads = _static(q, 1, "the head count")
     if result != dtype:
-        q, k, v = (r.cast(x, dtype) for x in (q, k, v))
-    operands = Operands(q, k, v, tuple(reads), heads, dtype)
+        q, k, v = (x if x.dtype == ir.DataType.UINT8 else r.cast(x, dtype) for x in (q, k, v))
+    operands = Operands(q, k, v, tuple(reads), heads, dtype, coded=coded[0], coded_values=coded[1])
     if isinstance(plan, BlockPlan):
-        out = Gathered(r, operands, form, plan).emit()
+        out = Gathered(r, operands, form, plan, mapping).emit()
     elif isinstance(plan, HeadPlan):
-        each = [_of_heads(r, operands, form, span, part) for span, part in plan.parts]
+        each = [_of_heads(r, operands, form, span, part, mapping) for span, part in plan.parts]
         out = r.op("Concat", *each, axis=1)
     else:
-        out = _Tiled(r, operands, form, plan).emit()
+        out = _Tiled(r, operands, form, plan, mapping).emit()
     return out if result == dtype else r.cast(out, result)
 
 
 def _of_heads(
-    r: Recorder, x: Operands, form: SoftmaxAttention, span: tuple[int, int], plan: TilePlan
+    r: Recorder,
+    x: Operands,
+    form: SoftmaxAttention,
+    span: tuple[int, int],
+    plan: TilePlan,
+    mapping: ProbabilityMap | None,
 ) -> ir.Value:
     """The query heads ``span`` with the key heads they read, tiled by ``plan``."""
     first, stop = span
@@ -196,17 +209,23 @@ def _of_heads(
     keys = [h // form.group for h in range(first, stop, 1 if apart else form.group)]
     q = r.op("Gather", x.q, r.integers(list(range(first, stop))), axis=1)
     k, v = (r.op("Gather", t, r.integers(keys), axis=1) for t in (x.k, x.v))
-    part = Operands(q, k, v, x.reads, stop - first, x.dtype, first, x.heads)
-    return _Tiled(r, part, replace(form, group=1 if apart else form.group), plan).emit()
+    part = replace(x, q=q, k=k, v=v, heads=stop - first, first=first, every=x.heads)
+    return _Tiled(r, part, replace(form, group=1 if apart else form.group), plan, mapping).emit()
 
 
 class _Tiled:
     """One attention being recorded: the values outside the Scan that its body shares."""
 
     def __init__(
-        self, r: Recorder, operands: Operands, form: SoftmaxAttention, plan: TilePlan
+        self,
+        r: Recorder,
+        operands: Operands,
+        form: SoftmaxAttention,
+        plan: TilePlan,
+        mapping: ProbabilityMap | None = None,
     ) -> None:
-        self.r, self.x, self.form, self.plan = r, operands, form, plan
+        self.r, self.x, self.form, self.plan, self.mapping = r, operands, form, plan, mapping
+        self.peak: ir.Value | None = None
         self.extents = self._extents()
         # A block is never longer than the sequence, so that one query (decoding) costs one row.
         self.rows = r.op("Min", self.extents["q"], r.integers([plan.rows]))
@@ -242,29 +261,33 @@ class _Tiled:
 
     def emit(self) -> ir.Value:
         """Scan over the starts of the query blocks, then undo the blocking."""
-        r, x = self.r, self.x
         if self.form.guard == FALSE or not self.plan.segments:
             return self._nothing()
+        if self.mapping is not None and self.mapping.whole_peak:
+            self.peak = whole_peak(self.r, [self._scanned("peaks", self.r.integers([1]))])
+        return self._scanned("tile", self.r.extent(self.x.v, 3))
+
+    def _scanned(self, name: str, width: ir.Value) -> ir.Value:
+        """The rows of all blocks, [b, hq, q, width]."""
+        r, x = self.r, self.x
         padded = r.op("Sub", r.op("Add", self.extents["q"], self.rows), r.integers([1]))
         blocks = r.op("Div", padded, self.rows)
         starts = r.op("Mul", r.counting(blocks), self.rows)
         body = r.inner()
         start = ir.Value(
-            name=f"{r.prefix}/start", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64)
+            name=f"{r.prefix}/{name}_start",
+            shape=ir.Shape([]),
+            type=ir.TensorType(ir.DataType.INT64),
         )
-        tile = self._step(body, body.op("Reshape", start, r.integers([1])))
+        tile = self._step(body, body.op("Reshape", start, r.integers([1])), name == "peaks")
         tile.dtype = x.dtype
         graph = ir.Graph(
-            [start], [tile], nodes=body.nodes, name=f"{r.prefix}/tile", opset_imports={"": r.opset}
-        )
+            [start], [tile], nodes=body.nodes, name=f"{r.prefix}/{name}",
+            opset_imports={"": r.opset},
+        )  # fmt: skip
         scanned = r.op("Scan", starts, body=graph, num_scan_inputs=1, scan_output_axes=[2])
         # [b, h, blocks, rows, f]: joined, the last block's repeated rows cut off.
-        rejoin = r.op(
-            "Concat",
-            r.integers([0, x.heads, -1]),
-            r.extent(x.v, 3),
-            axis=0,
-        )
+        rejoin = r.op("Concat", r.integers([0, x.heads, -1]), width, axis=0)
         joined = r.op("Reshape", scanned, rejoin)
         return r.op("Slice", joined, r.integers([0]), self.extents["q"], r.integers([2]))
 
@@ -276,8 +299,8 @@ class _Tiled:
         )
         return r.op("Expand", r.number(0.0, self.x.dtype), shape)
 
-    def _step(self, r: Recorder, start: ir.Value) -> ir.Value:
-        """The rows of one block, [b, hq, rows, f]."""
+    def _step(self, r: Recorder, start: ir.Value, peaks: bool) -> ir.Value:
+        """The rows of one block, [b, hq, rows, f], or the ``peaks`` of their probabilities."""
         last = r.op("Sub", self.extents["q"], r.integers([1]))
         rows = r.op("Min", r.op("Add", self.row_offsets, start), last)
         columns, unique = self._columns(r, start)
@@ -285,10 +308,21 @@ class _Tiled:
         k, v = self.x.k, self.x.v
         if self.keys is None:
             k, v = (r.op("Gather", t, columns, axis=2) for t in (k, v))
-        product = self._product(r, q, k)
-        emitter = Elementwise(r, self._frame(rows, columns, product))
+        frame = self._frame(rows, columns, self._product(r, q, k))
+        emitter = Elementwise(r, frame)
         keep = self._keep(r, emitter, unique)
-        return self._finish(r, emitter, keep, v)
+
+        def contract(p: ir.Value) -> ir.Value:
+            found = product(r, self._stacked(r, p), v, self.x.dtype, coded=self.x.coded_values)
+            return self._unstacked(r, found)
+
+        if self.mapping is None:
+            return RowSoftmax(r, emitter, self.form, self.x.dtype).attend(keep, contract)
+        widths = Coordinate(r.counting(r.extent(self.x.v, 3)), True)
+        mapped = MappedRows(
+            r, lambda f: Elementwise(r, f), frame, self.form, self.mapping, self.x, widths
+        )
+        return mapped.peaks(keep) if peaks else mapped.attend(keep, contract, self.peak)
 
     def _columns(self, r: Recorder, start: ir.Value) -> tuple[ir.Value, ir.Value | None]:
         """The keys of the step, and which of them no earlier range of the step holds already."""
@@ -340,8 +374,8 @@ class _Tiled:
 
     def _product(self, r: Recorder, q: ir.Value, k: ir.Value) -> ir.Value:
         """Q K^T [b, hq, rows, columns]; query heads that share a key head are stacked as rows."""
-        q = self._stacked(r, q)
-        return self._unstacked(r, r.op("MatMul", q, r.op("Transpose", k, perm=[0, 1, 3, 2])))
+        q, k = self._stacked(r, q), r.op("Transpose", k, perm=[0, 1, 3, 2])
+        return self._unstacked(r, product(r, q, k, self.x.dtype, coded=self.x.coded))
 
     def _stacked(self, r: Recorder, x: ir.Value) -> ir.Value:
         """[b, hq, rows, n] -> [b, hkv, group * rows, n]."""
@@ -381,12 +415,3 @@ class _Tiled:
         if unique is None or keep is None:
             return keep if unique is None else unique
         return r.op("And", keep, unique)
-
-    def _finish(
-        self, r: Recorder, emitter: Elementwise, keep: ir.Value | None, v: ir.Value
-    ) -> ir.Value:
-        """Softmax of the score, times the weight, times V; rows that keep nothing give 0."""
-        rows = RowSoftmax(r, emitter, self.form, self.x.dtype)
-        return rows.attend(
-            keep, lambda p: self._unstacked(r, r.op("MatMul", self._stacked(r, p), v))
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -22,11 +23,18 @@ EXTERNAL_BYTES = 1 << 27
 def write(model: ir.Model, draft: OnnxArtifact, verify: bool) -> OnnxArtifact:
     """Write beside the place, check there, and rename; the artifact with its size and errors."""
     place = draft.path
+    made = [p for p in (place.parent, *place.parent.parents) if not p.exists()]
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as folder:
+        # A name of its own: that of the file may be as long as a name can be.
+        with tempfile.TemporaryDirectory(prefix=".attn-rewrite-", dir=place.parent) as folder:
             return _write_into(model, draft, Path(folder), verify)
-    except OSError as error:
+    except BaseException as error:
+        for parent in made:
+            with contextlib.suppress(OSError):  # something else is in it by now
+                parent.rmdir()
+        if not isinstance(error, OSError):
+            raise
         raise ToolError(f"cannot write {place}: {error.strerror or error}", stage="disk") from error
 
 
@@ -67,6 +75,7 @@ def _check(written: OnnxArtifact, in_child: bool) -> tuple[dict[str, float], dic
     if not plain:
         written.session()
         return {}, {}
+    _open_bfloat16(written)
     codes, runs = written.codes, [as_arrays(inputs) for inputs in plain]
     if codes is not None:
         runs = [codes.encoded(inputs) for inputs in runs]
@@ -78,3 +87,21 @@ def _check(written: OnnxArtifact, in_child: bool) -> tuple[dict[str, float], dic
     if codes is None:
         return worst, {}
     return worst, codes.approximation(outputs[0], own_outputs(written.source, plain[0]))
+
+
+def _open_bfloat16(written: OnnxArtifact) -> None:
+    """`ToolError` with the reason where a model in bfloat16 finds no kernels."""
+    import torch
+
+    assert written.source is not None
+    if not any(t.dtype == torch.bfloat16 for t in written.source.state_dict.values()):
+        return
+    try:
+        written.session()
+    except ToolError as error:
+        raise ToolError(
+            f"{error}; the model is in bfloat16, which ONNX Runtime's CPU provider does not "
+            "multiply: export it in float32 or float16, or unchecked with verify=False for a "
+            "provider that does.",
+            stage="onnxruntime",
+        ) from error

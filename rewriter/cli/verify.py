@@ -121,7 +121,15 @@ def _compare(
 def _metadata(path: Path) -> dict[str, str]:
     import onnx
 
-    properties = onnx.load(path, load_external_data=False).metadata_props
+    from attn_rewrite.errors import ToolError
+
+    try:
+        properties = onnx.load(path, load_external_data=False).metadata_props
+    except Exception as error:  # protobuf's, which has no types, or the disk's
+        raise ToolError(
+            f"{path} cannot be read as ONNX: {error}; write it again with optimize --export onnx",
+            stage="onnx",
+        ) from error
     return {p.key: p.value for p in properties}
 
 
