@@ -18,6 +18,7 @@ from attn_rewrite.cascade.expr import Expr, Rank, ranks_of
 from attn_rewrite.cascade.reordered import Reordered
 from attn_rewrite.graph import Builder, aten
 from attn_rewrite.passes.reorder.settle import ROLE
+from attn_rewrite.sizes import as_size
 
 
 def emit_in_order(
@@ -41,7 +42,8 @@ def gather_tokens(build: Builder, tensor: Any, at: Expr, ranks: tuple[str, str],
 
     Lengths are fixed; the batch may be dynamic.
     """
-    heads, length = (value_of(tensor).shape[d] for d in (1, 2))
+    # A length that tables fixed while the graph was made is still written as a symbol.
+    heads, length = (as_size(value_of(tensor).shape[d]) for d in (1, 2))
     extents = {ranks[0]: heads, ranks[1]: length}
     frame = (ranks[1],) if ranks[0] not in ranks_of(at) else ranks
     device = value_of(tensor).device
