@@ -95,6 +95,8 @@ SLOW = [
     # spilled 12 bytes with tiles of 64 keys
     ("paged", "cuda:80", 128, "int8", 16), ("paged", "cuda:100", 80, "float8_e4m3fn", 16),
     ("varlen", "cuda:90", 80, "bfloat16", 64),
+    # spilled 8 bytes with blocks of 128 rows
+    ("dense", "hip:gfx942", 128, "int8", 64),
 ]  # fmt: skip
 
 
@@ -126,7 +128,7 @@ def test_every_kernel_of_serving_does_not_spill(target, width, kind, rows, monke
 @pytest.mark.parametrize("d", [80, 128, 256])
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_over_8_bits_does_not_spill(target, d, cache, kind, rows, monkeypatch):
-    if cache == "float8_e4m3fn" and target in ("cuda:80", "hip:gfx942"):
+    if cache == "float8_e4m3fn" and target == "cuda:80":
         with pytest.raises(ToolError, match="fp8e4nv"):
             compiled(monkeypatch, kind, target, d, d, cache)
         return

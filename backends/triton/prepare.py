@@ -155,8 +155,11 @@ def default_of(program: Program, tensors: Mapping[str, Tensor]) -> Schedule:
     lanes = tuple(sorted(lanes_of(program, tensors).items()))
     device = device_of(first)
     chosen = _default(Same(program), lanes, first.element_size(), device, few)
-    if device.arch == 80 and _mixed(tensors):
-        chosen = chosen.with_(block_along=min(chosen.block_along, 32))
+    if _mixed(tensors):
+        if device.arch == 80:
+            chosen = chosen.with_(block_along=min(chosen.block_along, 32))
+        elif device.backend == "hip" and few is None and max(dict(lanes).values()) > 64:
+            chosen = chosen.with_(block_rows=chosen.block_rows // 2)
     loose = torch.get_float32_matmul_precision() != "highest"
     if loose and device.backend == "cuda" and first.dtype == torch.float32:
         return chosen.with_(precision="tf32")
