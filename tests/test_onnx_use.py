@@ -83,7 +83,8 @@ def test_threads_are_at_least_one(artifact: OnnxArtifact) -> None:
     [
         ({"x": X}, "needs input mask"),
         ({"x": X, "mask": MASK, "extra": X}, "no input extra; it takes x, mask"),
-        (None, "arrays by the names x, mask, got a NoneType"),
+        (None, "arrays by the names x, mask, or all of them in this order, got a NoneType"),
+        ((), "arrays by the names x, mask, or all of them in this order, got a tuple"),
         ({"x": X[:, :7], "mask": MASK}, "'x' as float32 [2, 12, 16], got float32 [2, 7, 16]"),
         ({"x": X[0], "mask": MASK}, "got float32 [12, 16]"),
         ({"x": X.astype("d"), "mask": MASK}, "'x' as float32 [2, 12, 16], got float64"),
@@ -100,6 +101,7 @@ def test_wrong_inputs_are_named(inputs: Any, words: str, artifact: OnnxArtifact)
 
 def test_lists_and_tensors_are_taken(artifact: OnnxArtifact) -> None:
     artifact.verify({"x": X.tolist(), "mask": torch.from_numpy(MASK)})
+    artifact.verify((torch.from_numpy(X), MASK))
 
 
 def test_a_bound_that_is_missing_is_an_error(artifact: OnnxArtifact) -> None:

@@ -92,15 +92,23 @@ class OnnxArtifact:
         """
         return placement(self.path, self._complete(inputs), providers)
 
+    def _named(self, inputs: object) -> Mapping[str, Any]:
+        """Inputs by name, also where they were given in the file's order."""
+        if isinstance(inputs, Mapping):
+            return inputs
+        names = [s.name for s in self.inputs]
+        if isinstance(inputs, list | tuple) and len(inputs) == len(names):
+            return dict(zip(names, inputs, strict=True))
+        kind = type(inputs).__name__
+        raise ToolError(
+            f"{self.path.name} takes arrays by the names {', '.join(names)}, or all of them in this "
+            f"order, got a {kind}.",
+            stage=STAGE,
+        )
+
     def _complete(self, inputs: object) -> dict[str, np.ndarray[Any, Any]]:
         """The inputs as the file takes them; `ToolError` where they are others."""
-        names = [s.name for s in self.inputs]
-        if not isinstance(inputs, Mapping):
-            kind = type(inputs).__name__
-            raise ToolError(
-                f"{self.path.name} takes arrays by the names {', '.join(names)}, got a {kind}.",
-                stage=STAGE,
-            )
+        names, inputs = [s.name for s in self.inputs], self._named(inputs)
         missing = [n for n in names if n not in inputs]
         if missing:
             raise ToolError(f"{self.path.name} needs input {', '.join(missing)}.", stage=STAGE)
@@ -122,6 +130,7 @@ class OnnxArtifact:
     ) -> dict[str, float]:
         """Run the file and compare: the largest absolute error of every output, by name.
 
+        ``inputs`` by name, or all of them in the file's order.
         ``reference`` holds the expected outputs (float64 where the caller has them) and ``bound``
         the error allowed per output; without one it is ``4 eps x max|reference|`` of the output's
         type.  Without a reference the program the file was made from is run, in its own types and
@@ -133,7 +142,7 @@ class OnnxArtifact:
             if self.source is None:
                 raise ValueError(f"{self.path.name} is not held with its program: give reference=.")
             got, arrays = self.run(inputs, in_child=in_child), self._complete(inputs)
-            given: dict[str, Any] = dict(inputs)  # a size stays the number it is
+            given = dict(self._named(inputs))  # a size stays the number it is
             given |= {n: arrays[n] for n, x in given.items() if isinstance(x, list | tuple)}
             return against_program(self.path.name, self.source, self.codes, given, got)
         return compare(self.path.name, self.run(inputs, in_child=in_child), reference, bound)
