@@ -352,7 +352,7 @@ def test_onnx_computes_the_same(model, policy, tmp_path):
     )
 
 
-@pytest.mark.parametrize("policy", ["int8(pv=true)", "fp8", "dgq"])
+@pytest.mark.parametrize("policy", ["int8(pv='fp8')", "fp8", "fp4"])
 def test_onnx_refuses_what_it_has_no_kernel_for(model, policy, tmp_path):
     source, x = model[0].second, model[1]
     with pytest.raises(LowerError) as caught:
