@@ -331,6 +331,42 @@ class NoResidual(nn.Module):
         return (self.q(read) @ k.mT).softmax(-1) @ v
 
 
+class TwoStreams(nn.Module):
+    """Image and text ask image and text; the image's queries and keys are rotated along three axes,
+    by tables that are longer to make than all the rest (HunyuanVideo)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text = nn.Linear(24, 3 * 24), nn.Linear(24, 3 * 24)
+        self.norm = nn.RMSNorm(12)
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        streams = [
+            f(x).unflatten(-1, (3, 2, 12)) for f, x in ((self.image, image), (self.text, text))
+        ]
+        cos, sin = self._tables(2, 2, 3)
+        parts = []
+        for n in range(2):
+            x, other = (self.norm(s[:, :, n]) for s in streams)
+            even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+            parts.append(
+                torch.cat([x * cos + torch.stack([-odd, even], -1).flatten(3) * sin, other], 1)
+            )
+        v = torch.cat([s[:, :, 2] for s in streams], 1)
+        q, k, v = (t.transpose(1, 2) for t in (*parts, v))
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+    def _tables(self, *grid: int) -> tuple[Tensor, Tensor]:
+        places = torch.stack(torch.meshgrid(*(torch.arange(n) * 1.0 for n in grid), indexing="ij"))
+        cos, sin = [], []
+        for axis in range(3):
+            steps = 1.0 / 10000.0 ** (torch.arange(0, 4, 2)[:2].float() / 4)
+            angles = torch.outer(places[axis].reshape(-1), steps)
+            cos.append(angles.cos().repeat_interleave(2, dim=1).float())
+            sin.append(angles.sin().repeat_interleave(2, dim=1).float())
+        return torch.cat(cos, 1)[None, :, None], torch.cat(sin, 1)[None, :, None]
+
+
 class Probe(nn.Module):
     """One learned query for every sequence (SigLIP's head), or queries that are tokens."""
 
@@ -357,11 +393,12 @@ class FirstToken(Probe):
         (LowRank(), [(2, LENGTH, WIDTH), (2, 9, WIDTH)], ["cross"], True),
         (Reduced(), [(2, WIDTH, 4, 4)], ["self"], False),
         (NoResidual(), [(2, LENGTH, WIDTH)], ["self", "cross"], False),
+        (TwoStreams(), [(2, 12, 24), (2, 5, 24)], ["joint"], True),
         (Probe(1), [(2, LENGTH, WIDTH)], ["pooling"], False),
         (Probe(3), [(2, LENGTH, WIDTH)], ["cross"], False),
         (FirstToken(1), [(2, LENGTH, WIDTH)], ["cross"], False),
     ],
-    ids="latent context length reduced no-residual probe latents first-token".split(),
+    ids="latent context length reduced no-residual streams probe latents first-token".split(),
 )
 def test_what_queries_and_keys_are_of(model, shapes, kinds, rope) -> None:
     sites = findings(model, tuple(torch.randn(s) for s in shapes)).sites

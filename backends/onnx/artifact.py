@@ -101,8 +101,8 @@ class OnnxArtifact:
             return dict(zip(names, inputs, strict=True))
         kind = type(inputs).__name__
         raise ToolError(
-            f"{self.path.name} takes arrays by the names {', '.join(names)}, or all of them in this "
-            f"order, got a {kind}.",
+            f"{self.path.name} takes arrays by the names {', '.join(names)}, or all of them in "
+            f"this order, got a {kind}.",
             stage=STAGE,
         )
 

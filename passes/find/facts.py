@@ -34,7 +34,8 @@ _LAYOUTS = (
     "squeeze",
     "unsqueeze",
 )
-_STEPS = 64
+# A walk meets tables of positions beside the activations.
+_STEPS = 256
 # Projections of one operand, one behind the other.
 _PROJECTED = 3
 
@@ -93,7 +94,7 @@ def origins(node: fx.Node) -> tuple[set[fx.Node], list[fx.Node]]:
     between: list[fx.Node] = []
     queue, seen = [node], {node}
     while queue and len(between) < _STEPS:
-        here = queue.pop()
+        here = queue.pop(0)
         if _is_projection(here):
             found.update(_laid_out(a) for a in inputs_of(here) if not _is_weight(a))
             continue
