@@ -26,6 +26,7 @@ from attn_rewrite.axes import (
     guess_axes,
     named_tensors,
 )
+from attn_rewrite.called import mark_parameters
 from attn_rewrite.containers import make_known
 from attn_rewrite.errors import CaptureError
 from attn_rewrite.tracing import caches_emptied, masks_unread, quiet, untouched, user_line
@@ -90,6 +91,7 @@ def capture_model(
                 )
             program = _export(model, attempt, dynamic_shapes)
     graph = program.module()
+    mark_parameters(graph)
     _check_shared(model, graph)
     dynamic, sentences = describe(program, inputs, attempt.axes)
     return Captured(
@@ -119,6 +121,7 @@ def _of_program(
     if not args and not kwargs:
         args, kwargs = program.example_inputs or ((), {})
     graph, kwargs = program.module(), dict(kwargs or {})
+    mark_parameters(graph)
     inputs = _checked_inputs(graph, args, kwargs)
     try:
         dynamic, sentences = describe(program, inputs, {})

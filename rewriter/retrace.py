@@ -16,7 +16,8 @@ from torch._guards import detect_fake_mode
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from attn_rewrite.graph import PARAMETER, is_parameter
+from attn_rewrite.called import calls, mark_parameters
+from attn_rewrite.graph import PARAMETER
 
 
 def retrace(module: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:
@@ -55,16 +56,8 @@ def _finish(traced: fx.GraphModule) -> None:
         del traced.meta[_CONTEXT]
     for node in traced.graph.nodes:
         node.meta.setdefault("val", node.meta.get("example_value"))
-        inner = node.args[0] if node.args else None
-        if node.op != "call_function" or not isinstance(inner, fx.Node) or inner.op != "get_attr":
-            continue
-        called = getattr(traced, str(inner.target), None)
-        if not isinstance(called, fx.GraphModule):
-            continue
-        inputs = [n for n in called.graph.nodes if n.op == "placeholder"]
-        for given, own in zip(node.args[1:], inputs, strict=False):
-            if isinstance(given, fx.Node):
-                own.meta.setdefault(PARAMETER, is_parameter(given))
+    mark_parameters(traced)
+    for called, _ in calls(traced):
         _finish(called)
 
 

@@ -295,6 +295,25 @@ class LowRank(nn.Module):
         return torch.cat([even * cos - odd * sin, odd * cos + even * sin], -1)
 
 
+class GivenTables(nn.Module):
+    """A layer alone: the tables of its rotation are arguments, with a batch and a length."""
+
+    def __init__(self, cross: bool) -> None:
+        super().__init__()
+        self.cross = cross
+        self.q, self.kv = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
+
+    def forward(self, x: Tensor, context: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = nn.functional.layer_norm(x, (WIDTH,))
+        k, v = self.kv(context if self.cross else x).chunk(2, -1)
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (self.q(x), k, v))
+        q, k = (
+            t * cos[:, None] + torch.cat([-t[..., 2:], t[..., :2]], -1) * sin[:, None]
+            for t in (q, k)
+        )
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
 class LowRankSelf(LowRank):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x, x)
@@ -391,6 +410,8 @@ class FirstToken(Probe):
         (LowRankSelf(), [(2, LENGTH, WIDTH)], ["self"], True),
         (LowRank(), [(2, LENGTH, WIDTH), (2, LENGTH, WIDTH)], ["cross"], True),
         (LowRank(), [(2, LENGTH, WIDTH), (2, 9, WIDTH)], ["cross"], True),
+        (GivenTables(False), [(2, LENGTH, WIDTH)] * 2 + [(2, LENGTH, 4)] * 2, ["self"], True),
+        (GivenTables(True), [(2, LENGTH, WIDTH)] * 2 + [(2, LENGTH, 4)] * 2, ["cross"], True),
         (Reduced(), [(2, WIDTH, 4, 4)], ["self"], False),
         (NoResidual(), [(2, LENGTH, WIDTH)], ["self", "cross"], False),
         (TwoStreams(), [(2, 12, 24), (2, 5, 24)], ["joint"], True),
@@ -398,8 +419,60 @@ class FirstToken(Probe):
         (Probe(3), [(2, LENGTH, WIDTH)], ["cross"], False),
         (FirstToken(1), [(2, LENGTH, WIDTH)], ["cross"], False),
     ],
-    ids="latent context length reduced no-residual streams probe latents first-token".split(),
+    ids="latent context length tables cross-tables reduced no-residual streams probe latents first-token".split(),
 )
 def test_what_queries_and_keys_are_of(model, shapes, kinds, rope) -> None:
     sites = findings(model, tuple(torch.randn(s) for s in shapes)).sites
     assert [(s.kind, s.rope) for s in sites] == [(k, rope) for k in kinds]
+
+
+class OneHeadInWindows(nn.Module):
+    """Hiera's first stage: tokens in windows, one head, queries that may be pooled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).reshape(b, n // 5, 5, 3, 1, WIDTH).permute(3, 0, 4, 2, 1, 5)
+        q = q.view(b, 1, 5, 2, -1, WIDTH).amax(3)
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+class OneHeadOfPooledImages(nn.Module):
+    """MViT's first stage: keys of a smaller image, scores with terms of rows and of columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.pool = nn.Conv2d(WIDTH, WIDTH, 2, 2, groups=WIDTH)
+        self.same = nn.Conv2d(WIDTH, WIDTH, 3, 1, 1, groups=WIDTH)
+        self.rows = nn.Parameter(torch.randn(6, 3, WIDTH))
+        self.columns = nn.Parameter(torch.randn(8, 4, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b = x.shape[0]
+        q, k, v = self.qkv(x).view(b, 48, 3, 1, WIDTH).permute(2, 0, 3, 1, 4)
+        images = [t.reshape(b, 6, 8, WIDTH).permute(0, 3, 1, 2) for t in (q, k, v)]
+        q = self.same(images[0]).view(b, 1, WIDTH, 48).transpose(2, 3)
+        k, v = (self.pool(t).view(b, 1, WIDTH, 12).transpose(2, 3) for t in images[1:])
+        grid = q.reshape(b, 1, 6, 8, WIDTH)
+        rows = torch.einsum("byhwc,hkc->byhwk", grid, self.rows)
+        columns = torch.einsum("bythc,hkc->bythk", grid, self.columns)
+        s = (q @ k.mT).view(b, 1, 6, 8, 3, 4) + rows[..., None] + columns[..., None, :]
+        return s.view(b, 1, 48, 12).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    ("model", "length", "expected"),
+    [
+        (OneHeadInWindows(), 20, (1, 1, 2, 4)),
+        (OneHeadOfPooledImages(), 48, (1, 1, 48, 12)),
+    ],
+    ids=["windows", "images"],
+)
+def test_one_head_is_one_head(model, length, expected) -> None:
+    (site,) = findings(model, (torch.randn(2, length, WIDTH),)).sites
+    assert (site.hq, site.hkv, site.q_len, site.kv_len) == expected
+    assert site.kind == "self"

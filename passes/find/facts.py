@@ -110,6 +110,21 @@ def origins(node: fx.Node) -> tuple[set[fx.Node], list[fx.Node]]:
     return found, between
 
 
+def _projected(found: set[fx.Node]) -> set[fx.Node]:
+    """Those of ``found`` that a projection reads, where there are any: the others are tables (of a
+    rotation) that were given beside the activations."""
+    read = {n for n in found if n.op != "placeholder" or any(map(_is_projection, _readers(n)))}
+    return read or found
+
+
+def _readers(node: fx.Node) -> Iterator[fx.Node]:
+    """What reads a tensor, in whatever layout or type."""
+    for user in node.users:
+        yield user
+        if is_call(user, *_SAME, *_LAYOUTS):
+            yield from _readers(user)
+
+
 def _behind(found: set[fx.Node]) -> set[fx.Node]:
     """``found``, and what was projected to it in earlier steps: low-rank queries and keys (MLA) are
     projections of projections, with a norm between.  A residual sum or an attention ends the walk.
@@ -165,6 +180,7 @@ def kind_of(query: Operand, key: Operand, roles: Roles) -> tuple[str, bool]:
     from_q, path_q = origins(query.node)
     from_k, path_k = origins(key.node)
     rope = rope_seen(path_q)
+    from_q, from_k = _projected(from_q), _projected(from_k)
     if roles.b and (
         not any(f.role == "b" for d in query.dims for f in d)
         or (_is_single(query) and _is_learned(from_q))

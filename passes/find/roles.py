@@ -20,7 +20,7 @@ from attn_rewrite.passes.find.layout import Dims, pull
 from attn_rewrite.passes.find.lift import Dot
 from attn_rewrite.passes.find.product import contraction, of_weights
 from attn_rewrite.site import Factor, Operand
-from attn_rewrite.sizes import as_size, same_size
+from attn_rewrite.sizes import as_size, divide, same_size
 
 _STEPS = 24
 # Projections that an axis of Q is followed through: its own, and one per head behind it.
@@ -224,7 +224,8 @@ def assign(
         group = group[:-1]  # a query axis is needed: the innermost
     batch = tuple(a for a in shared if a not in related)
     if not heads and not group:
-        origins = {a: is_channel(*query, (a,), axes) for a in alone}
+        origins = {a: is_channel(*query, (a,), axes) for a in (*alone, *batch)}
+        origins |= {a: is_channel(*key, (a,), axes) for a in batch if origins[a] is None}
         channels = {part: known for a, known in origins.items() for part in axes.resolve((a,))}
         batch, alone, keys = (axes.resolve(x) for x in (batch, alone, keys))
         width, features = axes.resolve(width), axes.resolve(features)
@@ -251,8 +252,12 @@ def _by_position(
     batch = like[0] if like and not set(like[0]) & set(group) else ()
     inside = {a for d in like for a in d}
     kept = tuple(a for a in shared if a in batch or a not in inside)
-    # What may change is a number of sequences (queries with keys of their own), not of heads.
-    heads = tuple(a for a in shared if a not in kept and isinstance(axes.size(a), int))
+    # What may change, and what a projection lets pass as it is (windows of a model with one head),
+    # is a number of sequences (queries with keys of their own), not of heads.
+    heads = tuple(
+        a for a in shared
+        if a not in kept and isinstance(axes.size(a), int) and channels.get(a) is not False
+    )  # fmt: skip
     kept = tuple(a for a in shared if a not in heads)
     if not heads and not group:
         group = _heads_of_one_key(alone, keys, channels, axes)
@@ -280,14 +285,15 @@ def _heads_of_one_key(
 
 def _positions(alone: Atoms, keys: Atoms, axes: Axes) -> int:
     """How many of the innermost query axes are positions: as many as the keys have (rows and
-    columns of an image) where their lengths agree, else one.
+    columns of an image) where their lengths agree or all have one ratio (pooled keys), else one.
     """
     own = [axes.size(a) for a in alone[-len(keys) :]]
-    if len(own) == len(keys) and all(
-        same_size(s, axes.size(k)) for s, k in zip(own, keys, strict=True)
-    ):
-        return len(keys)
-    return 1
+    if len(own) != len(keys):
+        return 1
+    ratios = [divide(s, axes.size(k)) for s, k in zip(own, keys, strict=True)]
+    if ratios[0] is None or any(r is None or not same_size(r, ratios[0]) for r in ratios):
+        return 1
+    return len(keys)
 
 
 def operand(node: fx.Node, dims: tuple[Atoms, ...], roles: Roles, axes: Axes) -> Operand:
