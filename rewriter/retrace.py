@@ -16,7 +16,7 @@ from torch._guards import detect_fake_mode
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from attn_rewrite.called import calls, mark_parameters
+from attn_rewrite.called import called_by, mark_parameters
 from attn_rewrite.graph import PARAMETER
 
 
@@ -56,9 +56,9 @@ def _finish(traced: fx.GraphModule) -> None:
         del traced.meta[_CONTEXT]
     for node in traced.graph.nodes:
         node.meta.setdefault("val", node.meta.get("example_value"))
+        for called, _ in called_by(node):
+            _finish(called)
     mark_parameters(traced)
-    for called, _ in calls(traced):
-        _finish(called)
 
 
 # Where PyTorch keeps what a checkpointed graph recomputes; without it everything.

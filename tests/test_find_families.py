@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from attn_rewrite import find_attention
 from attn_rewrite.cascade import interpret
 from attn_rewrite.passes.canonicalize import canonicalize
 from attn_rewrite.passes.find import find
@@ -314,6 +315,33 @@ class GivenTables(nn.Module):
         return nn.functional.scaled_dot_product_attention(q, k, v)
 
 
+class WithoutGradients(GivenTables):
+    """A frozen layer: its weights and the tables are inputs of a graph of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        cos, sin = cos * 2, sin * 2
+        with torch.no_grad():
+            y = super().forward(x, x, cos, sin)
+        return y.transpose(1, 2).flatten(2) + x
+
+
+class InABranch(GivenTables):
+    def __init__(self) -> None:
+        super().__init__(False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        def attend(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            return GivenTables.forward(self, x, x, cos, sin).transpose(1, 2).flatten(2)
+
+        def pass_by(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            return x * 2.0
+
+        return torch.cond(x.sum() > 0, attend, pass_by, (x, cos, sin))
+
+
 class LowRankSelf(LowRank):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x, x)
@@ -412,6 +440,8 @@ class FirstToken(Probe):
         (LowRank(), [(2, LENGTH, WIDTH), (2, 9, WIDTH)], ["cross"], True),
         (GivenTables(False), [(2, LENGTH, WIDTH)] * 2 + [(2, LENGTH, 4)] * 2, ["self"], True),
         (GivenTables(True), [(2, LENGTH, WIDTH)] * 2 + [(2, LENGTH, 4)] * 2, ["cross"], True),
+        (WithoutGradients(), [(2, LENGTH, WIDTH)] + [(2, LENGTH, 4)] * 2, ["self"], True),
+        (InABranch(), [(2, LENGTH, WIDTH)] + [(2, LENGTH, 4)] * 2, ["self"], True),
         (Reduced(), [(2, WIDTH, 4, 4)], ["self"], False),
         (NoResidual(), [(2, LENGTH, WIDTH)], ["self", "cross"], False),
         (TwoStreams(), [(2, 12, 24), (2, 5, 24)], ["joint"], True),
@@ -419,7 +449,7 @@ class FirstToken(Probe):
         (Probe(3), [(2, LENGTH, WIDTH)], ["cross"], False),
         (FirstToken(1), [(2, LENGTH, WIDTH)], ["cross"], False),
     ],
-    ids="latent context length tables cross-tables reduced no-residual streams probe latents first-token".split(),
+    ids="latent context length tables cross-tables region branch reduced no-residual streams probe latents first-token".split(),
 )
 def test_what_queries_and_keys_are_of(model, shapes, kinds, rope) -> None:
     sites = findings(model, tuple(torch.randn(s) for s in shapes)).sites
@@ -438,6 +468,15 @@ class OneHeadInWindows(nn.Module):
         q, k, v = self.qkv(x).reshape(b, n // 5, 5, 3, 1, WIDTH).permute(3, 0, 4, 2, 1, 5)
         q = q.view(b, 1, 5, 2, -1, WIDTH).amax(3)
         return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+class OneHeadInFrozenWindows(OneHeadInWindows):
+    """The weights are inputs of a graph of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = super().forward(x * 2)
+        return y * 2
 
 
 class OneHeadOfPooledImages(nn.Module):
@@ -468,11 +507,12 @@ class OneHeadOfPooledImages(nn.Module):
     ("model", "length", "expected"),
     [
         (OneHeadInWindows(), 20, (1, 1, 2, 4)),
+        (OneHeadInFrozenWindows(), 20, (1, 1, 2, 4)),
         (OneHeadOfPooledImages(), 48, (1, 1, 48, 12)),
     ],
-    ids=["windows", "images"],
+    ids=["windows", "frozen", "images"],
 )
 def test_one_head_is_one_head(model, length, expected) -> None:
-    (site,) = findings(model, (torch.randn(2, length, WIDTH),)).sites
+    (site,) = find_attention(model, (torch.randn(2, length, WIDTH),), dynamic_shapes={}).sites
     assert (site.hq, site.hkv, site.q_len, site.kv_len) == expected
     assert site.kind == "self"

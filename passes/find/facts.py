@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 
+from attn_rewrite.called import called_by
 from attn_rewrite.graph import (
     is_call,
     is_parameter,
@@ -16,7 +17,6 @@ from attn_rewrite.graph import (
     shape_of,
     value_of,
 )
-from attn_rewrite.passes.find.constants import attribute
 from attn_rewrite.passes.find.product import product_of
 from attn_rewrite.passes.find.roles import Roles
 from attn_rewrite.site import Operand
@@ -24,16 +24,7 @@ from attn_rewrite.sizes import as_size, same_size
 
 PROJECTIONS = frozenset({"linear", "addmm", "conv1d", "conv2d", "convolution", "conv3d"})
 _SAME = ("to", "contiguous", "clone", "detach", "alias")
-_LAYOUTS = (
-    "view",
-    "reshape",
-    "flatten",
-    "unflatten",
-    "transpose",
-    "permute",
-    "squeeze",
-    "unsqueeze",
-)
+_LAYOUTS = tuple("view reshape flatten unflatten transpose permute squeeze unsqueeze".split())
 # A walk meets tables of positions beside the activations.
 _STEPS = 256
 # Projections of one operand, one behind the other.
@@ -156,23 +147,14 @@ def _mixes_tokens(node: fx.Node) -> bool:
 
 def rope_seen(nodes: list[fx.Node]) -> bool:
     """Rotary embedding: a rotation of halves or pairs multiplied by cos and sin."""
-    names = {op_name(n) for n in (*nodes, *_inside(nodes))}
+    # Tables are often made without gradients, in a graph of their own.
+    inside = [n for at in nodes for called, _ in called_by(at) for n in called.graph.nodes]
+    names = {op_name(n) for n in (*nodes, *inside)}
     if "view_as_complex" in names:
         return True
     return "mul" in names and bool({"add", "sub"} & names) and (
         ("neg" in names and bool({"cat", "stack"} & names)) or {"cos", "sin"} <= names
     )  # fmt: skip
-
-
-def _inside(nodes: list[fx.Node]) -> Iterator[fx.Node]:
-    """Nodes of the graphs that ``nodes`` call: tables are often made without gradients."""
-    for node in nodes:
-        module = node.graph.owning_module
-        for arg in node.all_input_nodes:
-            if arg.op == "get_attr" and module is not None:
-                called = attribute(module, str(arg.target))
-                if isinstance(called, fx.GraphModule):
-                    yield from called.graph.nodes
 
 
 def kind_of(query: Operand, key: Operand, roles: Roles) -> tuple[str, bool]:
