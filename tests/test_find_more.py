@@ -13,6 +13,7 @@ import attn_rewrite as ar
 from attn_rewrite.compile_backend import Session, attn_rewrite
 from attn_rewrite.passes.canonicalize import canonicalize
 from attn_rewrite.passes.find import find
+from attn_rewrite.site import UNKNOWN_OFFSET
 from tests.test_find_masks import _raised
 from tests.test_find_spellings import DYNAMIC, Module, capture, findings
 
@@ -274,3 +275,46 @@ def test_a_region_without_autocast_inside_of_one_with_it_is_refused() -> None:
     found = ar.find_attention(Around().eval(), tuple(torch.randn(SHAPE) for _ in range(3)))
     assert not found.sites
     assert [r.code for r in found.refusals] == ["no-score-product"]
+
+
+class _Cached(nn.Module):
+    """Projections of ``x`` [2, n, 8], and a cache of six keys [2, 2, 6, 4] that ``join`` uses."""
+
+    def __init__(self, join) -> None:
+        super().__init__()
+        self.qkv, self.join = nn.Linear(8, 24), join
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        parts = self.qkv(x).chunk(3, -1)
+        q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in parts)
+        return (q @ self.join(keys, k).mT).softmax(-1) @ torch.cat([values, v], 2)
+
+
+def _rotated_behind_the_cache(past, new):
+    k = torch.cat([past, new], 2)
+    angles = torch.arange(k.shape[2])[:, None] * 0.1
+    turned = torch.cat([-k[..., 2:], k[..., :2]], -1)
+    return k * angles.cos() + turned * angles.sin()
+
+
+def _in_another_order_behind_the_cache(past, new):
+    return (torch.cat([past.transpose(1, 2), new.transpose(1, 2)], 1) / 3).transpose(1, 2)
+
+
+def _before_the_cache(past, new):
+    return torch.cat([new, past], 2)
+
+
+@pytest.mark.parametrize(
+    ("join", "queries", "offset", "causal"),
+    [
+        (_rotated_behind_the_cache, 3, "#kv - #q", False),
+        (_rotated_behind_the_cache, 1, "#kv - 1", True),
+        (_in_another_order_behind_the_cache, 3, "#kv - #q", False),
+        (_before_the_cache, 3, UNKNOWN_OFFSET, False),
+    ],
+)
+def test_keys_made_of_a_cache_row_by_row(join, queries, offset, causal) -> None:
+    past = torch.randn(2, 2, 6, 4)
+    (site,) = findings(_Cached(join), (torch.randn(2, queries, 8), past, past)).sites
+    assert (site.kind, site.offset, site.causal) == ("self", offset, causal)

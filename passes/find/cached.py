@@ -13,7 +13,7 @@ from torch import fx
 
 from attn_rewrite.graph import arguments, is_call, is_parameter, is_tensor, op_name, shape_of
 from attn_rewrite.passes.find.axes import Axes
-from attn_rewrite.passes.find.facts import PROJECTIONS
+from attn_rewrite.passes.find.facts import PROJECTIONS, laid_out
 from attn_rewrite.passes.find.layout import Dims, pull
 from attn_rewrite.site import Operand
 from attn_rewrite.sizes import as_size, same_size
@@ -65,7 +65,7 @@ def _appends(node: fx.Node, place: int, q_len: object) -> bool:
     parts = arguments(node)["tensors"]
     if len(parts) != 2 or not same_size(as_size(shape_of(parts[1])[place]), as_size(q_len)):
         return False
-    if parts[0].op == "placeholder":
+    if laid_out(parts[0]).op == "placeholder":
         return True
     return same_size(as_size(q_len), 1) and op_name(parts[0]) not in PROJECTIONS
 

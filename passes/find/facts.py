@@ -69,7 +69,7 @@ def _is_weight(node: fx.Node) -> bool:
     return is_parameter(node)
 
 
-def _laid_out(node: fx.Node) -> fx.Node:
+def laid_out(node: fx.Node) -> fx.Node:
     """The tensor that ``node`` is in another layout: an image is a sequence and an image again."""
     while is_call(node, *_SAME, *_LAYOUTS):
         first = node.args[0]
@@ -87,7 +87,7 @@ def origins(node: fx.Node) -> tuple[set[fx.Node], list[fx.Node]]:
     while queue and len(between) < _STEPS:
         here = queue.pop(0)
         if _is_projection(here):
-            found.update(_laid_out(a) for a in inputs_of(here) if not _is_weight(a))
+            found.update(laid_out(a) for a in inputs_of(here) if not _is_weight(a))
             continue
         sources = [a for a in inputs_of(here) if not _is_weight(a)]
         if here.op == "placeholder" or (not sources and is_parameter(here)):
