@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from attn_rewrite.backends.torch import fused, patterns
+from attn_rewrite.backends.torch import fused, patterns, pieces
 from attn_rewrite.backends.torch import kernel as kernel_module
 from attn_rewrite.backends.torch.blocks import choose_block
 from attn_rewrite.backends.torch.ops import tiled_attention
-from attn_rewrite.cascade.attention import QK
+from attn_rewrite.backends.torch.schedule import Row
+from attn_rewrite.backends.torch.tiles import prepare
+from attn_rewrite.cascade.attention import QK, as_softmax
 from attn_rewrite.cascade.expr import KV, B, H, Q, Read, call
 from attn_rewrite.cascade.ir import TensorDecl
 from tests.test_torch_backend import (
@@ -39,6 +42,7 @@ SHAPES = [  # b, hq, group, q_len, kv_len, d_qk, d_v, block
 def rows(monkeypatch: pytest.MonkeyPatch) -> list[fused.Unit]:
     """Send rows of any size to the fused kernel; the units that ran."""
     ran: list[fused.Unit] = []
+    pieces.plan_of.cache_clear()
     original = fused.FusedKernel.run
 
     def spy(self: Any, unit: fused.Unit, out: Tensor) -> None:
@@ -47,9 +51,8 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> list[fused.Unit]:
 
     monkeypatch.setattr(fused.FusedKernel, "run", spy)
     monkeypatch.setattr(fused, "WORTH_ROW", 0)
-    monkeypatch.setattr(fused, "WORTH_SHARING", 0)
-    monkeypatch.setattr(fused, "WORTH_CALL", 16)
-    for module in (fused, patterns):
+    monkeypatch.setattr(pieces, "WORTH_CALL", 32)
+    for module in (pieces, patterns):
         monkeypatch.setattr(module, "SIDE", 8)
     return ran
 
@@ -114,7 +117,7 @@ def test_large_scores_in_pieces(rows: list[fused.Unit], monkeypatch: pytest.Monk
     keep = keep_of(mask, 4, 33, 33)
     got = tiled_attention(q, k, v, [], str(attention(guard, QK)), 8)
     assert_close(got, reference(q, k, v, keep, 1.0), _eager(q, k, v, keep, 1.0))
-    assert any(len(fused.pieces(unit.row, 8, 100)) > 2 for unit in rows)
+    assert any(len(unit.pieces) > 2 for unit in rows)
 
 
 def test_a_mask_of_the_batch_entry_is_read_in_every_call(rows: list[fused.Unit]) -> None:
@@ -137,9 +140,9 @@ def test_a_square_is_evaluated_once(
     asked: list[Any] = []
     original = patterns.Squares.add
 
-    def spy(self: Any, place: Any, square: Tensor) -> Tensor:
-        asked.append(place)
-        return original(self, place, square)
+    def spy(self: Any, head: int, row: Row, squares: Sequence[Tensor]) -> Any:
+        asked.extend((head, row.queries, n) for n in range(len(squares)))
+        return original(self, head, row, squares)
 
     monkeypatch.setattr(patterns.Squares, "add", spy)
     patterns._squares.cache_clear()
@@ -156,23 +159,23 @@ def test_a_square_is_evaluated_once(
 
 def test_pieces_cover_the_row() -> None:
     keys = ((0, 300), (512, 5000), (6000, 6001))
-    row = fused.Row((0, 128), keys, ((0, 300), (900, 1000)), True, 38, 30)
-    parts = fused.pieces(row, 64, fused.SCRATCH)
+    row = Row((0, 128), keys, ((0, 300), (900, 1000)), True, 38, 30)
+    parts = pieces.pieces(row, 64, pieces.SCRATCH, 301)
     seen = sorted(at for part in parts for span in part.keys for at in range(*span))
     assert seen == [at for span in keys for at in range(*span)]
     assert [part.keys for part in parts[-1:]] == [((0, 300), (6000, 6001))]
     assert all(len(part.keys) == 1 for part in parts[:-1])
     for part in parts:
         each = 128 * bool(part.masked) + 128 * (len(part.keys) > 1)
-        assert part.width * each <= fused.SCRATCH
+        assert part.width * each <= pieces.SCRATCH
     masked = sorted(at for part in parts for at in _masked_keys(part))
     assert masked == [*range(300), *range(512 + 600, 512 + 700)]
     assert [part.certain for part in parts] == [True] * len(parts)
-    plain = fused.Row((0, 128), ((0, 100_000),), (), True, 782, 782)
-    assert fused.pieces(plain, 64, fused.SCRATCH) == [plain]
+    plain = Row((0, 128), ((0, 100_000),), (), True, 782, 782)
+    assert pieces.pieces(plain, 64, pieces.SCRATCH, 1) == [plain]
 
 
-def _masked_keys(part: fused.Row) -> list[int]:
+def _masked_keys(part: Row) -> list[int]:
     keys = [at for span in part.keys for at in range(*span)]
     return [keys[column] for span in part.masked for column in range(*span)]
 
@@ -189,39 +192,33 @@ def test_merging_weighs_pieces_by_their_sums() -> None:
     assert kept.flatten().tolist() == pytest.approx([math.log(4), minus, 1e4])
 
 
+def test_keys_are_copied_in_the_largest_blocks_they_are_made_of() -> None:
+    unit, index = pieces.blocks_of([(64, 96), (0, 16), (112, 128)])
+    assert (unit, index.tolist()) == (16, [4, 5, 0, 7])
+    unit, index = pieces.blocks_of([(32, 48), (96, 99)])
+    assert (unit, index.tolist()) == (1, [*range(32, 48), 96, 97, 98])
+
+
 @pytest.mark.parametrize("lanes", [1, 2, 64])
-def test_calls_share_threads_or_lanes_do(
-    lanes: int, rows: list[fused.Unit], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    used: list[int] = []
-    original = kernel_module.run_in_lanes
-
-    def spy(tasks: Any, make: Any, count: int) -> None:
-        used.append(count)
-        original(tasks, make, 2)
-
-    monkeypatch.setattr(kernel_module, "run_in_lanes", spy)
-    monkeypatch.setattr(kernel_module, "_lanes", lambda problem: lanes)
-    q, k, v = operands((1, 4, 1, 64, 64, 8, 8, 32))
-    guard = (Q >= KV) & (Q - KV < 24)
-    tiled_attention(q, k, v, [], str(attention(guard)), 32)
-    assert min(unit.slices for unit in rows) == 4
-    assert used == ([64] if lanes == 64 else [])
-
-
-def test_calls_that_are_small_or_gather_run_side_by_side() -> None:
-    def row(width: int, count: int) -> fused.Row:
-        keys = tuple((2 * n * width, (2 * n + 1) * width) for n in range(count))
-        return fused.Row((0, 128), keys, (), True, count, count)
-
-    large, small = (fused.Unit((0, 1), (0, 8), row(width, 1)) for width in (1024, 128))
-    scattered = fused.Unit((0, 1), (0, 8), row(1024, 4))
-    assert fused.shared([large], 2)
-    assert fused.shared([large, large, small], 2)
-    assert not fused.shared([large, small, small], 2)
-    assert not fused.shared([large, scattered], 2)
-    assert not fused.shared([large], 64)
-    assert not fused.shared([], 1)
+@pytest.mark.parametrize("group", [1, 2])
+def test_every_lane_has_work(lanes: int, group: int, rows: list[fused.Unit]) -> None:
+    q, k, v = operands((2, 8, group, 64, 64, 8, 8, 32))
+    form = as_softmax(attention((Q >= KV) & (Q - KV < 24), group=group))
+    assert form is not None
+    problem = prepare(form, q, k, v, [], 32)
+    found = fused.units(problem, lanes)
+    seen = [
+        (b, h, unit.queries)
+        for unit in found
+        for b in range(*unit.batch)
+        for h in range(*unit.heads)
+    ]
+    assert sorted(seen) == [
+        (b, h, q) for b in range(2) for h in range(8) for q in ((0, 32), (32, 64))
+    ]
+    # As many tasks as asked for, or one for each key head of a row.
+    assert len(found) >= min(fused._TASKS * lanes, len(seen) // group)
+    assert all(unit.heads[0] % group == unit.heads[1] % group == 0 for unit in found)
 
 
 def test_a_smaller_tile_must_save_what_it_costs() -> None:

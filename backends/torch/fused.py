@@ -1,59 +1,45 @@
 """Rows of blocks on PyTorch's fused CPU attention, which gives the log-sum-exp of its rows.
 
 A row whose keys are one range is one call for all heads, on views of K and V; where the guard cuts
-through its blocks the call gets a mask.  Rows that see a few ranges run in pieces, long ones on
-views; rows that see scattered keys gather them, and what is too wide for the scratch memory runs in
-parts.  Pieces are weighted by their sums: the split of Flash-Decoding (Dao et al., 2023),
-reassociated and otherwise exact.
+through its blocks the call gets a mask.  Rows that see more ranges, or whose masks and copies are
+too wide for the scratch memory, run in pieces, which are weighted by their sums: the split of
+Flash-Decoding (Dao et al., 2023), reassociated and otherwise exact.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from attn_rewrite.backends.torch.form import linear_score
-from attn_rewrite.backends.torch.patterns import SIDE, Guard
-from attn_rewrite.backends.torch.schedule import Row, Span, clipped
-from attn_rewrite.backends.torch.tiles import MAX_PARTS, Problem
+from attn_rewrite.backends.torch.patterns import Guard
+from attn_rewrite.backends.torch.pieces import SCRATCH, Copied, Piece, Plan, copies, plan_of
+from attn_rewrite.backends.torch.schedule import Row, Span
+from attn_rewrite.backends.torch.tiles import Problem
 from attn_rewrite.cascade.expr import ranks_of
 
-# Elements of the mask and the gathered keys and values of one piece, in every lane: 1 MB of
-# float32.  With half of it lists of scattered blocks take a third longer.
-SCRATCH = 1 << 18
 # Elements of the output of one call: more heads and batch entries run one after the other.
-OUTPUTS = 1 << 17
-# Keys of a range that is worth a call of its own: merging its output costs less than a copy.
-WORTH_CALL = 3 * SIDE
+OUTPUTS = 1 << 16
 # Scores a row has on average before one call for it pays; smaller ones run as stacks of tiles.
 WORTH_ROW = 1 << 14
-# Scores a call has on average before PyTorch's threads share it; smaller ones run side by side.
-WORTH_SHARING = 1 << 19
-# Queries of a short row that PyTorch's kernel gives to one thread.
-_SLICE = 32
+# Tasks that each lane has on average, so that none waits long for the last.
+_TASKS = 4
 
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Unit:
-    """One row of blocks, and the batch entries and query heads it runs for."""
+    """One row of blocks in pieces, and the batch entries and query heads it runs for."""
 
     batch: Span
     heads: Span
-    row: Row
-
-    @property
-    def slices(self) -> int:
-        """Parts that PyTorch's kernel can share among threads."""
-        count = (self.batch[1] - self.batch[0]) * (self.heads[1] - self.heads[0])
-        return count * -(-self.row.height // _SLICE)
+    queries: Span
+    pieces: tuple[Piece, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +48,15 @@ class _Mask:
 
     added: Tensor | None = None
     blank: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Batch entries, query heads and the key heads that they read, of one call."""
+
+    batch: Span
+    heads: Span
+    keys: Span
 
 
 def fits(problem: Problem) -> bool:
@@ -80,188 +75,155 @@ def fits(problem: Problem) -> bool:
     return sum(areas) >= WORTH_ROW * max(len(areas), 1)
 
 
-def units(problem: Problem) -> list[Unit]:
+def units(problem: Problem, lanes: int) -> list[Unit]:
     """Rows for all heads at once where they are the same and the output of a call is small.
 
-    Rows that gather their keys and need no mask come last, head by head: the keys and values of one
+    Rows that copy their keys and need no mask come last, head by head: the keys and values of one
     head stay in the cache for all of them.
     """
     found: list[Unit] = []
-    gathering: list[Unit] = []
-    for part in problem.schedule.parts:
-        for row in part.rows:
-            made = list(_units(problem, part.heads, row))
-            alone = not row.masked and len(row.keys) > 1
-            (gathering if alone else found).extend(made)
-    gathering.sort(key=lambda unit: (unit.batch, unit.heads))
-    return found + gathering
+    copying: list[Unit] = []
+    parts, plan = problem.schedule.parts, _plan(problem)
+    rows = sum((p.heads[1] - p.heads[0]) * len(p.rows) for p in parts) * problem.group
+    most = -(-rows * problem.q.shape[0] // (_TASKS * lanes))
+    for part, cuts in zip(parts, plan.parts, strict=True):
+        for row, cut in zip(part.rows, cuts, strict=True):
+            into = copying if copies(row) else found
+            for batch, heads in _shares(problem, part.heads, row, most):
+                into.append(Unit(batch, heads, row.queries, cut))
+    copying.sort(key=lambda unit: (unit.batch, unit.heads))
+    return found + copying
 
 
-def shared(planned: Sequence[Unit], threads: int) -> bool:
-    """Whether every call is worth the threads of PyTorch, so that one memory is enough.
-
-    Rows that gather their keys have a call for each head.
-    """
-    if not planned or any(len(unit.row.keys) > MAX_PARTS for unit in planned):
-        return False
-    scores = [unit.slices * _SLICE * unit.row.width for unit in planned]
-    slices = min(unit.slices for unit in planned)
-    return slices >= 2 * threads and sum(scores) >= WORTH_SHARING * len(scores)
+def _plan(problem: Problem) -> Plan:
+    return plan_of(problem.schedule, problem.k.shape[3], SCRATCH)
 
 
-def _units(problem: Problem, heads: Span, row: Row) -> Iterator[Unit]:
-    """One row for the given heads of the schedule."""
+def _shares(problem: Problem, heads: Span, row: Row, most: int) -> Iterator[tuple[Span, Span]]:
+    """Batch entries and query heads that one row runs for, together at most ``most`` heads."""
     ranks, g = ranks_of(problem.form.guard) if row.masked else frozenset(), problem.group
     first, last = heads[0] * g, heads[1] * g
-    fit = max(OUTPUTS // (row.height * problem.v.shape[3]), 1)
+    fit = max(min(OUTPUTS // (row.height * problem.v.shape[3]), most), 1)
     if "h" in ranks:
         step = 1
-    elif row.masked or len(row.keys) == 1:
-        step = max(fit // g, 1) * g
-    else:
+    elif copies(row):
         step = g
+    else:
+        step = max(fit // g, 1) * g
     entries = 1 if "b" in ranks else max(fit // min(step, last - first), 1)
     for batch in _each((0, problem.q.shape[0]), entries):
         for some in _each((first, last), step):
-            yield Unit(batch, some, row)
+            yield batch, some
 
 
 def _each(span: Span, step: int) -> list[Span]:
     return [(at, min(at + step, span[1])) for at in range(*span, step)]
 
 
-def pieces(row: Row, depth: int, room: int) -> list[Row]:
-    """The row as rows of fewer keys whose masks and gathered keys fit ``room`` elements.
-
-    Of a few ranges each that has at least `WORTH_CALL` keys has pieces of its own, the others are
-    taken together.  Keys of one range that need no mask are never cut.
-    """
-    if len(row.keys) > MAX_PARTS:
-        return _cut(row, depth, room)
-    columns: list[Span] = []
-    for low, high in row.keys:
-        start = columns[-1][1] if columns else 0
-        columns.append((start, start + high - low))
-    long = [[c] for c in columns if c[1] - c[0] >= WORTH_CALL]
-    short = [c for c in columns if c[1] - c[0] < WORTH_CALL]
-    found = [_part(row, group) for group in (*long, short) if group]
-    return [piece for part in found for piece in _cut(part, depth, room)]
-
-
-def _cut(row: Row, depth: int, room: int) -> list[Row]:
-    each = row.height * bool(row.masked) + 2 * depth * (len(row.keys) > 1)
-    most = room // each if each else row.width
-    if row.width <= most:
-        return [row]
-    most = max(most // SIDE, 1) * SIDE
-    step = -(-row.width // -(-row.width // most))
-    step = min(-(-step // SIDE) * SIDE, most)
-    return [_part(row, [span]) for span in _each((0, row.width), step)]
-
-
-def _part(row: Row, columns: Sequence[Span]) -> Row:
-    """Some of the columns of a row."""
-    keys: list[Span] = []
-    masked: list[Span] = []
-    at = 0
-    for start, stop in columns:
-        keys += clipped(row.keys, start, stop)
-        for low, high in row.masked:
-            first, last = max(low, start) - start, min(high, stop) - start
-            if first < last:
-                masked.append((at + first, at + last))
-        at += stop - start
-    certain = sum(high - low for low, high in masked) < at
-    return replace(row, keys=tuple(keys), masked=tuple(masked), certain=certain)
-
-
 class FusedKernel:
     """Runs rows one after the other in the same memory."""
 
-    def __init__(self, problem: Problem, planned: Sequence[Unit], room: int) -> None:
-        self.problem, self.guard = problem, Guard(problem)
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self.guard, self.plan = problem, Guard(problem), _plan(problem)
         linear = linear_score(problem.form.score)
         assert linear is not None
         self.scale = linear.scale
-        self.room, depth = room, problem.k.shape[3]
-        rows = {id(u.row): u.row for u in planned}.values()
-        # What the largest piece may need; pieces are made when they run, as rows may be many.
-        masked = [r.height * min(r.width, max(room // r.height, SIDE)) for r in rows if r.masked]
-        self._memory = problem.q.new_empty(max(masked, default=0))
+        self._memory = problem.q.new_empty(self.plan.largest_mask())
         self._made: tuple[object, _Mask] | None = None
-        gathered = [min(r.width, max(room // (2 * depth), SIDE)) for r in rows if len(r.keys) > 1]
-        size = depth * max(gathered, default=0)
-        self._keys, self._values = problem.k.new_empty(size), problem.v.new_empty(size)
+        most = self.plan.most_copied()
+        self._keys, self._values = _Copies(problem.k, most), _Copies(problem.v, most)
 
     def run(self, unit: Unit, out: Tensor) -> None:
         """The output of a row into ``out`` [b, h, q, f] of all rows."""
-        place = out[slice(*unit.batch), slice(*unit.heads), slice(*unit.row.queries)]
-        parts = pieces(unit.row, self.problem.k.shape[3], self.room)
+        place = out[slice(*unit.batch), slice(*unit.heads), slice(*unit.queries)]
+        first, *others = unit.pieces
+        if not others:
+            self._one(unit, first, place, None)
+            return
         like = self.problem.q
         total = place if place.dtype == like.dtype else like.new_empty(place.shape)
-        sums = like.new_empty(place.shape[:-1] if len(parts) > 1 else 0)
-        for n, piece in enumerate(parts):
-            for where, o, lse in self._calls(unit, piece):
-                if n:
-                    merge(total[where], sums[where], o, lse)
-                    continue
-                total[where].copy_(o)
-                if len(parts) > 1:
-                    sums[where].copy_(lse)
+        sums = like.new_empty(place.shape[:-1])
+        self._one(unit, first, total, sums)
+        further: tuple[Tensor, Tensor] | None = None
+        for piece in others:
+            calls = self._calls(unit, piece)
+            if len(calls) == 1:
+                merge(total, sums, *self._attend(unit, piece, calls[0], self._mask(unit, piece)))
+                continue
+            if further is None:
+                further = torch.empty_like(total), torch.empty_like(sums)
+            self._one(unit, piece, *further)
+            merge(total, sums, *further)
         if total is not place:
             place.copy_(total)
 
-    def _calls(
-        self, unit: Unit, piece: Row
-    ) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor]]:
-        """Batch entries and heads of the unit, their outputs, and log-sum-exps [b, h, q]."""
+    def _one(self, unit: Unit, piece: Piece, out: Tensor, sums: Tensor | None) -> None:
+        """Attention over the keys of one piece into ``out`` [b, h, q, f] and ``sums`` [b, h, q]."""
         mask = self._mask(unit, piece)
-        index = _index(piece.keys) if len(piece.keys) > 1 else None
-        for batch, heads, shared in self._groups(unit, piece):
-            q = self.problem.q[slice(*batch), slice(*heads), slice(*piece.queries)]
-            k = _rows_of(self.problem.k[slice(*batch), slice(*shared)], piece, index, self._keys)
-            v = _rows_of(self.problem.v[slice(*batch), slice(*shared)], piece, index, self._values)
-            if k.shape[1] != q.shape[1]:
-                k, v = (t.expand(-1, q.shape[1], -1, -1) for t in (k, v))
-            o, lse = _attend(q, k, v, 0.0, False, attn_mask=mask.added, scale=self.scale)
-            if mask.blank is not None:
-                o.masked_fill_(mask.blank, 0.0)
-                lse.masked_fill_(mask.blank[..., 0], -math.inf)
-            yield (_from(batch, unit.batch[0]), _from(heads, unit.heads[0])), o, lse
+        for call in self._calls(unit, piece):
+            where = _from(call.batch, unit.batch[0]), _from(call.heads, unit.heads[0])
+            o, lse = self._attend(unit, piece, call, mask)
+            out[where].copy_(o)
+            if sums is not None:
+                sums[where].copy_(lse)
 
-    def _groups(self, unit: Unit, piece: Row) -> Iterator[tuple[Span, Span, Span]]:
-        """Batch entries, query heads and key heads of each call: what fits the scratch memory."""
-        group, gathers = self.problem.form.group, len(piece.keys) > 1
-        fit = max(1, len(self._keys) // (piece.width * self.problem.k.shape[3]))
-        for batch in _each(unit.batch, 1 if gathers else unit.batch[1]):
-            if group == 1:
-                for heads in _each(unit.heads, fit if gathers else unit.heads[1]):
-                    yield batch, heads, heads
-                continue
-            for key in range(unit.heads[0] // group, -(-unit.heads[1] // group)):
-                first, last = max(key * group, unit.heads[0]), min((key + 1) * group, unit.heads[1])
-                yield batch, (first, last), (key, key + 1)
+    def _calls(self, unit: Unit, piece: Piece) -> list[_Call]:
+        """What runs in one call: one key head if it is shared by queries, or copied."""
+        group, copied = self.problem.form.group, isinstance(piece.keys, Copied)
+        if group == 1 and not copied:
+            return [_Call(unit.batch, unit.heads, unit.heads)]
+        first, last = unit.heads
+        shared = range(first // group, -(-last // group))
+        spans = [(max(k * group, first), min((k + 1) * group, last)) for k in shared]
+        return [
+            _Call(batch, heads, (key, key + 1))
+            for batch in _each(unit.batch, 1 if copied else unit.batch[1])
+            for key, heads in zip(shared, spans, strict=True)
+        ]
 
-    def _mask(self, unit: Unit, piece: Row) -> _Mask:
+    def _attend(self, unit: Unit, piece: Piece, call: _Call, mask: _Mask) -> tuple[Tensor, Tensor]:
+        """The output [b, h, q, f] of a call and its log-sum-exps [b, h, q]."""
+        q = self.problem.q[slice(*call.batch), slice(*call.heads), slice(*unit.queries)]
+        if isinstance(piece.keys, Copied):
+            index = self.plan.index[slice(*piece.keys.blocks)]
+            at = piece.keys.unit, call.batch[0], call.keys[0]
+            k, v = self._keys.copy(index, *at), self._values.copy(index, *at)
+        else:
+            some = slice(*call.batch), slice(*call.keys), slice(*piece.keys)
+            k, v = self.problem.k[some], self.problem.v[some]
+        if k.shape[1] != q.shape[1]:
+            k, v = (t.expand(-1, q.shape[1], -1, -1) for t in (k, v))
+        o, lse = _attend(q, k, v, 0.0, False, attn_mask=mask.added, scale=self.scale)
+        if mask.blank is not None:
+            o.masked_fill_(mask.blank, 0.0)
+            lse.masked_fill_(mask.blank[..., 0], -math.inf)
+        return o, lse
+
+    def _mask(self, unit: Unit, piece: Piece) -> _Mask:
         """The guard over a piece; kept for as long as the next piece has the same."""
-        if not piece.masked:
+        row = piece.row
+        if row is None:
             return _Mask()
         # One head and batch entry stand for all, as `units` keeps apart those that differ.
-        kept = self.guard.parts(unit.batch[0], unit.heads[0] // self.problem.group, piece)
-        # Parts that are equal are one tensor, which lives as long as this mask does.
-        key = (piece.height, piece.width, [(at, id(keep)) for at, keep in kept])
+        squares = self.guard.squares(unit.batch[0], unit.heads[0] // self.problem.group, row)
+        # Squares that are equal are one tensor, which lives as long as this mask does.
+        key = (row.height, row.width, row.masked, [id(square) for square in squares])
         if self._made is not None and self._made[0] == key:
             return self._made[1]
-        added = self._memory[: piece.height * piece.width].view(1, 1, piece.height, -1)
-        if sum(high - low for low, high in piece.masked) < piece.width:
+        added = self._memory[: row.height * row.width].view(1, 1, row.height, -1)
+        if sum(high - low for low, high in row.masked) < row.width:
             added.zero_()
-        minus = added.new_full((), -math.inf)
-        for at, keep in kept:
-            columns = added[..., at : at + keep.shape[-1]]
-            torch.where(keep, minus.new_zeros(()), minus, out=columns)
-        blank = None if piece.certain else added.amax(-1, keepdim=True) == -math.inf
+        minus, zero = added.new_full((), -math.inf), added.new_zeros(())
+        following = iter(squares)
+        for at, stop in row.masked:
+            while at < stop:
+                keep = next(following)
+                columns = added[..., at : at + keep.shape[-1]]
+                torch.where(keep, zero, minus, out=columns)
+                at += keep.shape[-1]
+        blank = None if row.certain else added.amax(-1, keepdim=True) == -math.inf
         self._made = (key, _Mask(added, blank))
-        self._kept = kept
+        self._squares = squares
         return self._made[1]
 
 
@@ -276,22 +238,29 @@ def merge(total: Tensor, sums: Tensor, result: Tensor, lse: Tensor) -> None:
     torch.logaddexp(sums, lse, out=sums)
 
 
-def _index(keys: Sequence[Span]) -> Tensor:
-    """The positions of several ranges of keys."""
-    low, high = np.asarray(keys, np.int64).T
-    ends = np.cumsum(high - low)
-    return torch.from_numpy(np.arange(ends[-1]) + np.repeat(high - ends, high - low))
+class _Copies:
+    """Memory for blocks of K or V [b, h, n, d], one batch entry and head at a time."""
 
+    def __init__(self, tensor: Tensor, most: int) -> None:
+        self._tensor = tensor
+        self._memory = tensor.new_empty(most * tensor.shape[3])
+        # Views that many calls share: making them would take as long as small copies do.
+        self._blocks: dict[tuple[int, int, int], Tensor] = {}
+        self._places: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
-def _rows_of(tensor: Tensor, piece: Row, index: Tensor | None, memory: Tensor) -> Tensor:
-    """Rows of K or V [b, h, n, d] of a piece: a view, or gathered into ``memory``."""
-    if index is None:
-        return tensor[:, :, slice(*piece.keys[0])]
-    shape = (*tensor.shape[:2], piece.width, tensor.shape[3])
-    out = memory[: math.prod(shape)].view(shape)
-    for b, h in itertools.product(range(shape[0]), range(shape[1])):
-        torch.index_select(tensor[b, h], 0, index, out=out[b, h])
-    return out
+    def copy(self, index: Tensor, unit: int, batch: int, head: int) -> Tensor:
+        """Blocks of ``unit`` keys by ``index``, [1, 1, keys, d]; valid until the next call."""
+        source, size, depth = (unit, batch, head), (unit, len(index)), self._tensor.shape[3]
+        if source not in self._blocks:
+            rows = self._tensor[batch, head]
+            count = len(rows) // unit
+            self._blocks[source] = rows[: count * unit].view(count, unit, depth)
+        if size not in self._places:
+            blocks = self._memory[: unit * len(index) * depth].view(-1, unit, depth)
+            self._places[size] = blocks, blocks.view(1, 1, -1, depth)
+        blocks, rows = self._places[size]
+        torch.index_select(self._blocks[source], 0, index, out=blocks)
+        return rows
 
 
 def _from(span: Span, start: int) -> slice:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attn_rewrite.backends.torch.emit import Emitter
 from attn_rewrite.backends.torch.form import depends_only_on_distance, linear_score
-from attn_rewrite.backends.torch.fused import SCRATCH, FusedKernel, Unit, fits, shared, units
+from attn_rewrite.backends.torch.fused import FusedKernel, Unit, fits, units
 from attn_rewrite.backends.torch.lanes import Task, run_in_lanes
 from attn_rewrite.backends.torch.schedule import Span
 from attn_rewrite.backends.torch.tiles import Job, Problem, gather_size, jobs, keys_of, queries_of
@@ -41,9 +41,8 @@ def attend(problem: Problem, dtype: torch.dtype) -> Tensor:
         return out
     lanes = _lanes(problem)
     if fits(problem):
-        rows = units(problem)
-        lanes = 1 if shared(rows, lanes) else lanes
-        _work_off(rows, lambda: _run_rows(problem, rows, SCRATCH, out), lanes, out.device)
+        rows = units(problem, lanes)
+        _work_off(rows, lambda: _run_rows(problem, out), lanes, out.device)
     else:
         planned = list(jobs(problem))
         tiles = _by_row(planned, lanes)
@@ -51,10 +50,8 @@ def attend(problem: Problem, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _run_rows(
-    problem: Problem, planned: Sequence[Unit], room: int, out: Tensor
-) -> Callable[[Unit], None]:
-    kernel = FusedKernel(problem, planned, room)
+def _run_rows(problem: Problem, out: Tensor) -> Callable[[Unit], None]:
+    kernel = FusedKernel(problem)
     return lambda unit: kernel.run(unit, out)
 
 

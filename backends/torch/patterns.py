@@ -6,10 +6,13 @@ A square that was evaluated once is looked up in later calls; equal squares shar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from hashlib import blake2b
 from itertools import pairwise
+from threading import Lock
+from typing import cast
 
 import numpy as np
 from torch import Tensor
@@ -25,29 +28,32 @@ SIDE = 128
 _MOST = 64
 
 _EAGER = EagerBuilder()
-_Place = tuple[int, Span, Span]  # head, queries, keys
 
 
 class Squares:
     """Squares of one guard at fixed extents: a value that grows as it is asked for."""
 
     def __init__(self) -> None:
-        self._at: dict[_Place, Tensor] = {}
+        self.growing = Lock()
+        self._rows: dict[tuple[int, Row], tuple[Tensor | None, ...]] = {}
         self._distinct: dict[tuple[int, bytes], Tensor] = {}  # by width and digest
 
-    def find(self, place: _Place) -> Tensor | None:
-        """The square at ``place``, if it was seen."""
-        return self._at.get(place)
+    def of(self, head: int, row: Row) -> tuple[Tensor | None, ...] | None:
+        """The squares of a row that was seen, None for those that were too many."""
+        return self._rows.get((head, row))
 
-    def add(self, place: _Place, square: Tensor) -> Tensor:
-        """Remember a square; the one it equals, if there is one."""
+    def add(self, head: int, row: Row, squares: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Remember the squares of a row; those that they equal, where there are any."""
+        known = [self._distinct_of(square) for square in squares]
+        self._rows[head, row] = tuple(known)
+        return tuple(k if k is not None else s for k, s in zip(known, squares, strict=True))
+
+    def _distinct_of(self, square: Tensor) -> Tensor | None:
         kept = np.packbits(square.contiguous().numpy()).tobytes()
         key = (square.shape[-1], blake2b(kept, digest_size=32).digest())
         if key not in self._distinct and len(self._distinct) < _MOST:
             self._distinct[key] = square.contiguous()
-        if key in self._distinct:
-            square = self._at[place] = self._distinct[key]
-        return square
+        return self._distinct.get(key)
 
 
 @lru_cache(maxsize=32)
@@ -66,34 +72,41 @@ class Guard:
         self.known = _squares(self.guard, extents) if fixed else None
         self.by_head = "h" in ranks_of(self.guard)
 
-    def parts(self, batch: int, head: int, row: Row) -> list[tuple[int, Tensor]]:
-        """First columns of the masked parts of ``row``, and what is kept [1, 1, queries, n]."""
-        found = []
+    def squares(self, batch: int, head: int, row: Row) -> tuple[Tensor, ...]:
+        """What is kept of the masked columns of ``row``, in their order: [1, 1, q, n] each."""
+        head = head if self.by_head else 0
+        if self.known is None:
+            return tuple(self._keep(batch, head, row, span) for span in self._cut(row))
+        found = self.known.of(head, row)
+        if found is None:
+            # One lane at a time: what evaluating needs for a while is more than what is kept.
+            with self.known.growing:
+                every = [self._keep(batch, head, row, span) for span in self._cut(row)]
+                return self.known.add(head, row, every)
+        if all(square is not None for square in found):
+            return cast("tuple[Tensor, ...]", found)
+        spans = self._cut(row)
+        return tuple(
+            self._keep(batch, head, row, span) if square is None else square
+            for square, span in zip(found, spans, strict=True)
+        )
+
+    def _cut(self, row: Row) -> list[Span]:
+        """The keys of what is evaluated in one go, in the order of the columns."""
+        found: list[Span] = []
+        fixed = self.known is not None
         at = 0
         for low, high in row.keys:
+            shift = low - at
             for start, stop in row.masked:
-                first, last = max(start, at), min(stop, at + high - low)
-                shift = low - at
-                found += [
-                    (part[0] - shift, self._keep(batch, head, row, part))
-                    for part in self._cut((first + shift, last + shift))
-                ]
+                first, last = max(start, at) + shift, min(stop, at + high - low) + shift
+                if first < last:
+                    edges = range(first // SIDE * SIDE + SIDE, last, SIDE) if fixed else ()
+                    found += pairwise([first, *edges, last])
             at += high - low
         return found
 
-    def _cut(self, keys: Span) -> list[Span]:
-        """Parts of a range of keys that are evaluated in one go."""
-        if self.known is None:
-            return [keys] if keys[0] < keys[1] else []
-        edges = [keys[0], *range(keys[0] // SIDE * SIDE + SIDE, keys[1], SIDE), keys[1]]
-        return [s for s in pairwise(edges) if s[0] < s[1]]
-
     def _keep(self, batch: int, head: int, row: Row, keys: Span) -> Tensor:
-        place = (head if self.by_head else 0, row.queries, keys)
-        found = None if self.known is None else self.known.find(place)
-        if found is not None:
-            return found
         job = Job((batch, batch + 1), (head, head + 1), replace(row, keys=(keys,), masked=()))
-        keep = Emitter.once(_EAGER, self.problem.space(job), self.guard).truth(self.guard)
-        keep = keep[:, :1].expand(1, 1, row.height, keys[1] - keys[0])
-        return keep if self.known is None else self.known.add(place, keep)
+        keep: Tensor = Emitter.once(_EAGER, self.problem.space(job), self.guard).truth(self.guard)
+        return keep[:, :1].expand(1, 1, row.height, keys[1] - keys[0])

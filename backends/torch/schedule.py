@@ -62,9 +62,12 @@ class Heads:
     rows: tuple[Row, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Schedule:
     """Everything the kernel runs for one batch entry; rows that see nothing are left out.
+
+    Two are equal if they are one: `make_schedule` makes each once, and what is kept for one is
+    found without a look at all its rows.
 
     ``per_head``: the guard depends on the head, and `Heads.heads` counts query heads.
     """
