@@ -382,8 +382,14 @@ def _packed(
 ) -> PackedDecoder:
     """A later step of ``source`` with its cache in few bits."""
     from attn_rewrite.decoding import capture_step
+    from attn_rewrite.encoded import has_encoder
     from attn_rewrite.packed_decoder import packed_decoder
 
+    if has_encoder(source):
+        raise PolicyError(
+            f"{type(source).__name__} has no packed cache: its decoder stands behind an encoder, "
+            "and only decoders alone are packed; use the model without one"
+        )
     step = capture_step(source, args, kwargs)
     findings = find(canonicalize(step.graph))
     return packed_decoder(step, findings, plan or make_plan(findings, policy), source)
