@@ -116,7 +116,7 @@ class OptimizedModule(nn.Module):
         returns the present ones.
 
         Captured again, with a past that the source module computes from the first half of the
-        example.  Raises `PolicyError` where the model has no such forward.
+        example; behind an encoder with the encoder's keys and values in that past.  Raises `PolicyError` where the model has no such forward.
         """
         if self._source is None or self._rebuild is None:
             raise AttnRewriteError(
