@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import attn_rewrite as ar
 from attn_rewrite import export_onnx
 from attn_rewrite.backends.onnx.artifact import OnnxArtifact
+from attn_rewrite.cli.app import run
 from attn_rewrite.decoding import capture_step
 from attn_rewrite.errors import PolicyError
 
@@ -233,3 +235,34 @@ def test_steps_that_cannot_be_are_refused() -> None:
     done = ar.optimize(model, "kv_int8", (), text | tokens, verify=False)
     with pytest.raises(PolicyError, match="only decoders alone are packed"):
         done.with_packed_cache()
+
+
+def test_a_step_does_what_was_planned_of_the_attentions_it_has() -> None:
+    """A rule for the encoder alone matches nothing of a step, which has no encoder."""
+    torch.manual_seed(0)
+    model = MODELS["bart"]().eval()
+    rules = [ar.Rule(where=ar.Where(layer="*.encoder.layers*"), apply=["window(size=4)"])]
+    example = source(model, 2, 13) | begun(2, 10)
+    done = ar.optimize(model, ar.Policy(rules=rules), (), example, verify=False)
+    planned = {s.site for s in done.plan.steps}
+    assert any(".encoder.layers" in name for name in planned)
+    step = done.with_cache()
+    assert {s.site for s in step.plan.steps} == {n for n in planned if ".decoder." in n}
+    assert {s.name for s in step.report.sites} == {n for n in planned if ".decoder." in n}
+
+
+@pytest.mark.slow
+def test_the_command_exports_and_verifies(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model, _ = made("t5")
+    model.save_pretrained(tmp_path / "model")
+    words = ["--policy", "exact", "--export", "onnx", "--cache", "float", "--length", "16"]
+    out = str(tmp_path / "out")
+    assert run(["optimize", str(tmp_path / "model"), *words, "-o", out, "--json"]) == 0
+    (export,) = json.loads(capfd.readouterr().out)["exports"]
+    assert export["cache"] == "float"
+    assert run(["verify", out, "--json"]) == 0
+    errors = json.loads(capfd.readouterr().out)["errors"]["model.onnx"]
+    assert errors["present.1.decoder.value"] < 1e-4
+    assert not any(".encoder." in name for name in errors)
