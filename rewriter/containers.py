@@ -30,6 +30,8 @@ def make_known(value: Any) -> None:
 
 
 _LIBRARIES = ("transformers.", "diffusers.")
+# What a cache of transformers for an encoder and a decoder is made of.
+_CACHES = ("self_attention_cache", "cross_attention_cache")
 
 
 def make_known_by_name(names: Iterable[str]) -> None:
@@ -65,16 +67,14 @@ def _register_cache(kind: type) -> None:
 
         register_dynamic_cache_export_support()
     elif kind.__name__ == "EncoderDecoderCache" and kind not in pytree.SUPPORTED_NODES:
+        # Named by keys, as a dictionary is: guards of a program name its inputs by their places.
         pytree.register_pytree_node(
             kind,
-            lambda cache: ([cache.self_attention_cache, cache.cross_attention_cache], None),
+            lambda cache: ([getattr(cache, n) for n in _CACHES], list(_CACHES)),
             lambda caches, _: kind(*caches),
             serialized_type_name=f"{kind.__module__}.{kind.__name__}",
             flatten_with_keys_fn=lambda cache: (
-                [
-                    (pytree.GetAttrKey("self_attention_cache"), cache.self_attention_cache),
-                    (pytree.GetAttrKey("cross_attention_cache"), cache.cross_attention_cache),
-                ],
-                None,
+                [(pytree.MappingKey(n), getattr(cache, n)) for n in _CACHES],
+                list(_CACHES),
             ),
         )

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from attn_rewrite.capture import Captured, capture_model
 from attn_rewrite.containers import make_known
+from attn_rewrite.encoded import has_encoder, step_of
 from attn_rewrite.errors import PolicyError
 
 PAST = "past_key_values"
@@ -26,7 +27,13 @@ _NEEDED = 4  # two tokens of the past and two new ones: a length of 1 cannot be 
 
 def capture_step(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
     """Capture ``model`` at a step that goes on from a past; raises as `step_inputs` and
-    `capture_model` do."""
+    `capture_model` do.  Behind an encoder the step takes its keys and values (`encoded`)."""
+    if has_encoder(model):
+        given = _bound(model, args, kwargs)
+        _refuse(model, _why_not(model, given, "decoder_input_ids"))
+        encoded = step_of(model, given)
+        with encoded.hooked(model):
+            return capture_model(model, (), encoded.inputs)
     step = step_inputs(model, args, kwargs)
     handle = model.register_forward_pre_hook(_one_past, with_kwargs=True)
     try:
@@ -59,35 +66,43 @@ def step_inputs(
     ``position_ids`` [B, L]: under padding on the left only the caller can say them.  Raises
     `PolicyError` where the model has no such call, or the example is too short for one.
     """
-    parameters = inspect.signature(model.forward).parameters
-    given = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
-    for name, parameter in parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            given |= given.pop(name, {})
-    ids = given.get("input_ids")
-    reason = _why_not(model, parameters, ids)
-    if reason is not None or not isinstance(ids, torch.Tensor):
-        raise PolicyError(
-            f"{type(model).__name__} cannot be exported with its cache: {reason}; leave the cache "
-            "out, or name a decoder-only language model"
-        )
-    if _wants_positions(model, parameters, given):
+    given = _bound(model, args, kwargs)
+    _refuse(model, _why_not(model, given, "input_ids"))
+    if has_encoder(model):
+        _refuse(model, "its decoder stands behind an encoder, whose step is another")
+    if _wants_positions(model, inspect.signature(model.forward).parameters, given):
         given["position_ids"] = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    half = ids.shape[1] // 2
+    half = given["input_ids"].shape[1] // 2
     first, rest = _split(model, given, half)
     return {**rest, PAST: _past(model, first), "use_cache": True}
 
 
-def _why_not(model: nn.Module, parameters: Mapping[str, Any], ids: Any) -> str | None:
-    config = getattr(model, "config", None)
+def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    signature = inspect.signature(model.forward)
+    given = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            given |= given.pop(name, {})
+    return given
+
+
+def _refuse(model: nn.Module, reason: str | None) -> None:
+    if reason is not None:
+        raise PolicyError(
+            f"{type(model).__name__} cannot be exported with its cache: {reason}; leave the cache "
+            "out, or name a decoder-only or an encoder-decoder language model"
+        )
+
+
+def _why_not(model: nn.Module, given: Mapping[str, Any], tokens: str) -> str | None:
+    parameters, ids = inspect.signature(model.forward).parameters, given.get(tokens)
     if PAST not in parameters or "use_cache" not in parameters:
         return f"its forward takes no {PAST}"
-    if getattr(config, "is_encoder_decoder", False):
-        return "it is an encoder with a decoder, whose second cache comes from the encoder"
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
-        return "its example has no input_ids of [batch, length]"
+        return f"its example has no {tokens} of [batch, length]"
     if ids.shape[1] < _NEEDED:
-        return f"its example has {ids.shape[1]} tokens, expected at least {_NEEDED}"
+        return f"its example has {ids.shape[1]} {tokens}, expected at least {_NEEDED}"
     return None
 
 

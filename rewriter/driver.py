@@ -330,11 +330,13 @@ def _again(
     calibration: Any,
     cached: bool = False,
     packed: bool = False,
+    made: Plan | None = None,
 ) -> Any:
     """Capture and rewrite a source that moved: example inputs follow its device and dtype.
 
     ``cached``: a step with a past instead, lowered for ONNX, which has no other use for it;
-    ``packed``: such a step as a `PackedDecoder`.
+    ``packed``: such a step as a `PackedDecoder`.  Behind an encoder a step does what was planned
+    (``made``) of the attentions that it has.
     """
     from torch.utils import _pytree as pytree
 
@@ -364,10 +366,13 @@ def _again(
         return _packed(source, policy, plan, args, kwargs)
     if cached:
         from attn_rewrite.decoding import capture_step
+        from attn_rewrite.encoded import has_encoder
 
         watch = Stopwatch()
         with watch.stage("capture"):
             later = capture_step(source, args, kwargs)
+        if made is not None and has_encoder(source):
+            plan = made.among({s.name for s in find(canonicalize(later.graph)).sites})
         return optimize_captured(
             later, policy, watch, plan=plan, verify=True, source=None, rebuild=None, backend="onnx",
         )  # fmt: skip
@@ -382,8 +387,14 @@ def _packed(
 ) -> PackedDecoder:
     """A later step of ``source`` with its cache in few bits."""
     from attn_rewrite.decoding import capture_step
+    from attn_rewrite.encoded import has_encoder
     from attn_rewrite.packed_decoder import packed_decoder
 
+    if has_encoder(source):
+        raise PolicyError(
+            f"{type(source).__name__} has no packed cache: its decoder stands behind an encoder, "
+            "and only decoders alone are packed; use the model without one"
+        )
     step = capture_step(source, args, kwargs)
     findings = find(canonicalize(step.graph))
     return packed_decoder(step, findings, plan or make_plan(findings, policy), source)

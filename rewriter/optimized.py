@@ -116,13 +116,14 @@ class OptimizedModule(nn.Module):
         returns the present ones.
 
         Captured again, with a past that the source module computes from the first half of the
-        example.  Raises `PolicyError` where the model has no such forward.
+        example; behind an encoder with the encoder's keys and values in that past.  Raises
+        `PolicyError` where the model has no such forward.
         """
         if self._source is None or self._rebuild is None:
             raise AttnRewriteError(
                 "a cache needs the source module, which is not held here: optimize the original"
             )
-        later: OptimizedModule = self._rebuild(self._source, cached=True)
+        later: OptimizedModule = self._rebuild(self._source, cached=True, made=self.plan)
         carry_gates(self, later)
         return later
 

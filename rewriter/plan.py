@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,6 +116,13 @@ class Plan:
     def of(self, site: str) -> tuple[Step, ...]:
         """The steps of a Site, one per group of heads."""
         return tuple(s for s in self.steps if s.site == site)
+
+    def among(self, sites: Collection[str]) -> Plan:
+        """What is planned for ``sites`` alone."""
+        steps = tuple(s for s in self.steps if s.site in sites)
+        return replace(
+            self, steps=steps, refusals=tuple(r for r in self.refusals if r.site in sites)
+        )
 
     def exactness_of(self, site: str) -> Exactness:
         """The weakest promise among the steps of a Site."""

@@ -11,6 +11,7 @@ import math
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -463,13 +464,23 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not list(tmp_path.iterdir())
 
 
-def test_another_rounding_of_a_near_tie_is_allowed_and_no_more() -> None:
+@pytest.mark.parametrize(
+    ("spelled", "codes"),
+    [
+        (torch.round, [0.25, -1.0, 2.25, 0.5]),
+        (lambda x: x.sign() * (x.abs() + 0.5).floor(), [0.25, -1.0, 2.25, 0.75]),
+    ],
+    ids=["even", "away"],
+)
+def test_another_rounding_of_a_near_tie_is_allowed_and_no_more(
+    spelled: Callable[[torch.Tensor], torch.Tensor], codes: list[float]
+) -> None:
     """2.5 steps of a quarter: float32 may round it to 2 or 3, which is a quarter in the output."""
     from attn_rewrite.backends.onnx.oracle import expected
 
     class Codes(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {"codes": (x / 0.25).round() * 0.25, "plain": 2 * x}
+            return {"codes": spelled(x / 0.25) * 0.25, "plain": 2 * x, "low": (x + 7).floor()}
 
     program = torch.export.export(Codes(), (torch.zeros(4),))
     apart = expected(program, {"x": np.float32([0.3, -1.1, 2.2, 0.0])})
@@ -477,7 +488,8 @@ def test_another_rounding_of_a_near_tie_is_allowed_and_no_more() -> None:
     tie = expected(program, {"x": np.float32([0.3, -1.1, 2.2, 0.625])})
     assert 0.5 <= tie.bounds["codes"] < 0.5 + 1e-5
     assert tie.bounds["plain"] < 1e-5
-    np.testing.assert_array_equal(tie.outputs["codes"], [0.25, -1.0, 2.25, 0.5])
+    assert tie.bounds["low"] < 1e-5  # no rounding to the nearest: a step there is an error
+    np.testing.assert_array_equal(tie.outputs["codes"], codes)
 
 
 def test_a_mask_that_skips_nothing_is_not_called_sparse(tmp_path: Path) -> None:

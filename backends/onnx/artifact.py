@@ -201,22 +201,25 @@ def compare(
     for name, expected in reference.items():
         if name not in got:
             raise VerifyError(f"{what} has no output {name!r}; it has {', '.join(got)}.")
-        errors[name] = _error(name, got[name], np.asarray(expected))
+        errors[name] = _error(what, name, got[name], np.asarray(expected))
         if bound is not None and name not in bound:
             raise PolicyError(f"bound has no {name!r}; give one for every output of the reference.")
         allowed = _default_bound(got[name], expected) if bound is None else bound[name]
         if not errors[name] <= allowed:
             raise VerifyError(
-                f"{what} in ONNX Runtime: output {name!r} is off by {errors[name]:.3g}, allowed "
+                f"{what}: output {name!r} is off by {errors[name]:.3g}, allowed "
                 f"{allowed:.3g}; the export is wrong, please report it with the model."
             )
     return errors
 
 
-def _error(name: str, got: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
+def _error(
+    what: str, name: str, got: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]
+) -> float:
     if got.shape != expected.shape:
         raise VerifyError(
-            f"output {name!r} has shape {got.shape} in ONNX Runtime, expected {expected.shape}."
+            f"{what}: output {name!r} has shape {got.shape}, expected {expected.shape}; the file "
+            "is no export of this model, or the export is wrong."
         )
     if got.size == 0:
         return 0.0

@@ -114,7 +114,7 @@ def quantise_cache(model: ir.Model, codes: Codes, opset: int) -> None:
     """
     for index, past in enumerate(model.graph.inputs):
         name = input_name(past.name or "")
-        if is_past(name):
+        if is_past(name):  # keys of an encoder stay what they are
             _quantise(model, past, codes.scales[name], Recorder(f"cache_{index}", opset))
 
 

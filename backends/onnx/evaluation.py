@@ -9,6 +9,9 @@ import torch
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+aten = torch.ops.aten
+_SUMS = (aten.add.Scalar, aten.add.Tensor)
+
 
 class Evaluation(torch.fx.Interpreter):
     """Runs a program's graph; with ``wide`` all floating-point arithmetic happens in float64.
@@ -36,8 +39,10 @@ class Evaluation(torch.fx.Interpreter):
         if str(getattr(n.target, "_opname", "")) == "mapped_attention":
             return _mapped(_Rounding(self, n.name), *self.fetch_args_kwargs_from_env(n)[0])
         value = super().run_node(n)
-        if n.target is torch.ops.aten.round.default:
+        if n.target is aten.round.default:
             value = self.rounds(n.name, self.fetch_args_kwargs_from_env(n)[0][0], value)
+        elif n.target is aten.floor.default and _adds_half(n.args[0]):
+            value = self.rounds(n.name, self.fetch_args_kwargs_from_env(n)[0][0] - 0.5, value)
         if n.name not in self.held:
             return value
         self.seen[n.name] = value
@@ -56,19 +61,29 @@ class Evaluation(torch.fx.Interpreter):
         return pytree.tree_map(widened, super().call_function(target, args, kwargs))
 
 
+def _adds_half(value: Any) -> bool:
+    """Whether a node is ``x + 0.5``."""
+    added = value.args[1] if isinstance(value, torch.fx.Node) and value.target in _SUMS else None
+    return isinstance(added, float) and added == 0.5
+
+
 class _Rounding:
-    """Runs the operators of one node's cascade; every ``round`` among them is the evaluation's."""
+    """Runs the operators of one node's cascade; every rounding among them is the evaluation's."""
 
     def __init__(self, evaluation: Evaluation, name: str) -> None:
         self.evaluation, self.name = evaluation, name
+        self.halved: Any = None  # what the last operator gave, if that was x + 0.5
 
     def call(self, op: Any, *args: Any, **kwargs: Any) -> Any:
         """Run ``op``."""
         value = op(*args, **kwargs)
-        if op is not torch.ops.aten.round.default:
+        up = op is aten.floor.default and args[0] is self.halved
+        half = op in _SUMS and isinstance(args[1], float) and args[1] == 0.5
+        self.halved = value if half else None
+        if op is not aten.round.default and not up:
             return value
         self.name += "'"
-        return self.evaluation.rounds(self.name, args[0], value)
+        return self.evaluation.rounds(self.name, args[0] - 0.5 if up else args[0], value)
 
 
 def _mapped(build: _Rounding, q: Any, k: Any, v: Any, reads: Any, text: str, _: int) -> Any:

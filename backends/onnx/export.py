@@ -55,7 +55,11 @@ def export_onnx(
 
     ``cache`` ("float" or "int8") writes the later steps of a decoder instead: the file takes
     ``past_key_values.0.key`` [batch, heads, past, width] and so on (of length 0 at the first call)
-    and returns ``present.0.key``.  ``optimized`` has to hold its source module then.  An int8 cache
+    and returns ``present.0.key``.  ``optimized`` has to hold its source module then.  Behind an
+    encoder those are ``past_key_values.0.decoder.key`` and ``past_key_values.0.encoder.key``: the
+    encoder's are made by the first call, which is the file without ``cache`` (its outputs are
+    called ``present.0.encoder.key``, where the model returns its cache), and stay as they are, in
+    their own type; the file with one takes nothing else of the encoder.  An int8 cache
     is approximate: codes by scales per head and channel, measured on the example inputs; what that
     does to the other outputs is measured too (`OnnxArtifact.approximation`).
 
@@ -154,11 +158,14 @@ def _lowered(program: ExportedProgram, number: int, target: str, cache: str | No
 
     from attn_rewrite.backends.onnx import names
     from attn_rewrite.backends.onnx.coded import over_codes, with_codes
+    from attn_rewrite.backends.onnx.flex import without_flex
     from attn_rewrite.backends.onnx.markers import site_names
     from attn_rewrite.backends.onnx.sites import Destination, expand
     from attn_rewrite.backends.onnx.translate import finish, quiet, translate
 
+    source = program  # what the file is compared with
     with quiet():
+        program = without_flex(program)
         coded = with_codes(program, target == "portable")
         model = translate(coded, number)
         common.InlinePass()(model)  # the only functions of the file are its rewritten sites
@@ -173,7 +180,7 @@ def _lowered(program: ExportedProgram, number: int, target: str, cache: str | No
         called = names.axis_names(program)
         names.rename_axes(model, called)
         sites = tuple(replace(s, axis=called.get(s.axis, s.axis)) for s in sites)
-    return _Lowered(program, model, sites, codes)
+    return _Lowered(source, model, sites, codes)
 
 
 def _floats_chosen(sites: tuple[SiteLowering, ...], coded: set[str]) -> tuple[SiteLowering, ...]:

@@ -13,8 +13,14 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 _TAKEN_AXES = {0: "batch", 1: "sequence"}
-# What a cache of transformers is flattened to, and what runtimes call its parts.
-_CACHED = re.compile(r"past_key_values[._](key|value)_cache[._](\d+)")
+_PAST = "past_key_values"
+# What a cache of transformers is flattened to: one cache, or one of the decoder's own tokens and
+# one of the encoder's.
+_CACHED = re.compile(
+    rf"{_PAST}[._](?:(self|cross)_attention_cache[._])?"
+    r"(key|value)_cache[._](\d+)"
+)
+_OWNERS = {None: "", "self": "decoder.", "cross": "encoder."}
 
 
 def _part(key: Any) -> str:
@@ -37,33 +43,50 @@ def _leaf_paths(spec: pytree.TreeSpec) -> list[str]:
 
 
 def input_name(placeholder: str) -> str:
-    """The file's name for an input of the program: ``past_key_values.0.key`` for a cache's."""
-    found = _CACHED.fullmatch(placeholder)
-    return f"past_key_values.{found[2]}.{found[1]}" if found else placeholder
+    """The file's name for an input of the program: ``past_key_values.0.key`` for a cache's, with
+    an encoder ``past_key_values.0.decoder.key`` and ``past_key_values.0.encoder.key``."""
+    return _cached_name(placeholder, _PAST) or placeholder
+
+
+def _cached_name(path: str, head: str) -> str | None:
+    """What runtimes call a part of a cache; None for anything else."""
+    found = _CACHED.fullmatch(path)
+    if found is None:
+        return None
+    owner, part, layer = found.groups()
+    return f"{head}.{layer}.{_OWNERS[owner]}{part}"
 
 
 def is_past(name: str) -> bool:
-    """Whether an input of the file holds past keys or values."""
-    return name.startswith("past_key_values.")
+    """Whether an input of the file holds past keys or values, which a call appends to."""
+    return name.startswith(f"{_PAST}.") and not is_encoded(name)
+
+
+def is_encoded(name: str) -> bool:
+    """Whether an input of the file holds keys or values of the encoder, which no call changes."""
+    return name.startswith(f"{_PAST}.") and ".encoder." in name
 
 
 def output_names(program: ExportedProgram) -> list[str]:
     """Names of the tensor outputs: the keys of the returned tree, ``output`` for a single tensor.
 
     An index alone becomes ``output_0``; a name that an input or a weight has already gets the
-    suffix ``_output`` (a graph has one namespace); a cache's are ``present.0.key`` and so on.
-    Outputs that are no tensors have no name.
+    suffix ``_output`` (a graph has one namespace); a cache's are ``present.0.key`` and so on, as
+    inputs are called.  Outputs that are no tensors have no name.
     """
     paths = _leaf_paths(program.call_spec.out_spec)
     specs = [s for s in program.graph_signature.output_specs if s.kind == OutputKind.USER_OUTPUT]
-    taken = {*input_values(program), *program.state_dict, *program.constants}
+    inputs = input_values(program)
+    taken = {*inputs, *program.state_dict, *program.constants}
+    # A step behind an encoder returns the cache that it appends to alone.
+    own = "self_attention_cache." if any(map(is_encoded, inputs)) else ""
     names: list[str] = []
     for path, spec in zip(paths, specs, strict=True):
         if isinstance(spec.arg, ConstantArgument):
             continue
-        plain, cached = path.replace(".", "_"), _CACHED.fullmatch(path)
+        plain = path.replace(".", "_")
         name = f"output_{plain}" if plain[:1].isdigit() else plain or "output"
-        name = f"present.{cached[2]}.{cached[1]}" if cached else name
+        name = _cached_name(path.replace(f"{_PAST}.", f"{_PAST}.{own}"), "present") or name
         while name in taken:
             name += "_output"
         taken.add(name)
@@ -99,21 +122,26 @@ def axis_names(program: ExportedProgram) -> dict[str, str]:
 
     The first symbol met on axis 0 is ``batch``, and so is every later one of axis 0 that had the
     same size in the example (a mask's batch is a symbol of its own where the graph would broadcast
-    it); the first on axis 1 is ``sequence``; others are called after their input and axis.  Derived
-    sizes are expressions in these names.  With a cache the lengths of the past and of its mask are
-    ``past_sequence`` and ``total_sequence``.
+    it); the first on axis 1 is ``sequence``, that of a decoder behind an encoder
+    ``decoder_sequence``; others are called after their input and axis.  Derived sizes are
+    expressions in these names.  With a cache the lengths of the past and of its mask are
+    ``past_sequence`` and ``total_sequence``, and that of the encoder's keys ``encoder_sequence``.
     """
     names: dict[str, str] = {}
     batch: int | None = None
     values = input_values(program)
     decodes = any(map(is_past, values))
+    encoded = any(map(is_encoded, values))
     for tensor_name, value in values.items():
         for axis, size in enumerate(sizes_of(value)):
             symbol = str(size)
             if isinstance(size, int) or not symbol.isidentifier() or symbol in names:
                 continue
-            if decodes and (known := _of_a_step(tensor_name, axis)):
+            if decodes and (known := _of_a_step(tensor_name, axis, encoded)):
                 names[symbol] = known
+                continue
+            if (tensor_name, axis) == ("decoder_input_ids", 1):
+                names[symbol] = "decoder_sequence"
                 continue
             hint = _hint(size)
             common = _TAKEN_AXES.get(axis, "")
@@ -135,11 +163,17 @@ def axis_ranges(program: ExportedProgram) -> dict[str, tuple[int, int]]:
     }
 
 
-def _of_a_step(tensor: str, axis: int) -> str | None:
-    """The name of an axis whose length is the past's, or the past's and the new tokens'."""
-    if is_past(tensor) and axis == 2:
+def _of_a_step(tensor: str, axis: int, encoded: bool) -> str | None:
+    """The name of an axis whose length is the past's, the past's and the new tokens', or the
+    encoder's (there is one if ``encoded``)."""
+    if axis == 2 and is_past(tensor):
         return "past_sequence"
-    return "total_sequence" if (tensor, axis) == ("attention_mask", 1) else None
+    if axis == 2 and is_encoded(tensor):
+        return "encoder_sequence"
+    masks = {"attention_mask": "total_sequence"}
+    if encoded:
+        masks = {"attention_mask": "encoder_sequence", "decoder_attention_mask": "total_sequence"}
+    return masks.get(tensor) if axis == 1 else None
 
 
 def rename_inputs(model: ir.Model) -> None:
@@ -156,10 +190,9 @@ def _values(model: ir.Model) -> Iterator[ir.Value]:
 
 
 def rename_axes(model: ir.Model, names: dict[str, str]) -> None:
-    """Replace symbols in every shape of the model, inside expressions too."""
-    if not names:
-        return
-    pattern = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, names))})(?!\w)")
+    """Replace symbols in every shape of the model, inside expressions too; a symbol that is a
+    number becomes that number."""
+    pattern = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, names)) or '(?!)'})(?!\w)")
     for value in _values(model):
         if value.shape is None or value.shape.is_static():
             continue
@@ -171,8 +204,9 @@ def rename_axes(model: ir.Model, names: dict[str, str]) -> None:
         )
 
 
-def _renamed(pattern: re.Pattern[str], names: dict[str, str], text: str) -> str:
-    return pattern.sub(lambda match: names[match.group()], text)
+def _renamed(pattern: re.Pattern[str], names: dict[str, str], text: str) -> str | int:
+    renamed = pattern.sub(lambda match: names[match.group()], text)
+    return int(renamed) if renamed.isdecimal() else renamed
 
 
 def rename_outputs(model: ir.Model, names: list[str]) -> None:

@@ -22,6 +22,7 @@ from attn_rewrite.backends.onnx.evaluation import Evaluation, widened
 from attn_rewrite.backends.onnx.names import (
     input_name,
     input_values,
+    is_encoded,
     is_past,
     output_names,
     sizes_of,
@@ -232,8 +233,8 @@ def example_inputs(
     The second set has one more example in the batch and two thirds of the length, made by repeating
     and cutting the first.  A step with a cache is there without a past, and with one new token, as
     well.  So is a set on the other side of every one of ``switches`` (the symbol of a length, and a
-    number up to which a file runs something else) that none of the others reaches.  Empty where the
-    program holds no example inputs.
+    number up to which a file runs something else) that none of the others reaches, unless the
+    program has no such length.  Empty where the program holds no example inputs.
     """
     if program.example_inputs is None:
         return ()
@@ -248,9 +249,21 @@ def example_inputs(
     other = _other_sizes(program, traced, given)
     if not other:
         return (given,)
-    sizes = [other, *_across(other, _own_sizes(traced, given), switches)]
-    runs = [{n: _resized(traced[n], value, at) for n, value in given.items()} for at in sizes]
-    return (given, *runs, *_steps(given))
+    beyond = _across(other, _own_sizes(traced, given), switches)
+    first, *runs = (
+        {n: _resized(traced[n], value, at) for n, value in given.items()} for at in (other, *beyond)
+    )
+    return (given, first, *(run for run in runs if _is_served(program, run)), *_steps(given))
+
+
+def _is_served(program: ExportedProgram, inputs: Mapping[str, Any]) -> bool:
+    """Whether ``program`` itself takes inputs of these sizes: a table of positions may end before,
+    and a program does not say so in its ranges."""
+    try:
+        own_outputs(program, inputs)
+    except (IndexError, RuntimeError):
+        return False
+    return True
 
 
 def _own_sizes(traced: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, int]:
@@ -302,11 +315,13 @@ def _total(traced: Mapping[str, Any], sizes: Mapping[Any, int]) -> dict[Any, int
     """The length of a mask over past and new tokens, where the program holds it for a size of its
     own."""
     past = next((v.shape[2] for n, v in traced.items() if is_past(n)), None)
-    if past is None or "attention_mask" not in traced or "input_ids" not in traced:
+    own = "decoder_" if any(map(is_encoded, traced)) else ""
+    tokens, held = f"{own}input_ids", f"{own}attention_mask"
+    if past is None or held not in traced or tokens not in traced:
         return {}
-    parts = (past, traced["input_ids"].shape[1])
+    parts = (past, traced[tokens].shape[1])
     total = sum(n if isinstance(n, int) else int(n.node.expr.subs(sizes)) for n in parts)
-    mask = traced["attention_mask"].shape[1]
+    mask = traced[held].shape[1]
     free = isinstance(mask, torch.SymInt) and mask.node.expr.is_symbol
     return {mask.node.expr: total} if free else {}
 
@@ -316,13 +331,15 @@ def _steps(given: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     past = next((v.shape[2] for n, v in given.items() if is_past(n)), None)
     if past is None:
         return
+    own = "decoder_" if any(map(is_encoded, given)) else ""
+    mask, tokens = f"{own}attention_mask", (f"{own}input_ids", f"{own}position_ids")
     kept = {n: v[:, :, :0] if is_past(n) else v for n, v in given.items()}
-    if "attention_mask" in given:
-        kept["attention_mask"] = given["attention_mask"][:, past:]
+    if mask in given:
+        kept[mask] = given[mask][:, past:]
     yield kept
-    one = {n: v[..., :1] if n in ("input_ids", "position_ids") else v for n, v in given.items()}
-    if "attention_mask" in given:
-        one["attention_mask"] = given["attention_mask"][:, : past + 1]
+    one = {n: v[..., :1] if n in tokens else v for n, v in given.items()}
+    if mask in given:
+        one[mask] = given[mask][:, : past + 1]
     yield one
 
 

@@ -1,4 +1,10 @@
-"""The two products of attention: of floats, or of integer codes that travel as bytes."""
+"""The two products of attention: of floats, or of integer codes that travel as bytes.
+
+``DynamicQuantizeLinear`` would make codes in one pass instead of ten (with ``MatMulInteger`` half
+the time of a product of 2,048 tokens, 8 heads, width 64, on two threads), but others: one scale and
+a zero point over the range of a whole tensor, where a scheme has a scale per head, block or row
+about 0.  On normal numbers a quarter of its codes are the scheme's, so it expresses none exactly.
+"""
 
 from __future__ import annotations
 

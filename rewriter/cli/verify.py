@@ -13,6 +13,7 @@ from attn_rewrite.cli.terminal import Terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch.export import ExportedProgram
 
     from attn_rewrite.backends.onnx.artifact import Arrays
     from attn_rewrite.checkpoint import LoadedModel
@@ -49,7 +50,7 @@ def verify(directory: Directory, origin: Origin, options: ModelOptions, terminal
     replayed = rewrite(loaded, read_policy(None), terminal, plan=saved.plan)
     carry_gates(saved, replayed)
     with terminal.stage("comparing outputs with the rewritten original in float64"):
-        errors, bounds = _compare(directory, saved, replayed, loaded)
+        errors, bounds = _compare(directory, saved, replayed)
     document = {
         "directory": str(directory),
         "original": loaded.path,
@@ -90,7 +91,7 @@ def load_original(
 
 
 def _compare(
-    directory: Path, saved: OptimizedModule, replayed: OptimizedModule, loaded: LoadedModel
+    directory: Path, saved: OptimizedModule, replayed: OptimizedModule
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """Largest error per file and output, and the bound of each output; `VerifyError` over it."""
     from attn_rewrite.backends.onnx.artifact import against_program, compare
@@ -100,7 +101,7 @@ def _compare(
     inputs = example_inputs(replayed.program)[0]
     wanted = expected(replayed.program, inputs)
     bounds = dict(wanted.bounds)
-    own = _outputs(saved, loaded)
+    own = _outputs(saved, replayed.program)
     errors = {"model.pt2": compare("model.pt2", own, wanted.outputs, bounds)}
     for path in sorted(directory.glob("*.onnx")):
         about = _metadata(path)
@@ -133,16 +134,21 @@ def _metadata(path: Path) -> dict[str, str]:
     return {p.key: p.value for p in properties}
 
 
-def _outputs(model: OptimizedModule, loaded: LoadedModel) -> Arrays:
-    """The tensors a saved model returns, by output name."""
+def _outputs(model: OptimizedModule, replayed: ExportedProgram) -> Arrays:
+    """The tensors a saved model returns for the inputs of ``replayed``, by output name.
+
+    Those inputs are the user's, but for a batch of 1, which is captured as two.
+    """
     import torch
     from torch.utils import _pytree as pytree
 
     from attn_rewrite.backends.onnx.names import output_names
     from attn_rewrite.backends.onnx.oracle import as_arrays
 
+    assert replayed.example_inputs is not None  # it was captured just now
+    args, kwargs = replayed.example_inputs
     with torch.inference_mode():
-        result = model(*loaded.args, **loaded.kwargs)
+        result = model(*args, **kwargs)
     tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
     return as_arrays(dict(zip(output_names(model.program), tensors, strict=True)))
 
@@ -150,10 +156,17 @@ def _outputs(model: OptimizedModule, loaded: LoadedModel) -> Arrays:
 def _onnx_outputs(path: Path, inputs: dict[str, Any]) -> Arrays:
     from attn_rewrite.backends.onnx.oracle import as_arrays
     from attn_rewrite.backends.onnx.runtime import open_session, run_session
-    from attn_rewrite.errors import PolicyError
+    from attn_rewrite.errors import PolicyError, ToolError
 
     session = open_session(path)
     wanted = {value.name: value.shape for value in session.get_inputs()}
+    strange = [name for name in wanted if name not in inputs]
+    if strange:
+        raise ToolError(
+            f"{path.name} takes {', '.join(strange)}, and the original has {', '.join(inputs)}: "
+            "it is no export of this model; take it out of the folder, or export it again",
+            stage="onnx",
+        )
     given = as_arrays({name: value for name, value in inputs.items() if name in wanted})
     for name, array in given.items():
         pairs = list(zip(wanted[name], array.shape, strict=False))
