@@ -231,11 +231,15 @@ def test_every_pattern_is_walked() -> None:
     assert walked == set(names()) - {"blocks"}
 
 
-@pytest.mark.parametrize(("target", "key_heads"), [("portable", HEADS), ("onnxruntime", 2)])
+@pytest.mark.parametrize(
+    ("target", "key_heads"),
+    [("portable", 2), pytest.param("onnxruntime", HEADS, marks=pytest.mark.slow)],
+)
 def test_a_layer_for_every_pattern(target: str, key_heads: int, tmp_path: Path) -> None:
     check(walk(policies(first=True), tmp_path, target=target, key_heads=key_heads))
 
 
+@pytest.mark.slow
 def test_radial_at_a_length_that_it_is_for(tmp_path: Path) -> None:
     (policy,) = over("grid=16x8x16", "radial(@)")
     found = walk([policy], tmp_path, length=2048)
