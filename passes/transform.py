@@ -307,7 +307,7 @@ class SparsePattern(Transform):
         self, cascade: Cascade, site: Site, heads: tuple[int, ...]
     ) -> Cascade | Refusal:
         """Restrict the given heads; every other head keeps what it has."""
-        from attn_rewrite.cascade.attention import restrict
+        from attn_rewrite.cascade.attention import news, restrict
         from attn_rewrite.cascade.simplify import simplify
 
         mask = self.guard(site)
@@ -315,8 +315,9 @@ class SparsePattern(Transform):
             return mask
         # Term by term, so that what holds for every head already (causality) is not made to look
         # as if it depended on the head.
-        have, rest = set(cascade.guard_terms()), outside(heads)
-        terms = tuple(term | rest for term in conjuncts(simplify(mask)) if term not in have)
+        rest = outside(heads)
+        wanted = news(conjuncts(simplify(mask)), cascade.guard_terms())
+        terms = tuple(term | rest for term in wanted)
         return restrict(cascade, conjunction(terms)) if terms else cascade
 
     def admits(self, site: Site, named_kinds: tuple[str, ...] = ()) -> Refusal | None:
@@ -340,9 +341,18 @@ def _no_positions(transform: Transform, site: Site, named_kinds: tuple[str, ...]
         )
         return transform.refuse(site, f"{name}-position", reason)
     if site.kind in ("cross", "joint") and site.kind not in named_kinds:
+        what = f"this is {site.kind} attention between two sequences"
+        remedy = ""
+        lengths = (site.q_len, site.kv_len)
+        if site.kind == "cross" and not any(isinstance(n, int) for n in lengths):
+            what = (
+                f"queries and keys have lengths of their own here ({lengths[0]} and {lengths[1]}), "
+                "as two sequences have"
+            )
+            remedy = "give both lengths one Dim in dynamic_shapes where they are one sequence, or "
         reason = (
-            f"{name} compares positions, but this is {site.kind} attention between two "
-            f'sequences; write kind = "{site.kind}" in the rule to say that they are aligned'
+            f"{name} compares positions, but {what}; {remedy}write "
+            f'kind = "{site.kind}" in the rule to say that they are aligned'
         )
         return transform.refuse(site, f"{name}-{site.kind}", reason)
     return None

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
+from attn_rewrite.cascade.ir import Cascade
 from attn_rewrite.gates import Gate, emit_gates
 from attn_rewrite.graph import (
     Builder,
@@ -28,7 +29,8 @@ from attn_rewrite.passes.reorder.settle import Gathers, count_gathers, settle_or
 from attn_rewrite.site import Site
 from attn_rewrite.tables import Table
 
-SITE_KEY = "attn_rewrite_site"  # in the meta of the nodes that are built for a site
+# In the meta of the nodes that are built for a site: its name, and the text of its cascade.
+SITE_KEY, CASCADE_KEY = "attn_rewrite_site", "attn_rewrite_cascade"
 _PROVENANCE = ("nn_module_stack", "stack_trace", "torch_fn")
 
 
@@ -38,6 +40,10 @@ class Emits(Protocol):
     @property
     def name(self) -> str:
         """How the cascade is computed."""
+
+    @property
+    def cascade(self) -> Cascade:
+        """What is computed."""
 
     def emit(self, build: Builder, inputs: Sequence[Any]) -> Any:
         """Compute AV from Q, K, V and the reads, all in canonical layout."""
@@ -72,7 +78,8 @@ def splice(host: fx.GraphModule, replacements: Iterable[Replacement]) -> fx.Grap
         provenance = {
             k: item.site.anchor.meta[k] for k in _PROVENANCE if k in item.site.anchor.meta
         }
-        build.at(output, **{SITE_KEY: item.site.name}, **provenance)
+        marks = {SITE_KEY: item.site.name, CASCADE_KEY: str(item.kernel.cascade)}
+        build.at(output, **marks, **provenance)
         result = compute(build, item, twins)
         output.replace_all_uses_with(result)
         relax_views(result)
@@ -169,7 +176,8 @@ def compute(build: GraphBuilder, item: Replacement, twins: _Twins) -> Any:
     result = item.kernel.emit(build, inputs)
     if item.gates:
         assert build.point is not None
-        build.at(build.point, **{k: v for k, v in build.meta.items() if k != SITE_KEY})
+        unmarked = {k: v for k, v in build.meta.items() if k not in (SITE_KEY, CASCADE_KEY)}
+        build.at(build.point, **unmarked)
         local = partial(twins.local, build=build)
         module = twins.module_of(build.graph)
         result = emit_gates(build, site, item.gates, module, result, local, sizes)

@@ -10,7 +10,7 @@ from torch import fx
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
-from attn_rewrite.apply import SITE_KEY
+from attn_rewrite.apply import CASCADE_KEY, SITE_KEY
 from attn_rewrite.errors import CaptureError
 from attn_rewrite.graph import copy_graph, op_name
 
@@ -54,16 +54,18 @@ def export_again(
 
 
 def _with_sites(program: ExportedProgram, graph: fx.GraphModule) -> ExportedProgram:
-    """``program`` with the names that `splice` left on the nodes of ``graph``.
+    """``program`` with the names and cascades that `splice` left on the nodes of ``graph``.
 
     torch traces the graph anew and says of every node which one it came from.
     """
-    names = {n.name: n.meta[SITE_KEY] for n in graph.graph.nodes if SITE_KEY in n.meta}
+    marks = {
+        n.name: {key: n.meta[key] for key in (SITE_KEY, CASCADE_KEY) if key in n.meta}
+        for n in graph.graph.nodes
+        if SITE_KEY in n.meta
+    }
     for node in program.graph.nodes:
         sources = node.meta.get("from_node") or ()
-        name = next((names[s.name] for s in sources if s.name in names), None)
-        if name is not None:
-            node.meta[SITE_KEY] = name
+        node.meta.update(next((marks[s.name] for s in sources if s.name in marks), {}))
     return program
 
 

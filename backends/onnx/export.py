@@ -87,6 +87,7 @@ def export_onnx(
     made = _fitting(optimized, number, target, cache, static)
     model, codes = made.model, made.codes
     sites = _masks_named(optimized, made.sites)
+    sites = (*sites, *_left_alone(optimized, sites))
     _check_census(node_census(model), target)
     metadata = _metadata(optimized, target, number, [s.to_json() for s in sites])
     metadata |= _options_metadata(made, cache, static)
@@ -159,19 +160,24 @@ def _lowered(program: ExportedProgram, number: int, target: str, cache: str | No
     from attn_rewrite.backends.onnx import names
     from attn_rewrite.backends.onnx.coded import over_codes, with_codes
     from attn_rewrite.backends.onnx.flex import without_flex
-    from attn_rewrite.backends.onnx.markers import site_names
+    from attn_rewrite.backends.onnx.functions import FUNCTION_DOMAIN, gather_sites
+    from attn_rewrite.backends.onnx.markers import site_cascades, site_names
     from attn_rewrite.backends.onnx.sites import Destination, expand
+    from attn_rewrite.backends.onnx.strides import contiguous_attention
     from attn_rewrite.backends.onnx.translate import finish, quiet, translate
 
     source = program  # what the file is compared with
     with quiet():
         program = without_flex(program)
-        coded = with_codes(program, target == "portable")
+        coded = contiguous_attention(with_codes(program, target == "portable"))
         model = translate(coded, number)
-        common.InlinePass()(model)  # the only functions of the file are its rewritten sites
+        called_by = site_names(coded)
+        whole = gather_sites(model, called_by, site_cascades(coded))
+        # The only functions of the file are its rewritten sites.
+        common.InlinePass(criteria=lambda f: f.domain != FUNCTION_DOMAIN)(model)
         codes = _quantised(model, program, number) if cache == "int8" else None
         ranges = names.axis_ranges(program)
-        sites = expand(model, Destination(number, target, ranges, site_names(coded)))
+        sites = expand(model, Destination(number, target, ranges, called_by), whole)
         names.rename_inputs(model)
         names.rename_outputs(model, names.output_names(program))
         finish(model, number)
@@ -289,9 +295,11 @@ def node_census(model: ir.Model) -> dict[str, int]:
 def _dense_though_sparse(
     optimized: Any, sites: tuple[SiteLowering, ...]
 ) -> tuple[SiteLowering, ...]:
-    """Sites that the plan makes sparse and that would leave as a dense mask, or its causal half."""
+    """Sites that the plan makes sparse and that would leave as a dense mask, or its causal half,
+    though at fixed lengths more can be left out."""
     sparse = _sparse_sites(optimized)
-    return tuple(s for s in sites if s.name in sparse and s.form in ("dense mask", "half"))
+    wide = ("dense mask", "half")
+    return tuple(s for s in sites if s.name in sparse and s.form in wide and not s.covered)
 
 
 def _sparse_sites(optimized: Any) -> set[str]:
@@ -310,19 +318,48 @@ def _masks_named(optimized: Any, sites: tuple[SiteLowering, ...]) -> tuple[SiteL
     why = "every key is read, since the mask leaves out no whole blocks at this length"
     return tuple(
         replace(s, form="dense mask", detail=f"{s.detail}: {why}")
-        if s.name in sparse and s.form in ("dense", "Attention")
+        if s.name in sparse and s.form in ("dense", "Attention", "MultiHeadAttention")
         else s
         for s in sites
     )
+
+
+def _left_alone(optimized: Any, sites: tuple[SiteLowering, ...]) -> tuple[SiteLowering, ...]:
+    """Attentions of the report that keep their own operators, with the reason.
+
+    Those spelled with torch's operator are among ``sites`` whether they were rewritten or not.
+    """
+    from attn_rewrite.backends.onnx.lowering import SiteLowering
+    from attn_rewrite.graph import op_name
+
+    anchors = {s.name: s.anchor for s in getattr(optimized, "sites", ())}
+    reports = getattr(getattr(optimized, "report", None), "sites", ())
+    named = {s.name for s in sites}
+    left = []
+    for site in reports:
+        anchor = anchors.get(site.name)
+        if site.name in named or site.kernel is not None or anchor is None:
+            continue
+        if op_name(anchor) == "scaled_dot_product_attention":
+            continue
+        why = "; ".join(r.reason for r in site.refusals) or "the policy keeps it"
+        left.append(SiteLowering(site.name, "aten", "operators", f"left as it is: {why}"))
+    return tuple(left)
 
 
 def _refuse_dense(dense: tuple[SiteLowering, ...]) -> None:
     """A site that the plan makes sparse never leaves as a dense mask, or as its causal half."""
     if dense:
         reason = f"the plan makes it sparse, and here it would compute {dense[0].detail}"
+        remedy = (
+            "no tiles are made of probabilities that a policy maps: leave that out, or keep the "
+            "site dense."
+            if dense[0].operator == "aten"
+            else "export with fixed lengths (static=True, or --static and --length), where the "
+            "blocks to run are known, or keep the site exact."
+        )
         raise LowerError(
-            f"ONNX: {dense[0].name}: {reason}; export with fixed lengths (static=True, or --static "
-            "and --length), where the blocks to run are known, or keep the site exact.",
+            f"ONNX: {dense[0].name}: {reason}; {remedy}",
             [Refusal("onnx-dense-mask", s.detail, site=s.name) for s in dense],
         )
 

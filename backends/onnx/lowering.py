@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-_SKIPS = ("tiles", "half", "blocks", "GroupQueryAttention")
+_SKIPS = ("tiles", "half", "blocks", "einsums", "GroupQueryAttention")
 
 
 @dataclass(frozen=True)
@@ -16,11 +16,14 @@ class SiteLowering:
     the one side that the mask bounds, as the upper half under a causal one), ``"blocks"`` (only the
     blocks its mask keeps at these lengths: ``tiles`` are those and all), ``"dense mask"`` (every
     key is read and the mask applied: nothing is saved), ``"dense"`` (MatMul and Softmax over all
-    keys), ``"operators"`` (the graph's own) or the name of an operator
+    keys), ``"einsums"`` (the Einsums of a cascade, none over every pair of a query and a key),
+    ``"operators"`` (the graph's own) or the name of an operator
     (``GroupQueryAttention`` skips what lies above the diagonal).  ``detail`` says more in words;
     ``rows`` and ``width`` are the queries and keys of a step of the tiled form; ``choice`` says,
     for the target ``onnxruntime``, why this form and not one of its own operators.  Where an ``If``
     on the length decides, ``short`` is the form that runs where ``axis`` is up to ``switch``.
+    ``covered``: the mask leaves out no whole block that this form does not (or, at fixed lengths,
+    so few that lists of them cost more).
     """
 
     name: str
@@ -34,6 +37,7 @@ class SiteLowering:
     short: str = ""
     switch: int | None = None
     axis: str = ""
+    covered: bool = False
 
     @property
     def skips(self) -> bool:
@@ -55,4 +59,5 @@ class SiteLowering:
             "short": self.short,
             "switch": self.switch,
             "axis": self.axis,
+            "covered": self.covered,
         }

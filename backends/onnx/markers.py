@@ -24,7 +24,8 @@ from attn_rewrite.site import Refusal
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-SITE_KEY = "attn_rewrite_site"  # set by attn_rewrite.apply on the nodes it splices in
+# Set by attn_rewrite.apply on the nodes it splices in.
+SITE_KEY, CASCADE_KEY = "attn_rewrite_site", "attn_rewrite_cascade"
 MARKER_DOMAIN = "attn_rewrite.export"
 TILED, SDPA = "TiledAttention", "ScaledDotProductAttention"
 CODED = "CodedAttention"
@@ -114,34 +115,64 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     return table
 
 
-def _origins(sources: Sequence[Any]) -> Iterator[str]:
-    """Names of the nodes a traced node came from, nearest first (torch's ``from_node`` chain)."""
+Origin = tuple[int, str]  # a node by the identity of its graph and its name
+
+
+def _origins(sources: Sequence[Any]) -> Iterator[Origin]:
+    """The nodes a traced node came from, nearest first (torch's ``from_node`` chain)."""
     for source in sources:
-        yield source.name
+        yield source.graph_id, source.name
         yield from _origins(source.from_node or ())
 
 
-def site_name(node: ir.Node, given: Mapping[str, str], taken: Sequence[str]) -> str:
+def _meta(node: ir.Node) -> Mapping[str, Any]:
+    """What torch says of the graph node that ``node`` was made for."""
+    return getattr(node.meta.get("node"), "meta", {})
+
+
+def origin_of(node: ir.Node, given: Mapping[Origin, str]) -> str | None:
+    """The site among those ``given`` by graph node that ``node`` was made for, if any.
+
+    A graph that it came from through several others has names of its own, which may be those of
+    other nodes here: names count only where no graph of the chain is known.
+    """
+    origins = list(_origins(_meta(node).get("from_node") or ()))
+    graphs = {graph for graph, _ in given}
+    if any(graph in graphs for graph, _ in origins):
+        return next((given[origin] for origin in origins if origin in given), None)
+    by_name = {name: site for (_, name), site in given.items()}
+    return next((by_name[name] for _, name in origins if name in by_name), None)
+
+
+def site_name(node: ir.Node, given: Mapping[Origin, str], taken: Sequence[str]) -> str:
     """The name the rewrite gave to the graph node, else its module path with an index."""
-    meta = getattr(node.meta.get("node"), "meta", {})
-    for origin in _origins(meta.get("from_node") or ()):
-        if origin in given:
-            return given[origin]
+    found = origin_of(node, given)
+    if found is not None:
+        return found
+    meta = _meta(node)
     stack = list((meta.get("nn_module_stack") or {}).values())
     path = stack[-1][0].removeprefix("L['self'].") if stack else ""
     base = path or "attention"
     return f"{base}.{sum(n.rpartition('.')[0] == base for n in taken)}"
 
 
-def site_names(program: ExportedProgram) -> dict[str, str]:
+def site_names(program: ExportedProgram) -> dict[Origin, str]:
     """Site names by graph node, as splicing left them on the nodes of rewritten attention."""
-    nodes = [
-        n
-        for module in program.graph_module.modules()
-        if isinstance(module, torch.fx.GraphModule)
-        for n in module.graph.nodes
-    ]
-    return {n.name: n.meta[SITE_KEY] for n in nodes if SITE_KEY in n.meta}
+    nodes = _nodes(program)
+    return {(id(n.graph), n.name): n.meta[SITE_KEY] for n in nodes if SITE_KEY in n.meta}
+
+
+def site_cascades(program: ExportedProgram) -> dict[str, str]:
+    """The texts of the cascades of rewritten sites, as splicing left them."""
+    both = (SITE_KEY, CASCADE_KEY)
+    found = (n.meta for n in _nodes(program) if all(key in n.meta for key in both))
+    return {meta[SITE_KEY]: meta[CASCADE_KEY] for meta in found}
+
+
+def _nodes(program: ExportedProgram) -> Iterator[torch.fx.Node]:
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            yield from module.graph.nodes
 
 
 def attribute(node: ir.Node, name: str) -> Any:

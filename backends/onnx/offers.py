@@ -33,9 +33,11 @@ from attn_rewrite.backends.onnx.tiles import (
     TilePlan,
     choose_plan,
     emit_attention,
+    fixed_lengths,
     plan_tiles,
 )
 from attn_rewrite.cascade.attention import SoftmaxAttention
+from attn_rewrite.cascade.simplify import is_causal_term
 
 TILED, SDPA = "tiled_attention", "scaled_dot_product_attention"
 NO_SPARSE = "SparseAttention computes the dense product on the CPU"
@@ -62,7 +64,7 @@ def tiled_offers(
     """Forms of a tiled attention over ``formal`` (constants are looked up in ``given``), our own
     first, and why operators of ONNX Runtime's own are none."""
     plan = choose_plan(form, given, rows)
-    said = tiled_lowering(name, form, plan)
+    said = tiled_lowering(name, form, plan, None not in fixed_lengths(given))
     own = Offer(said, plan, lambda r: emit_attention(r, formal, form, plan))
     against = why_not_whole(form, formal)
     if against is not None:
@@ -70,17 +72,20 @@ def tiled_offers(
     return [own, _whole(name, TILED, form, formal)], [NO_SPARSE]
 
 
-def tiled_lowering(name: str, form: SoftmaxAttention, plan: Plan) -> SiteLowering:
-    """What is said of ``form`` in the tiles of ``plan``."""
+def tiled_lowering(name: str, form: SoftmaxAttention, plan: Plan, fixed: bool) -> SiteLowering:
+    """What is said of ``form`` in the tiles of ``plan``; ``fixed``: its lengths are."""
     if isinstance(plan, BlockPlan):
         counts = (plan.executed, plan.total)
         return SiteLowering(name, TILED, "blocks", str(plan), plan.block, tiles=counts)
     kind, detail = "half" if plan.reach else "tiles", str(plan)
     if plan.dense:
         kind = "dense mask"
-        detail = f"every key of {_rows(plan)} queries a step: no fixed band in {form.guard}"
+        why = "the mask leaves out no whole blocks at this length"
+        why = why if fixed else f"no fixed band in {form.guard}"
+        detail = f"every key of {_rows(plan)} queries a step: {why}"
     width = plan.width if isinstance(plan, TilePlan) else None
-    return SiteLowering(name, TILED, kind, detail, _rows(plan), width)
+    covered = fixed or is_causal_term(form.guard) is not None
+    return SiteLowering(name, TILED, kind, detail, _rows(plan), width, covered=covered)
 
 
 def _rows(plan: TilePlan | HeadPlan) -> int:
@@ -103,7 +108,7 @@ def sdpa_offers(
     own = _dense(name, inputs, options, opset)
     if form is not None and fits_tiles(inputs):
         plan = plan_tiles(form)
-        said = SiteLowering(name, SDPA, "half", str(plan), plan.rows)
+        said = SiteLowering(name, SDPA, "half", str(plan), plan.rows, covered=True)
         own = Offer(said, plan, lambda r: emit_attention(r, inputs, form, plan))
     against = f"{MULTI_HEAD} computes the upper half"
     if form is None:

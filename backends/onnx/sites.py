@@ -6,7 +6,6 @@ function of the model that carries its name and its cascade.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -17,6 +16,7 @@ from attn_rewrite.backends.onnx.cached import why_not as why_not_grouped
 from attn_rewrite.backends.onnx.choice import Ranges
 from attn_rewrite.backends.onnx.contrib import DOMAIN
 from attn_rewrite.backends.onnx.dense import SdpaOptions
+from attn_rewrite.backends.onnx.functions import FUNCTION_DOMAIN, Heading, as_function, parameters
 from attn_rewrite.backends.onnx.graph import Recorder
 from attn_rewrite.backends.onnx.lowering import SiteLowering
 from attn_rewrite.backends.onnx.mapped import mapping_of
@@ -24,6 +24,7 @@ from attn_rewrite.backends.onnx.markers import (
     CODED,
     MARKER_DOMAIN,
     TILED,
+    Origin,
     attribute,
     form_of,
     site_name,
@@ -31,14 +32,18 @@ from attn_rewrite.backends.onnx.markers import (
 )
 from attn_rewrite.backends.onnx.offers import record, sdpa_offers, tiled_lowering, tiled_offers
 from attn_rewrite.backends.onnx.repeats import keys_once
-from attn_rewrite.backends.onnx.tiles import DEFAULT_ROWS, HeadPlan, choose_plan, emit_attention
+from attn_rewrite.backends.onnx.tiles import (
+    DEFAULT_ROWS,
+    HeadPlan,
+    choose_plan,
+    emit_attention,
+    fixed_lengths,
+)
 from attn_rewrite.backends.torch.staged import prepared
 from attn_rewrite.cascade.attention import SoftmaxAttention, softmax_cascade
 from attn_rewrite.cascade.expr import TRUE
 from attn_rewrite.errors import LowerError
 from attn_rewrite.site import Refusal
-
-FUNCTION_DOMAIN = "attn_rewrite"
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Destination:
     opset: int
     target: str = "portable"
     ranges: Ranges = field(default_factory=dict)
-    names: Mapping[str, str] = field(default_factory=dict)
+    names: Mapping[Origin, str] = field(default_factory=dict)
 
 
 def _expand_one(
@@ -65,7 +70,7 @@ def _expand_one(
         if reason is None:
             return _expand_grouped(model, r, node, name, form)
         cached = [reason] if padding_of(form) is not None else []
-    formal = _parameters(r, given) if tiled else given
+    formal = parameters(r.prefix, given) if tiled else given
     if tiled:
         rows = attribute(node, "block") or DEFAULT_ROWS
         offers, against = tiled_offers(name, form_of(node, name), formal, given, rows)
@@ -89,7 +94,7 @@ def _expand_coded(
     """Attention over codes, or with mapped probabilities: our own tiles on every target."""
     r, given, staged = Recorder(prefix, to.opset), _given(node), staged_of(node)
     form = prepared(staged, fold=False).form
-    formal, mapping = _parameters(r, given), mapping_of(staged)
+    formal, mapping = parameters(r.prefix, given), mapping_of(staged)
     plan = choose_plan(form, given, attribute(node, "block") or DEFAULT_ROWS)
     if mapping is not None and mapping.whole_peak and isinstance(plan, HeadPlan):
         reason = "one statistic of all heads' probabilities, and its heads differ in their keys"
@@ -100,7 +105,7 @@ def _expand_coded(
     value = emit_attention(r, formal, form, plan, mapping)
     call = _as_function(model, r, node, name, (formal, given), (value,))
     _replace(node, name, [call], {node.outputs[0]: call.outputs[0]})
-    said = tiled_lowering(name, form, plan)
+    said = tiled_lowering(name, form, plan, None not in fixed_lengths(given))
     coded = [n for x, n in ((given[0], "Q K"), (given[2], "P V")) if x.dtype == ir.DataType.UINT8]
     how = f"; integer products {' and '.join(coded)}" if coded else ""
     kind = "dense" if said.form == "dense mask" and form.guard == TRUE else said.form
@@ -124,14 +129,6 @@ def _options_of(node: ir.Node) -> SdpaOptions:
         grouped=bool(attribute(node, "gqa")),
         scale=float(text) if text else None,
     )
-
-
-def _parameters(r: Recorder, given: Sequence[ir.Value]) -> list[ir.Value]:
-    """The inputs of a function for ``given``: of the same types and shapes."""
-    return [
-        ir.Value(name=f"{r.prefix}/input_{i}", shape=x.shape, type=x.type)
-        for i, x in enumerate(given)
-    ]
 
 
 def _give_keys_once(node: ir.Node, name: str) -> None:
@@ -175,7 +172,7 @@ def _expand_grouped(
     assert found[0] is not None  # `why_not_grouped` was asked
     assert found[1] is not None
     given = [q, *(x for c in found if c for x in (c.past, c.new, c.scale) if x is not None), *masks]
-    formal = _parameters(r, given)
+    formal = parameters(r.prefix, given)
     mine = dict(zip(given, formal, strict=True))
     caches = [
         replace(c, past=mine[c.past], new=mine[c.new], scale=c.scale and mine[c.scale])
@@ -206,35 +203,18 @@ def _as_function(
     inputs: tuple[list[ir.Value], list[ir.Value]],
     outputs: tuple[ir.Value, ...],
 ) -> ir.Node:
-    """What was recorded as a function of the model under the site's name; the call of it.
-
-    ``inputs`` are the function's own and the values given for them.  A runtime that knows the
-    operator may use its own kernel; every other one runs the body.
-    """
-    formal, given = inputs
-    body = ir.Graph(formal, outputs, nodes=r.nodes, opset_imports={"": r.opset}, name=name)
-    text = attribute(node, "cascade")
-    plain = re.sub(r"[^A-Za-z0-9_]", "_", name)
-    operator = f"site_{plain}" if plain[:1].isdigit() else plain
-    function = ir.Function(FUNCTION_DOMAIN, operator, "", graph=body, attributes=[])
-    if function.identifier() in model.functions:  # "a.b" and "a_b" are one operator name
-        function.name = f"{operator}_{r.prefix}"
-    function.doc_string = text
-    function.metadata_props["attn_rewrite.cascade"] = text
-    model.functions[function.identifier()] = function
-    call = ir.node(
-        function.name, given, domain=FUNCTION_DOMAIN, name=f"{r.prefix}/call",
-        num_outputs=len(outputs),
-    )  # fmt: skip
-    for i, value in enumerate(call.outputs):
-        value.name = f"{r.prefix}/output" + (f"_{i}" if i else "")
-    return call
+    """What was recorded as a function of the model under the site's name; the call of it."""
+    heading = Heading(name, r.prefix, attribute(node, "cascade"))
+    return as_function(model, heading, r.nodes, inputs, outputs, {"": r.opset})
 
 
-def expand(model: ir.Model, to: Destination) -> tuple[SiteLowering, ...]:
+def expand(
+    model: ir.Model, to: Destination, whole: Sequence[SiteLowering] = ()
+) -> tuple[SiteLowering, ...]:
     """Replace every marker in the model, its functions and nested graphs by the target's operators.
 
-    A named site without a marker was left as plain operators, and the result says so.
+    ``whole`` are sites that are functions already.  A named site that is neither was left as plain
+    operators, and the result says so.
     """
     found: list[SiteLowering] = []
     for owner in (model.graph, *tuple(model.functions.values())):
@@ -252,6 +232,7 @@ def expand(model: ir.Model, to: Destination) -> tuple[SiteLowering, ...]:
     for owner in (model.graph, *model.functions.values()):
         if any(n.domain == DOMAIN for n in ir.traversal.RecursiveGraphIterator(owner)):
             owner.opset_imports[DOMAIN] = model.opset_imports[DOMAIN] = 1
-    marked = {s.name for s in found}
+    marked = {s.name for s in (*found, *whole)}
     plain = [name for name in dict.fromkeys(to.names.values()) if name not in marked]
-    return (*found, *(SiteLowering(n, "aten", "operators", "as in the graph") for n in plain))
+    left = (SiteLowering(n, "aten", "operators", "as in the graph") for n in plain)
+    return (*found, *whole, *left)

@@ -111,12 +111,13 @@ def choose_plan(form: SoftmaxAttention, inputs: Sequence[ir.Value], rows: int) -
     """Bands that follow the queries where the mask has them, else the blocks of its cover.
 
     Blocks need fixed lengths.  They also replace bands that are the same for all heads where the
-    cover is much smaller, as it is where heads differ.
+    cover is much smaller, as it is where heads differ, and a step over every key where it is
+    smaller at all.
     """
     bands = plan_tiles(form, rows)
-    q, k, _, *reads = inputs
-    sizes = [None if x.shape is None else x.shape[i] for x, i in ((q, 1), (q, 2), (k, 2))]
-    heads, q_len, kv_len = (n if isinstance(n, int) else None for n in sizes)
+    q, _, _, *reads = inputs
+    heads = q.shape[1] if q.shape is not None and isinstance(q.shape[1], int) else None
+    q_len, kv_len = fixed_lengths(inputs)
     if heads is None or form.guard in (TRUE, FALSE):
         return bands
     if q_len is None or kv_len is None:
@@ -126,7 +127,15 @@ def choose_plan(form: SoftmaxAttention, inputs: Sequence[ir.Value], rows: int) -
     problem = Problem(heads, form.group, q_len, kv_len, batch)
     blocks = plan_blocks(form.guard, problem, rows, _known(reads, form))
     band_pairs = heads * bands.pairs(q_len, kv_len)
-    return blocks if blocks.pairs <= WORTH_BLOCKS * band_pairs else bands
+    enough = band_pairs - 1 if bands.dense else WORTH_BLOCKS * band_pairs
+    return blocks if blocks.pairs <= enough else bands
+
+
+def fixed_lengths(inputs: Sequence[ir.Value]) -> tuple[int | None, int | None]:
+    """The lengths of q and k; None where they are dynamic."""
+    sizes = (None if x.shape is None else x.shape[2] for x in inputs[:2])
+    q_len, kv_len = (n if isinstance(n, int) else None for n in sizes)
+    return q_len, kv_len
 
 
 def plan_heads(form: SoftmaxAttention, heads: int, rows: int) -> HeadPlan:

@@ -41,11 +41,10 @@ def translate(program: ExportedProgram, opset: int) -> ir.Model:
     import torch
 
     from attn_rewrite.backends.onnx.markers import translations
-    from attn_rewrite.backends.onnx.strides import contiguous_attention
 
     try:
         exported = torch.onnx.export(
-            contiguous_attention(program),
+            program,
             dynamo=True,
             opset_version=opset,
             optimize=False,
@@ -114,8 +113,9 @@ def _drop_traces(model: ir.Model) -> None:
     import onnx_ir as ir
 
     owners: list[Any] = [model.graph, *model.graph.inputs, *model.graph.initializers.values()]
-    for node in ir.traversal.RecursiveGraphIterator(model.graph):
-        owners += [node, *node.outputs]
-    for owner in owners:
-        for key in [k for k in owner.metadata_props if k.startswith("pkg.")]:
-            del owner.metadata_props[key]
+    for owner in (model.graph, *model.functions.values()):
+        for node in ir.traversal.RecursiveGraphIterator(owner):
+            owners += [node, *node.outputs]
+    for held in owners:
+        for key in [k for k in held.metadata_props if k.startswith("pkg.")]:
+            del held.metadata_props[key]

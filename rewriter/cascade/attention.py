@@ -11,6 +11,7 @@ head ``h // group`` when query heads share key heads.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from attn_rewrite.cascade.expr import (
@@ -30,6 +31,7 @@ from attn_rewrite.cascade.expr import (
     call,
     conjunction,
     conjuncts,
+    disjuncts,
     substitute,
     walk,
 )
@@ -148,11 +150,21 @@ def _sink(cascade: Cascade) -> Expr | None:
     return top.expr.children[1]
 
 
+def news(terms: tuple[Expr, ...], have: Iterable[Expr]) -> tuple[Expr, ...]:
+    """The ``terms`` of a conjunction that neither ``have`` nor one another imply: ``a | b`` says
+    nothing beside ``a``."""
+    known = {*have}
+    every = known | {*terms}
+    return tuple(
+        t for t in terms if t not in known and not any(d in every - {t} for d in disjuncts(t))
+    )
+
+
 def restrict(cascade: Cascade, mask: Expr) -> Cascade:
     """Keep only the pairs of ``mask``: every Einsum that iterates q and kv gets it as a guard.
 
-    The mask is brought to normal form; terms already present are not repeated, so the same object
-    comes back when nothing changes.
+    The mask is brought to normal form; terms already present are not repeated, nor those that
+    present ones imply, so the same object comes back when nothing changes.
     """
     wanted = conjuncts(simplify(mask))
 
@@ -163,7 +175,7 @@ def restrict(cascade: Cascade, mask: Expr) -> Cascade:
         if not iterates_pairs:
             return e
         have = conjuncts(e.guard)
-        new = tuple(t for t in wanted if t not in have)
+        new = news(wanted, have)
         return replace(e, guard=conjunction(have + new)) if new else e
 
     body = tuple(guarded(s) if isinstance(s, Einsum) else s for s in cascade.body)

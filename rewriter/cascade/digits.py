@@ -34,6 +34,8 @@ COMPARISONS = frozenset({"lt", "le", "gt", "ge", "eq", "ne"})
 _NEGATED = {"lt": "ge", "ge": "lt", "gt": "le", "le": "gt", "eq": "ne", "ne": "eq"}
 # Products a mask may expand to before the closed form is given up.
 TERM_LIMIT = 600
+# Pairs of products a conjunction may try: each asks for a relation of its own.
+PAIR_LIMIT = 1 << 13
 RANKS = ("q", "kv")
 
 Atoms = tuple[frozenset[Expr], ...]  # per digit
@@ -190,7 +192,7 @@ class Expansion:
 
     def times(self, left: Sum, right: Sum) -> Sum:
         """The conjunction."""
-        if len(left) * len(right) > TERM_LIMIT**2:
+        if len(left) * len(right) > PAIR_LIMIT:
             raise FactorError("the mask has too many products")
         out: Sum = {}
         for a, m in left.items():
@@ -298,7 +300,10 @@ class Expansion:
             other = call_of(op, rest.plus(Affine({}, float(value))))
             if self._is_empty(second, frozenset({other})):
                 continue
-            total = self.plus(total, self.one({first: eq(summand, int(value)), second: other}))
+            # Of a value of its own each, so no product is there already.
+            total |= self.one({first: eq(summand, int(value)), second: other})
+            if len(total) > TERM_LIMIT:
+                raise FactorError(f"the mask has more than {TERM_LIMIT} products")
         return total
 
     def _values(self, level: int, summand: Expr) -> list[int]:

@@ -325,6 +325,13 @@ def conjuncts(mask: Expr) -> tuple[Expr, ...]:
     return () if mask == TRUE else (mask,)
 
 
+def disjuncts(mask: Expr) -> tuple[Expr, ...]:
+    """The terms of a disjunction, nested ``|`` flattened."""
+    if isinstance(mask, Call) and mask.op == "or":
+        return disjuncts(mask.args[0]) + disjuncts(mask.args[1])
+    return (mask,)
+
+
 def conjunction(terms: tuple[Expr, ...]) -> Expr:
     """``&`` of the terms; literal True when there are none."""
     if not terms:
