@@ -160,7 +160,9 @@ def _allowed(
     if not wide.size:
         return 0.0
     finite = np.isfinite(wide) & np.isfinite(own)
-    error = np.max(np.abs(own.astype(np.float64) - wide), where=finite, initial=0.0)
+    with np.errstate(invalid="ignore"):  # -inf of a row without keys in both: left out
+        apart = np.abs(own.astype(np.float64) - wide)
+    error = np.max(apart, where=finite, initial=0.0)
     size = np.max(np.abs(wide), where=finite, initial=0.0)
     # Rounding errors of independent contractions add up like a random walk.
     return float(max(2 * error, 4 * eps * math.sqrt(max(depth, 1)) * size))
