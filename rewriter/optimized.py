@@ -36,6 +36,10 @@ class OptimizedModule(nn.Module):
     in.
     """
 
+    plan: Plan
+    report: Report
+    sites: tuple[Site, ...]
+
     def __init__(
         self,
         graph: fx.GraphModule,
@@ -50,9 +54,7 @@ class OptimizedModule(nn.Module):
     ) -> None:
         super().__init__()
         self._adopt(graph)
-        self.plan = plan
-        self.report = report
-        self.sites = sites
+        self._say(plan, report, sites)
         self._hold("_source", source)
         self._hold("_rebuild", rebuild)
         self._hold("_make_program", program)
@@ -83,6 +85,16 @@ class OptimizedModule(nn.Module):
     def _hold(self, name: str, value: Any) -> None:
         """Keep a reference that is not part of the module tree."""
         object.__setattr__(self, name, value)
+
+    def _say(self, plan: Plan, report: Report, sites: tuple[Site, ...]) -> None:
+        """What was done: held beside the module tree, where a model may have the same names."""
+        self._hold("plan", plan)
+        self._hold("report", report)
+        self._hold("sites", sites)
+
+    def replace_report(self, report: Report) -> None:
+        """Take another report, from one who knows more of the inputs than `optimize` does."""
+        self._hold("report", report)
 
     def _hold_form(self, form: CallForm | None) -> None:
         """Take calls in ``form``; without one, as the graph was captured."""
@@ -194,7 +206,7 @@ class OptimizedModule(nn.Module):
 
     def _become(self, other: OptimizedModule) -> None:
         self._adopt(other._graph)
-        self.plan, self.report, self.sites = other.plan, other.report, other.sites
+        self._say(other.plan, other.report, other.sites)
         for name in ("_make_program", "_program"):
             self._hold(name, getattr(other, name))
         self._hold_form(other._form)
@@ -254,7 +266,7 @@ class OptimizedModule(nn.Module):
         for name in ("_rebuild", "_make_program", "_form", "_folder"):
             new._hold(name, getattr(self, name))
         new._hold("_program", None if self._make_program else self._program)
-        new.plan, new.report, new.sites = self.plan, self.report, self.sites
+        new._say(self.plan, self.report, self.sites)
         new._adopt(copy.deepcopy(self._graph, memo))
         new.training = self.training
         return new

@@ -134,6 +134,29 @@ def test_module_contract(block: Block, optimized: ar.OptimizedModule) -> None:
         optimized.no_such_attribute  # noqa: B018
 
 
+def test_a_model_may_have_modules_called_as_ours_are() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.plan, self.report, self.sites = Block(), nn.Linear(32, 32), nn.LayerNorm(32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.sites(self.report(self.plan(x)["hidden"]))
+            return out
+
+    torch.manual_seed(0)
+    model, x = Named().eval(), torch.randn(2, 12, 32)
+    done = ar.optimize(model, "exact", (x,))
+    assert [site.name for site in done.sites] == ["plan#0"]
+    assert [site.status for site in done.report.sites] == ["rewritten"]
+    assert list(done.state_dict()) == list(model.state_dict())
+    torch.testing.assert_close(done(x), model(x))
+    moved = copy.deepcopy(done)
+    assert moved.plan == done.plan
+    expected = model(x)
+    torch.testing.assert_close(moved.double()(x.double()).float(), expected)
+
+
 def test_call_signature(block: Block) -> None:
     """Positional and keyword calls are the original's; what was not captured is refused by name."""
     x, scale = torch.randn(2, 12, 32), torch.tensor(0.5)

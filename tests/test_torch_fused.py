@@ -134,6 +134,20 @@ def test_a_mask_of_the_batch_entry_is_read_in_every_call(rows: list[fused.Unit])
     assert {unit.batch for unit in rows} == {(0, 1), (1, 2)}
 
 
+@pytest.mark.parametrize("group", [1, 2])
+def test_heads_that_cut_the_same_blocks_in_other_places(
+    group: int, rows: list[fused.Unit]
+) -> None:
+    shape = (2, 4, group, 40, 40, 8, 8, 8)
+    q, k, v = operands(shape, torch.float64)
+    guard = (Q >= KV) & (Q - KV < 9 + H)
+    keep = keep_of(lambda h, q, k, ql, kl: (q >= k) & (q - k < 9 + h), 4, 40, 40)
+    for _ in range(2):  # the second call finds its squares
+        got = tiled_attention(q, k, v, [], str(attention(guard, group=group)), 8)
+        assert_close(got, reference(q, k, v, keep, 0.3), _eager(q, k, v, keep, 0.3))
+    assert rows
+
+
 def test_a_square_is_evaluated_once(
     rows: list[fused.Unit], monkeypatch: pytest.MonkeyPatch
 ) -> None:

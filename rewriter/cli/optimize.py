@@ -147,7 +147,7 @@ def rewrite(
     # Only here it is known where the inputs came from.
     inputs = next((note for note in loaded.notes if note.startswith("inputs ")), "user's")
     notes = (*(note for note in loaded.notes if note != inputs), *optimized.report.notes)
-    optimized.report = replace(optimized.report, inputs=inputs, notes=notes)
+    optimized.replace_report(replace(optimized.report, inputs=inputs, notes=notes))
     return optimized
 
 
