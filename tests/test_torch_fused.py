@@ -148,6 +148,16 @@ def test_heads_that_cut_the_same_blocks_in_other_places(
     assert rows
 
 
+def test_squares_of_other_heights_are_not_the_same(rows: list[fused.Unit]) -> None:
+    """The last row is a query shorter, and what it keeps of the last key has the same bits."""
+    q, k, v = operands((1, 2, 1, 15, 9, 8, 8, 8), torch.float64)
+    guard = (Q % 8 < 3) | (KV < 8)
+    keep = keep_of(lambda h, q, k, ql, kl: (q % 8 < 3) | (k < 8), 2, 15, 9)
+    got = tiled_attention(q, k, v, [], str(attention(guard)), 8)
+    assert_close(got, reference(q, k, v, keep, 0.3), _eager(q, k, v, keep, 0.3))
+    assert len(rows) > 1
+
+
 def test_a_square_is_evaluated_once(
     rows: list[fused.Unit], monkeypatch: pytest.MonkeyPatch
 ) -> None:

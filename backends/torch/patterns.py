@@ -6,6 +6,7 @@ A square that was evaluated once is looked up in later calls; equal squares shar
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -36,7 +37,7 @@ class Squares:
     def __init__(self) -> None:
         self.growing = Lock()
         self._rows: dict[tuple[int, Row], tuple[Tensor | None, ...]] = {}
-        self._distinct: dict[tuple[int, bytes], Tensor] = {}  # by width and digest
+        self._distinct: dict[tuple[tuple[int, ...], bytes], Tensor] = {}  # by shape and digest
 
     def of(self, head: int, row: Row) -> tuple[Tensor | None, ...] | None:
         """The squares of a row that was seen, None for those that were too many."""
@@ -50,7 +51,7 @@ class Squares:
 
     def _distinct_of(self, square: Tensor) -> Tensor | None:
         kept = np.packbits(square.contiguous().numpy()).tobytes()
-        key = (square.shape[-1], blake2b(kept, digest_size=32).digest())
+        key = (tuple(square.shape), blake2b(kept, digest_size=32).digest())
         if key not in self._distinct and len(self._distinct) < _MOST:
             self._distinct[key] = square.contiguous()
         return self._distinct.get(key)
@@ -59,6 +60,11 @@ class Squares:
 @lru_cache(maxsize=32)
 def _squares(guard: Expr, extents: tuple[tuple[str, int], ...]) -> Squares:
     return Squares()
+
+
+if hasattr(os, "register_at_fork"):
+    # A lane that was growing them when the process forked is not there to end it.
+    os.register_at_fork(after_in_child=_squares.cache_clear)
 
 
 class Guard:
