@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from attn_rewrite.backends.torch import fused, patterns, pieces
@@ -17,7 +19,7 @@ from attn_rewrite.backends.torch.ops import tiled_attention
 from attn_rewrite.backends.torch.schedule import Row
 from attn_rewrite.backends.torch.tiles import prepare
 from attn_rewrite.cascade.attention import QK, as_softmax
-from attn_rewrite.cascade.expr import KV, B, H, Q, Read, call
+from attn_rewrite.cascade.expr import KV, B, Expr, H, Q, Read, call, eq
 from attn_rewrite.cascade.ir import TensorDecl
 from tests.test_torch_backend import (
     GUARDS,
@@ -135,9 +137,7 @@ def test_a_mask_of_the_batch_entry_is_read_in_every_call(rows: list[fused.Unit])
 
 
 @pytest.mark.parametrize("group", [1, 2])
-def test_heads_that_cut_the_same_blocks_in_other_places(
-    group: int, rows: list[fused.Unit]
-) -> None:
+def test_heads_that_cut_the_same_blocks_in_other_places(group: int, rows: list[fused.Unit]) -> None:
     shape = (2, 4, group, 40, 40, 8, 8, 8)
     q, k, v = operands(shape, torch.float64)
     guard = (Q >= KV) & (Q - KV < 9 + H)
@@ -146,6 +146,42 @@ def test_heads_that_cut_the_same_blocks_in_other_places(
         got = tiled_attention(q, k, v, [], str(attention(guard, group=group)), 8)
         assert_close(got, reference(q, k, v, keep, 0.3), _eager(q, k, v, keep, 0.3))
     assert rows
+
+
+@st.composite
+def _problems(draw: st.DrawFn) -> tuple[tuple[int, ...], Expr, Any, int]:
+    """Sizes, a guard, what it keeps as a function of numbers, and the scratch of a call."""
+    number = st.integers
+    group, heads = draw(number(1, 2)), draw(number(1, 2))
+    sizes = (draw(number(1, 2)), group * heads, group, draw(number(1, 40)), draw(number(1, 40)))
+    shape = (*sizes, 8, 8, draw(st.sampled_from([8, 16])))
+    a, b, c = draw(number(-9, 9)), draw(number(1, 20)), draw(number(2, 11))
+    near = ((a <= Q - KV) & (a + b > Q - KV), lambda h, q, k: (q - k >= a) & (q - k < a + b))
+    strided = (eq((Q - KV) % c, 0), lambda h, q, k: (q - k) % c == 0)
+    rows = ((Q % c < 3) | (KV < 8), lambda h, q, k: (q % c < 3) | (k < 8))
+    tiles = (eq(Q // c, KV // c), lambda h, q, k: q // c == k // c)
+    headed = (eq((KV // 8 + H) % 3, 0), lambda h, q, k: (k // 8 + h) % 3 == 0)
+    one, two = (draw(st.sampled_from([near, strided, rows, tiles, headed])) for _ in range(2))
+    if draw(st.booleans()):
+        return shape, one[0] | two[0], lambda *x: one[1](*x) | two[1](*x), draw(number(1, 2000))
+    return shape, one[0] & two[0], lambda *x: one[1](*x) & two[1](*x), draw(number(1, 2000))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(problem=_problems(), lanes=st.integers(1, 2))
+def test_any_mask_in_any_pieces(
+    rows: list[fused.Unit],
+    monkeypatch: pytest.MonkeyPatch,
+    problem: tuple[tuple[int, ...], Expr, Any, int],
+    lanes: int,
+) -> None:
+    shape, guard, mask, scratch = problem
+    monkeypatch.setattr(fused, "SCRATCH", scratch)
+    monkeypatch.setattr(kernel_module, "_lanes", lambda problem: lanes)
+    q, k, v = operands(shape)
+    keep = keep_of(lambda h, q, k, ql, kl: mask(h, q, k), shape[1], shape[3], shape[4])
+    got = tiled_attention(q, k, v, [], str(attention(guard, group=shape[2])), shape[-1])
+    assert_close(got, reference(q, k, v, keep, 0.3), _eager(q, k, v, keep, 0.3))
 
 
 def test_squares_of_other_heights_are_not_the_same(rows: list[fused.Unit]) -> None:
