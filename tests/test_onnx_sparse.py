@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,12 @@ from attn_rewrite.backends.onnx.graph import Recorder
 from attn_rewrite.backends.onnx.sparse import BlockLists, as_csr, block_lists, cycle_of, emit_sparse
 from attn_rewrite.backends.onnx.sparse_check import run_alone
 from attn_rewrite.cascade.attention import QK, SoftmaxAttention, softmax_cascade
-from attn_rewrite.cascade.expr import KV, Const, Expr, H, Q, call, eq
+from attn_rewrite.cascade.expr import KV, Const, Expr, H, Q, Read, call, eq
+from attn_rewrite.cascade.ir import TensorDecl
 from attn_rewrite.cli.app import run
 from attn_rewrite.errors import PolicyError, ToolError, VerifyError
+from tests.bad_checkpoints import tiny_bert
+from tests.command import attn_rewrite
 
 HEADS, S, D = 4, 256, 128
 QB, KB = call("floordiv", Q, 64), call("floordiv", KV, 64)
@@ -285,6 +289,33 @@ def test_caches_of_a_dynamic_batch(tmp_path: Path) -> None:
     check_one_size_and_one_reader(place)
 
 
+class Listed(nn.Module):
+    """Block lists of every head from a table, [h, blocks, blocks]."""
+
+    def __init__(self, table: np.ndarray) -> None:
+        super().__init__()
+        guard = Read("L", (H, QB, KB)) & (Q >= KV)
+        form = SoftmaxAttention(QK * 0.1, guard, reads=(TensorDecl("L", ("h", "i", "j")),))
+        self.text = str(softmax_cascade(form))
+        self.register_buffer("table", torch.from_numpy(table))
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.ops.attn_rewrite.tiled_attention(q, k, v, [self.table], self.text, 64)
+
+
+def test_block_lists_of_a_table(tmp_path: Path) -> None:
+    table = np.random.default_rng(0).random((HEADS, 4, 4)) < 0.3
+    table |= np.eye(4, dtype=bool)
+    artifact = export(Listed(table), given(), tmp_path / "m.onnx")
+    (site,) = artifact.sites
+    assert (site.form, site.tiles) == ("SparseAttention", (int(np.tril(table).sum()), 64))
+    assert artifact.operator_errors
+    table[2, 1, 1] = False
+    (site,) = export(Listed(table), given(), tmp_path / "m.onnx").sites
+    assert site.form != "SparseAttention"
+    assert "every diagonal block" in site.choice
+
+
 def test_other_sites_keep_our_own_form_and_say_that_nothing_was_measured(tmp_path: Path) -> None:
     model = Shards((Q - KV < 100) & (Q >= KV))
     x = given(dtype=torch.float32)
@@ -384,3 +415,25 @@ def test_providers_that_the_command_refuses(
     assert code == 2
     assert words in " ".join(capsys.readouterr().err.split())
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_writes_a_file_for_cuda_and_does_not_verify_it_elsewhere(
+    tmp_path: Path,
+) -> None:
+    place = tmp_path / "bert"
+    place.mkdir()
+    out, model = tmp_path / "out", tiny_bert(place)
+    formats = ("--export", "onnx:portable", "--export", "onnx:onnxruntime:cuda")
+    words = ("--policy", "window(size=8)", *formats, "--length", "36", "--json", "-o", out)
+    done = attn_rewrite("optimize", model, *words)
+    assert done.code == 0, done.err
+    assert (out / "model.onnx").exists()
+    found = json.loads(done.out)["exports"][1]
+    assert found["file"] == "model.onnxruntime-cuda.onnx"
+    assert (found["target"], found["provider"]) == ("onnxruntime", "cuda")
+    assert "nothing ran on CUDA" in found["checked"]
+    assert all(site["choice"].endswith("not measured on CUDA") for site in found["sites"])
+    checked = attn_rewrite("verify", out)
+    assert checked.code == ToolError.exit_code
+    assert "did not start CUDAExecutionProvider" in " ".join(checked.err.split())
+    assert "Traceback" not in checked.err
