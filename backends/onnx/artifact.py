@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from attn_rewrite.backends.onnx.lowering import SiteLowering
+from attn_rewrite.backends.onnx.options import CPU
 from attn_rewrite.backends.onnx.runtime import (
     STAGE,
     Providers,
     open_session,
     placement,
+    providers_of,
     run_session,
 )
 from attn_rewrite.errors import PolicyError, ToolError, VerifyError
@@ -44,7 +46,10 @@ class OnnxArtifact:
     file really skips work (`SiteLowering.skips`) or applies a dense mask.  ``errors`` holds the
     largest error per output that the check at export found; ``source`` the program it came from;
     ``codes`` what the numbers of an int8 cache stand for, ``approximation`` the relative root mean
-    square of what they change in every output of the example.
+    square of what they change in every output of the example.  ``provider`` is what the file was
+    written for; for "cuda" ``checked`` says what the export compared, which is never the file on
+    CUDA, and ``operator_errors`` the largest error of each ``SparseAttention`` on the CPU, by its
+    function.
     """
 
     path: Path
@@ -59,14 +64,18 @@ class OnnxArtifact:
     source: ExportedProgram | None = field(default=None, compare=False, repr=False)
     approximation: Mapping[str, float] = field(default_factory=dict, compare=False)
     codes: Codes | None = field(default=None, compare=False, repr=False)
+    provider: str = CPU
+    checked: str = ""
+    operator_errors: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     def session(self, providers: Providers | None = None, *, threads: int = 2) -> Any:
-        """An ``onnxruntime.InferenceSession`` (CPU unless ``providers`` says otherwise).
+        """An ``onnxruntime.InferenceSession`` (on the file's provider, unless ``providers`` says
+        otherwise).
 
         `ToolError` where the file cannot be loaded or a provider did not start; a `RuntimeWarning`
         lists the nodes that a provider other than the CPU's leaves to the CPU.
         """
-        return open_session(self.path, providers, threads=threads)
+        return open_session(self.path, self._providers(providers), threads=threads)
 
     def run(self, inputs: Arrays, *, in_child: bool = False) -> dict[str, np.ndarray[Any, Any]]:
         """Outputs by name; ``in_child`` opens the session in a process of its own."""
@@ -77,6 +86,8 @@ class OnnxArtifact:
     ) -> list[dict[str, np.ndarray[Any, Any]]]:
         """Outputs by name for several sets of inputs, in one session."""
         if in_child:
+            if self.provider != CPU:
+                raise PolicyError(f"in_child= runs on the CPU, and {self.path.name} is for CUDA.")
             from attn_rewrite.backends.onnx.child import run_in_child
 
             return run_in_child(self.path, [self._complete(inputs) for inputs in runs])[0]
@@ -90,7 +101,10 @@ class OnnxArtifact:
 
         With an accelerator asked for, what stands under ``CPUExecutionProvider`` fell back.
         """
-        return placement(self.path, self._complete(inputs), providers)
+        return placement(self.path, self._complete(inputs), self._providers(providers))
+
+    def _providers(self, given: Providers | None) -> Providers:
+        return providers_of(self.provider) if given is None else given
 
     def _named(self, inputs: object) -> Mapping[str, Any]:
         """Inputs by name, also where they were given in the file's order."""

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import collections
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attn_rewrite.backends.onnx.lowering import SPARSE
+from attn_rewrite.backends.onnx.options import CPU, check_options, check_place
 from attn_rewrite.backends.onnx.runtime import require_exporter
-from attn_rewrite.errors import LowerError, PolicyError, ToolError
+from attn_rewrite.errors import LowerError, PolicyError
 from attn_rewrite.site import Refusal
 
 if TYPE_CHECKING:
@@ -27,17 +28,13 @@ if TYPE_CHECKING:
     from attn_rewrite.backends.onnx.codes import Codes
     from attn_rewrite.backends.onnx.lowering import SiteLowering
 
-TARGETS = ("portable", "onnxruntime")
-CACHES = (None, "float", "int8")
-DEFAULT_OPSET = 20
-OPSETS = range(18, 25)
-
 
 def export_onnx(
     optimized: Any,
     path: str | Path,
     *,
     target: str = "portable",
+    provider: str = CPU,
     opset: int | None = None,
     verify: bool = True,
     cache: str | None = None,
@@ -47,7 +44,10 @@ def export_onnx(
 
     ``portable`` uses standard operators only and runs on any conforming runtime; ``onnxruntime``
     takes operators of ``com.microsoft`` where they express a site exactly and are faster on the
-    CPU, and says for every site why (`SiteLowering.choice`).  ``opset`` is 20
+    CPU, and says for every site why (`SiteLowering.choice`).  Its file for the ``provider``
+    "cuda" has ``SparseAttention`` where that is exactly the site, and our own forms elsewhere:
+    nothing was measured there, and nothing of the file runs there in the check
+    (`OnnxArtifact.checked` says what did).  ``opset`` is 20
     unless asked otherwise (18 to 24); the IR version is 10.  Batch and lengths that are dynamic in
     the program stay dynamic under readable names.  Where a sparse site has no band of fixed width
     the lengths become those of the example (``attn_rewrite.lengths`` of the metadata says so), so
@@ -70,10 +70,11 @@ def export_onnx(
     form, `ToolError` where a package is missing or a tool fails, `VerifyError` where the numbers
     disagree; no file is left behind then.
     """
-    number = check_options(target, opset, cache, static)
+    number = check_options(target, opset, cache, static, provider)
+    goal = _Goal(number, target, provider)
     place = check_place(path)
     require_exporter()
-    from attn_rewrite.backends.onnx.writing import write
+    from attn_rewrite.backends.onnx.writing import said_of_check, write
 
     _check_source(optimized)
     optimized = optimized if cache is None else _step_of(optimized)
@@ -84,13 +85,16 @@ def export_onnx(
             f"static= needs what optimize returned, got {type(optimized).__name__}: export a "
             "program with the lengths it shall have."
         )
-    made = _fitting(optimized, number, target, cache, static)
+    made = _fitting(optimized, goal, cache, static)
     model, codes = made.model, made.codes
     sites = _masks_named(optimized, made.sites)
     sites = (*sites, *_left_alone(optimized, sites))
     _check_census(node_census(model), target)
     metadata = _metadata(optimized, target, number, [s.to_json() for s in sites])
     metadata |= _options_metadata(made, cache, static)
+    checked = said_of_check(provider, sites, verify)
+    if checked:
+        metadata |= {"attn_rewrite.provider": provider, "attn_rewrite.checked": checked}
     model.metadata_props.update(metadata)
     draft = OnnxArtifact(
         path=place,
@@ -103,18 +107,20 @@ def export_onnx(
         metadata=metadata,
         source=made.program,
         codes=codes,
+        provider=provider,
+        checked=checked,
     )
-    return write(model, draft, verify)
+    return write(model, draft, verify, made.twin)
 
 
-def _fitting(optimized: Any, number: int, target: str, cache: str | None, static: bool) -> _Lowered:
+def _fitting(optimized: Any, goal: _Goal, cache: str | None, static: bool) -> _Lowered:
     """The program as ONNX, at the lengths of the example where only those leave a sparse site
     sparse; `LowerError` where nothing does."""
-    made = _lowered_at(optimized, number, target, cache, static)
+    made = _lowered_at(optimized, goal, cache, static)
     dense = _dense_though_sparse(optimized, made.sites)
     if dense and hasattr(optimized, "at_one_length") and cache is None and not static:
         # Which blocks to run is known once the lengths are.
-        made = _lowered_at(optimized, number, target, cache, True)
+        made = _lowered_at(optimized, goal, cache, True)
         dense = _dense_though_sparse(optimized, made.sites)
     _refuse_dense(dense)
     return made
@@ -133,28 +139,45 @@ def _options_metadata(made: _Lowered, cache: str | None, static: bool) -> dict[s
     return found
 
 
+@dataclass(frozen=True)
+class _Goal:
+    """What a file is written for; without ``kernels`` in our own forms alone."""
+
+    opset: int
+    target: str
+    provider: str
+    kernels: bool = True
+
+
 @dataclass(frozen=True, eq=False)
 class _Lowered:
-    """A program as ONNX; ``fixed`` where its lengths were made those of the example."""
+    """A program as ONNX; ``fixed`` where its lengths were made those of the example.
+
+    ``twin`` is the same with standard operators for those that the CPU cannot run, if there are
+    any.
+    """
 
     program: ExportedProgram
     model: ir.Model
     sites: tuple[SiteLowering, ...]
     codes: Codes | None
     fixed: bool = False
+    twin: ir.Model | None = None
 
 
-def _lowered_at(
-    optimized: Any, number: int, target: str, cache: str | None, fixed: bool
-) -> _Lowered:
+def _lowered_at(optimized: Any, goal: _Goal, cache: str | None, fixed: bool) -> _Lowered:
     """The program lowered, its lengths ``fixed`` to those of the example or as it has them."""
     from attn_rewrite.portable import plain_program
 
     program = optimized.at_one_length() if fixed else getattr(optimized, "program", optimized)
-    return replace(_lowered(plain_program(program), number, target, cache), fixed=fixed)
+    program = plain_program(program)
+    made, twin = _lowered(program, goal, cache), None
+    if any(s.form == SPARSE for s in made.sites):
+        twin = _lowered(program, replace(goal, kernels=False), cache).model
+    return replace(made, fixed=fixed, twin=twin)
 
 
-def _lowered(program: ExportedProgram, number: int, target: str, cache: str | None) -> _Lowered:
+def _lowered(program: ExportedProgram, goal: _Goal, cache: str | None) -> _Lowered:
     import onnx_ir.passes.common as common
 
     from attn_rewrite.backends.onnx import names
@@ -166,10 +189,10 @@ def _lowered(program: ExportedProgram, number: int, target: str, cache: str | No
     from attn_rewrite.backends.onnx.strides import contiguous_attention
     from attn_rewrite.backends.onnx.translate import finish, quiet, translate
 
-    source = program  # what the file is compared with
+    source, number, portable = program, goal.opset, goal.target == "portable"
     with quiet():
         program = without_flex(program)
-        coded = contiguous_attention(with_codes(program, target == "portable"))
+        coded = contiguous_attention(with_codes(program, portable))
         model = translate(coded, number)
         called_by = site_names(coded)
         whole = gather_sites(model, called_by, site_cascades(coded))
@@ -177,21 +200,27 @@ def _lowered(program: ExportedProgram, number: int, target: str, cache: str | No
         common.InlinePass(criteria=lambda f: f.domain != FUNCTION_DOMAIN)(model)
         codes = _quantised(model, program, number) if cache == "int8" else None
         ranges = names.axis_ranges(program)
-        sites = expand(model, Destination(number, target, ranges, called_by), whole)
+        to = Destination(
+            number, goal.target, ranges, called_by, provider=goal.provider, kernels=goal.kernels
+        )
+        sites = expand(model, to, whole)
         names.rename_inputs(model)
         names.rename_outputs(model, names.output_names(program))
         finish(model, number)
-        if target == "onnxruntime":
-            sites = _floats_chosen(sites, over_codes(program))
+        if not portable:
+            sites = _floats_chosen(sites, over_codes(program), goal.provider)
         called = names.axis_names(program)
         names.rename_axes(model, called)
         sites = tuple(replace(s, axis=called.get(s.axis, s.axis)) for s in sites)
     return _Lowered(source, model, sites, codes)
 
 
-def _floats_chosen(sites: tuple[SiteLowering, ...], coded: set[str]) -> tuple[SiteLowering, ...]:
+def _floats_chosen(
+    sites: tuple[SiteLowering, ...], coded: set[str], provider: str
+) -> tuple[SiteLowering, ...]:
     """``sites``, with those over codes saying that floats multiply there."""
-    why = "codes times their scales multiply as floats: integer products are slower on the CPU"
+    known = "slower on the CPU" if provider == CPU else "not measured on CUDA"
+    why = f"codes times their scales multiply as floats: integer products are {known}"
     return tuple(
         replace(s, choice=f"{s.choice}; {why}".removeprefix("; ")) if s.name in coded else s
         for s in sites
@@ -216,58 +245,6 @@ def _step_of(optimized: Any) -> Any:
             "does not say how its model takes a cache."
         )
     return optimized.with_cache()
-
-
-def check_options(
-    target: str, opset: int | None = None, cache: str | None = None, static: bool = False
-) -> int:
-    """The opset to write for these options; `PolicyError` where they cannot be served.
-
-    Needs no model, so that a command can ask before it loads one.
-    """
-    if target not in TARGETS:
-        raise PolicyError(f"unknown ONNX target {target!r}; expected {' or '.join(TARGETS)}.")
-    if cache not in CACHES:
-        raise PolicyError(f"unknown cache {cache!r}; expected float or int8, or none.")
-    if static and cache is not None:
-        raise PolicyError(
-            "static= and cache= were both given: the lengths of a step grow with its cache."
-        )
-    number = DEFAULT_OPSET if opset is None else opset
-    if isinstance(number, bool) or not isinstance(number, int):
-        raise PolicyError(f"opset is {number!r}, expected a whole number.")
-    if number in OPSETS:
-        return number
-    why = (
-        "from 25 on ONNX Runtime expands Attention into some 50 nodes, and torch's exporter writes "
-        "files that do not load"
-        if number > OPSETS[-1]
-        else "torch's exporter starts at 18"
-    )
-    raise PolicyError(f"opset {number} is not supported: {why}; use {OPSETS[0]} to {OPSETS[-1]}.")
-
-
-def check_place(path: Any) -> Path:
-    """``path`` where a file may be written; `PolicyError` where it names none, `ToolError` where
-    none can be.  Nothing is created."""
-    try:
-        place = Path(path)
-        named = bool(place.name) and "\0" not in str(place)
-    except TypeError:
-        named = False
-    if not named:
-        raise PolicyError(f"the path of the ONNX file is {path!r}, expected the name of a file.")
-    above = next((p for p in place.absolute().parents if os.path.lexists(p)), place)
-    why = None
-    if place.is_dir():
-        why = "it is a folder"
-    elif not above.is_dir():
-        why = f"{above} is no folder"
-    elif not os.access(above, os.W_OK | os.X_OK):
-        why = f"{above} is not writable"
-    if why is not None:
-        raise ToolError(f"cannot write {place}: {why}; name another place.", stage="disk")
-    return place
 
 
 def _check_source(optimized: Any) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-_SKIPS = ("tiles", "half", "blocks", "einsums", "GroupQueryAttention")
+SPARSE = "SparseAttention"
+_SKIPS = ("tiles", "half", "blocks", "einsums", "GroupQueryAttention", SPARSE)
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class SiteLowering:
     key is read and the mask applied: nothing is saved), ``"dense"`` (MatMul and Softmax over all
     keys), ``"einsums"`` (the Einsums of a cascade, none over every pair of a query and a key),
     ``"operators"`` (the graph's own) or the name of an operator
-    (``GroupQueryAttention`` skips what lies above the diagonal).  ``detail`` says more in words;
+    (``GroupQueryAttention`` skips what lies above the diagonal, ``SparseAttention`` on CUDA all
+    that its lists leave out).  ``detail`` says more in words;
     ``rows`` and ``width`` are the queries and keys of a step of the tiled form; ``choice`` says,
     for the target ``onnxruntime``, why this form and not one of its own operators.  Where an ``If``
     on the length decides, ``short`` is the form that runs where ``axis`` is up to ``switch``.

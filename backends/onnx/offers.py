@@ -26,7 +26,8 @@ from attn_rewrite.backends.onnx.dense import (
 )
 from attn_rewrite.backends.onnx.graph import Recorder
 from attn_rewrite.backends.onnx.grouped import emit_whole, price_of_whole, why_not_whole
-from attn_rewrite.backends.onnx.lowering import SiteLowering
+from attn_rewrite.backends.onnx.lowering import SPARSE, SiteLowering
+from attn_rewrite.backends.onnx.sparse import BLOCK, block_lists, emit_sparse
 from attn_rewrite.backends.onnx.tiles import (
     HeadPlan,
     Plan,
@@ -41,6 +42,7 @@ from attn_rewrite.cascade.simplify import is_causal_term
 
 TILED, SDPA = "tiled_attention", "scaled_dot_product_attention"
 NO_SPARSE = "SparseAttention computes the dense product on the CPU"
+UNMEASURED = "not measured on CUDA"
 Values = Sequence[ir.Value]
 
 
@@ -138,6 +140,30 @@ def _dense(name: str, inputs: Values, options: SdpaOptions, opset: int) -> Offer
     price = price_of("dense", options.causal or len(inputs) > 3)
     said = SiteLowering(name, SDPA, kind, detail)
     return Offer(said, price, lambda r: emit_sdpa(r, inputs, options))
+
+
+def offer_for_cuda(
+    own: Offer, form: SoftmaxAttention | None, formal: Values, given: Values
+) -> Offer:
+    """``SparseAttention`` where it is exactly ``form``, else our ``own``: no price decides there.
+
+    ``form`` None: the site is no tiled attention.
+    """
+    if form is None:
+        return replace(own, lowering=replace(own.lowering, choice=f"our own form: {UNMEASURED}"))
+    lists = block_lists(form, given, shared=given[1] is given[2])
+    if isinstance(lists, str):
+        choice = f"{lists}; our own form: {UNMEASURED}"
+        return replace(own, lowering=replace(own.lowering, choice=choice))
+    choice = (
+        "it reads only the blocks of its lists, and shares memory between past and present "
+        f"caches if the runtime keeps the kernel's in-place pair; {UNMEASURED}"
+    )
+    said = SiteLowering(
+        own.lowering.name, TILED, SPARSE, str(lists), BLOCK, tiles=(lists.kept, lists.total),
+        choice=choice, covered=True,
+    )  # fmt: skip
+    return Offer(said, own.price, lambda r: emit_sparse(r, formal, form, lists))
 
 
 def record(

@@ -19,7 +19,7 @@ Provider = str | tuple[str, Mapping[str, Any]]
 Providers = str | Sequence[Provider]
 WHEELS = ("onnxruntime", "onnxruntime-gpu")
 THREADS = 2
-CPU = "CPUExecutionProvider"
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 
 def _installed(distribution: str) -> bool:
@@ -67,6 +67,11 @@ def _remedy(both: bool) -> str:
 def both_wheels() -> bool:
     """True where both wheels are installed: the one installed last is what runs."""
     return all(_installed(wheel) for wheel in WHEELS)
+
+
+def providers_of(provider: str) -> Providers:
+    """The providers of a file that was written for ``provider``, "cpu" or "cuda"."""
+    return (CUDA, CPU) if provider == "cuda" else (CPU,)
 
 
 def open_session(

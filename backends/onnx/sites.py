@@ -30,7 +30,14 @@ from attn_rewrite.backends.onnx.markers import (
     site_name,
     staged_of,
 )
-from attn_rewrite.backends.onnx.offers import record, sdpa_offers, tiled_lowering, tiled_offers
+from attn_rewrite.backends.onnx.offers import (
+    offer_for_cuda,
+    record,
+    sdpa_offers,
+    tiled_lowering,
+    tiled_offers,
+)
+from attn_rewrite.backends.onnx.options import CPU, CUDA
 from attn_rewrite.backends.onnx.repeats import keys_once
 from attn_rewrite.backends.onnx.tiles import (
     DEFAULT_ROWS,
@@ -48,13 +55,16 @@ from attn_rewrite.site import Refusal
 
 @dataclass(frozen=True)
 class Destination:
-    """What sites are written for: the opset, the target, the lengths that axes may have, and the
-    names of rewritten sites by graph node."""
+    """What sites are written for: the opset, the target, the lengths that axes may have, the
+    names of rewritten sites by graph node, and the provider of ONNX Runtime; without ``kernels``
+    none of its own operators on CUDA."""
 
     opset: int
     target: str = "portable"
     ranges: Ranges = field(default_factory=dict)
     names: Mapping[Origin, str] = field(default_factory=dict)
+    provider: str = CPU
+    kernels: bool = True
 
 
 def _expand_one(
@@ -64,7 +74,7 @@ def _expand_one(
     _give_keys_once(node, name)
     given, tiled = _given(node), node.op_type == TILED
     cached: list[str] = []
-    if tiled and to.target == "onnxruntime":
+    if tiled and to.target == "onnxruntime" and to.provider == CPU:
         form = form_of(node, name)
         reason = why_not_grouped(form, given)
         if reason is None:
@@ -76,7 +86,11 @@ def _expand_one(
         offers, against = tiled_offers(name, form_of(node, name), formal, given, rows)
     else:
         offers, against = sdpa_offers(name, given, _options_of(node), to.opset)
-    if to.target == "onnxruntime":
+    if to.provider == CUDA:
+        wanted = form_of(node, name) if tiled and to.kernels else None
+        offer = offer_for_cuda(offers[0], wanted, formal, given)
+        value, lowering = offer.emit(r), offer.lowering
+    elif to.target == "onnxruntime":
         value, lowering = record(r, offers, (*cached, *against), given, to.ranges)
     else:
         value, lowering = offers[0].emit(r), offers[0].lowering

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from attn_rewrite.backends.onnx.lowering import SPARSE, SiteLowering
+from attn_rewrite.backends.onnx.options import CPU
 from attn_rewrite.errors import ToolError
 
 if TYPE_CHECKING:
@@ -20,15 +23,35 @@ if TYPE_CHECKING:
 EXTERNAL_BYTES = 1 << 27
 
 
-def write(model: ir.Model, draft: OnnxArtifact, verify: bool) -> OnnxArtifact:
-    """Write beside the place, check there, and rename; the artifact with its size and errors."""
+def said_of_check(provider: str, sites: Sequence[SiteLowering], verify: bool) -> str:
+    """What `write` compares of a file for another provider than the CPU's; "" for the CPU."""
+    if provider == CPU:
+        return ""
+    if not verify:
+        return "nothing was run"
+    if not any(s.form == SPARSE for s in sites):
+        return "the file ran on the CPU; nothing ran on CUDA"
+    return (
+        f"{SPARSE} of each site ran alone on the CPU, its caches bound by the caller, and the "
+        "file with standard operators in its place; the file itself did not run, nothing ran on "
+        "CUDA"
+    )
+
+
+def write(
+    model: ir.Model, draft: OnnxArtifact, verify: bool, twin: ir.Model | None = None
+) -> OnnxArtifact:
+    """Write beside the place, check there, and rename; the artifact with its size and errors.
+
+    ``twin`` is the model for the CPU where that cannot run ``model`` itself (`said_of_check`).
+    """
     place = draft.path
     made = [p for p in (place.parent, *place.parent.parents) if not p.exists()]
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         # A name of its own: that of the file may be as long as a name can be.
         with tempfile.TemporaryDirectory(prefix=".attn-rewrite-", dir=place.parent) as folder:
-            return _write_into(model, draft, Path(folder), verify)
+            return _write_into(model, draft, Path(folder), verify, twin)
     except BaseException as error:
         for parent in made:
             with contextlib.suppress(OSError):  # something else is in it by now
@@ -38,8 +61,12 @@ def write(model: ir.Model, draft: OnnxArtifact, verify: bool) -> OnnxArtifact:
         raise ToolError(f"cannot write {place}: {error.strerror or error}", stage="disk") from error
 
 
-def _write_into(model: ir.Model, draft: OnnxArtifact, folder: Path, verify: bool) -> OnnxArtifact:
+def _write_into(
+    model: ir.Model, draft: OnnxArtifact, folder: Path, verify: bool, twin: ir.Model | None
+) -> OnnxArtifact:
     import onnx_ir as ir
+
+    from attn_rewrite.backends.onnx.sparse_check import check_operators
 
     place, temporary = draft.path, folder / draft.path.name
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
@@ -51,14 +78,31 @@ def _write_into(model: ir.Model, draft: OnnxArtifact, folder: Path, verify: bool
         data, other = other, data
     ir.save(model, temporary, external_data=data if external else None)
     size = sum(f.stat().st_size for f in folder.iterdir())
-    written = replace(draft, path=temporary)
-    errors, approximation = _check(written, in_child=external) if verify else ({}, {})
+    written = replace(draft, path=temporary, provider=CPU)
+    errors: dict[str, float] = {}
+    approximation, alone = dict(errors), dict(errors)
+    if verify:
+        inner = Path(tempfile.mkdtemp(dir=folder))
+        written = written if twin is None else _twin(twin, written, inner, external)
+        errors, approximation = _check(written, in_child=external)
+        alone = {} if twin is None else check_operators(model, inner)
     if external:
         (folder / data).replace(place.with_name(data))
     temporary.replace(place)
     for stale in {other} | (set() if external else {data}):
         place.with_name(stale).unlink(missing_ok=True)
-    return replace(draft, bytes=size, errors=errors, approximation=approximation)
+    return replace(
+        draft, bytes=size, errors=errors, approximation=approximation, operator_errors=alone
+    )
+
+
+def _twin(twin: ir.Model, written: OnnxArtifact, folder: Path, external: bool) -> OnnxArtifact:
+    """The ``twin`` in ``folder``, as what is checked in the place of ``written``."""
+    import onnx_ir as ir
+
+    place = folder / written.path.name
+    ir.save(twin, place, external_data=f"{place.name}.data" if external else None)
+    return replace(written, path=place)
 
 
 def _check(written: OnnxArtifact, in_child: bool) -> tuple[dict[str, float], dict[str, float]]:

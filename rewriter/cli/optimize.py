@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from attn_rewrite.policy import Budget, Policy
 
 TRITON = ("triton:cuda:80", "triton:cuda:90", "triton:cuda:100", "triton:hip:gfx942")
-EXPORTS = ("pt2", "onnx", "onnx:portable", "onnx:onnxruntime", *TRITON)
+EXPORTS = ("pt2", "onnx", "onnx:portable", "onnx:onnxruntime", "onnx:onnxruntime:cuda", *TRITON)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Rewriting:
         list[str],
         typer.Option(
             metavar="FORMAT",
-            help="pt2, onnx[:portable|:onnxruntime] or triton:cuda:90; may be repeated.",
+            help="pt2, onnx[:portable|:onnxruntime[:cuda]] or triton:cuda:90; may be repeated.",
         ),
     ] = field(default_factory=list)
     cache: Annotated[
@@ -84,7 +84,7 @@ class _Request:
     policy: Policy
     plan: Plan | None
     budget: Budget | None
-    onnx: dict[str, str]  # file name -> target
+    onnx: dict[str, tuple[str, str]]  # file name -> target and provider
     cache: str | None
     static: bool
     triton: tuple[str, ...]  # targets, each once
@@ -199,29 +199,32 @@ def _read(rewriting: Rewriting) -> _Request:
     )
 
 
-def _onnx_files(rewriting: Rewriting) -> dict[str, str]:
-    """File name and target of every ONNX export; model.pt2 is always written."""
+def _onnx_files(rewriting: Rewriting) -> dict[str, tuple[str, str]]:
+    """File name, target and provider of every ONNX export; model.pt2 is always written."""
     from attn_rewrite.budget import suggest
     from attn_rewrite.errors import PolicyError
 
-    targets: list[str] = []
+    targets: list[tuple[str, str]] = []
     for text in rewriting.export:
-        if text not in EXPORTS:
+        kind, *parts = text.split(":")
+        provided = kind == "onnx" and len(parts) == 2  # what is wrong with it is said below
+        if text not in EXPORTS and not provided:
             raise PolicyError(f"--export {text!r} is not known{suggest(text, EXPORTS)}")
-        kind, _, target = text.partition(":")
-        if kind == "onnx" and (target or "portable") not in targets:
-            targets.append(target or "portable")
+        target, provider = (*parts, *("portable", "cpu")[len(parts) :])[:2]
+        if kind == "onnx" and (target, provider) not in targets:
+            targets.append((target, provider))
     for option, given in (("--cache", rewriting.cache is not None), ("--static", rewriting.static)):
         if given and not targets:
             raise PolicyError(f"{option} is about ONNX files; give --export onnx as well")
     if targets:
-        from attn_rewrite.backends.onnx.export import check_options
+        from attn_rewrite.backends.onnx.options import check_options
         from attn_rewrite.backends.onnx.runtime import require_exporter
 
         require_exporter()
-        for target in targets:
-            check_options(target, cache=rewriting.cache, static=rewriting.static)
-    names = ["model.onnx", *(f"model.{target}.onnx" for target in targets[1:])]
+        for target, provider in targets:
+            check_options(target, cache=rewriting.cache, static=rewriting.static, provider=provider)
+    others = ("-".join(t for t in target if t != "cpu") for target in targets[1:])
+    names = ["model.onnx", *(f"model.{other}.onnx" for other in others)]
     return dict(zip(names, targets, strict=False))
 
 
@@ -229,12 +232,17 @@ def _export(
     optimized: OptimizedModule, folder: Path, request: _Request, terminal: Terminal
 ) -> list[dict[str, Any]]:
     artifacts = []
-    for name, target in request.onnx.items():
+    for name, (target, provider) in request.onnx.items():
         from attn_rewrite import export_onnx
 
         with terminal.stage(f"exporting {name} and comparing it in ONNX Runtime"):
             artifact = export_onnx(
-                optimized, folder / name, target=target, cache=request.cache, static=request.static
+                optimized,
+                folder / name,
+                target=target,
+                provider=provider,
+                cache=request.cache,
+                static=request.static,
             )
         artifacts.append(_artifact(artifact, name))
     return artifacts
@@ -261,6 +269,8 @@ def _artifact(artifact: OnnxArtifact, name: str) -> dict[str, Any]:
     return {
         "file": name,
         "target": artifact.target,
+        "provider": artifact.provider,
+        "checked": artifact.checked,
         "cache": artifact.metadata.get("attn_rewrite.cache"),
         "lengths": artifact.metadata.get("attn_rewrite.lengths", "dynamic"),
         "opset": artifact.opset,

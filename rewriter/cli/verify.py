@@ -105,8 +105,9 @@ def _compare(
     errors = {"model.pt2": compare("model.pt2", own, wanted.outputs, bounds)}
     for path in sorted(directory.glob("*.onnx")):
         about = _metadata(path)
+        provider = about.get("attn_rewrite.provider", "cpu")
         if "attn_rewrite.cache" not in about:
-            got = _onnx_outputs(path, inputs)
+            got = _onnx_outputs(path, inputs, provider)
             errors[path.name] = compare(path.name, got, wanted.outputs, bounds)
             continue
         scales = about.get("attn_rewrite.cache_scales")
@@ -114,7 +115,7 @@ def _compare(
         step = replayed.with_cache().program
         given = example_inputs(step)[0]
         given = given if codes is None else codes.encoded(as_arrays(given))
-        got = _onnx_outputs(path, given)
+        got = _onnx_outputs(path, given, provider)
         errors[path.name] = against_program(path.name, step, codes, given, got)
     return errors, bounds
 
@@ -153,12 +154,12 @@ def _outputs(model: OptimizedModule, replayed: ExportedProgram) -> Arrays:
     return as_arrays(dict(zip(output_names(model.program), tensors, strict=True)))
 
 
-def _onnx_outputs(path: Path, inputs: dict[str, Any]) -> Arrays:
+def _onnx_outputs(path: Path, inputs: dict[str, Any], provider: str = "cpu") -> Arrays:
     from attn_rewrite.backends.onnx.oracle import as_arrays
-    from attn_rewrite.backends.onnx.runtime import open_session, run_session
+    from attn_rewrite.backends.onnx.runtime import open_session, providers_of, run_session
     from attn_rewrite.errors import PolicyError, ToolError
 
-    session = open_session(path)
+    session = open_session(path, providers_of(provider))
     wanted = {value.name: value.shape for value in session.get_inputs()}
     strange = [name for name in wanted if name not in inputs]
     if strange:
