@@ -61,7 +61,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "bigbird": ("bigbird(block=16, window=3, global_blocks=1, random=1)",),
     "blocks": (),  # what paro writes
     "paro": over(VIDEO, "paro(density=0.3, block=32, @)",
-                 "paro(recall=0.2, block=32, semantics='post-mask', @)"),
+                 "paro(recall=0.2, block=32, @)"),
     "combiner": ("combiner(segment=24)", "combiner(kind='logsparse')",
                  *over(FLAT, "combiner(kind='axial', @)")),
     "union": over(FLAT, "union(of=[window(size=16), swin(window=4, @)])"),
