@@ -128,9 +128,11 @@ class FusedKernel:
         linear = linear_score(problem.form.score)
         assert linear is not None
         self.scale = linear.scale
-        self._memory = problem.q.new_empty(self.plan.largest_mask())
+        self._memory = problem.q.new_empty(self.plan.largest_mask)
+        # The last mask, what it was made of by identity, and that itself, so that it stays.
         self._made: tuple[object, _Mask] | None = None
-        most = self.plan.most_copied()
+        self._squares: tuple[Tensor, ...] = ()
+        most = self.plan.most_copied
         self._keys, self._values = _Copies(problem.k, most), _Copies(problem.v, most)
 
     def run(self, unit: Unit, out: Tensor) -> None:

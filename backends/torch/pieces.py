@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -55,10 +55,12 @@ class Plan:
     parts: tuple[tuple[tuple[Piece, ...], ...], ...]
     index: Tensor
 
+    @cached_property
     def most_copied(self) -> int:
         """Keys that the largest piece copies."""
         return max((p.width for p in self._pieces() if isinstance(p.keys, Copied)), default=0)
 
+    @cached_property
     def largest_mask(self) -> int:
         """Scores of the largest piece whose guard is evaluated."""
         guarded = ((p.row.height, p.width) for p in self._pieces() if p.row is not None)
