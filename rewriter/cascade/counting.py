@@ -8,27 +8,35 @@ The cost is (blocks + 1) squared per product: a grid of 118,800 tokens takes a f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import pairwise, product
 
 import numpy as np
 import numpy.typing as npt
 
+from attn_rewrite.cascade.classes import pairs_of_spans
 from attn_rewrite.cascade.digits import (
-    Atoms,
+    RANKS,
+    DigitExpansion,
     Digits,
-    Expansion,
     Radix,
     cuts,
     decided,
     in_digits,
     radix_of,
+    settled,
 )
-from attn_rewrite.cascade.expr import Expr, Read, ranks_of, walk
+from attn_rewrite.cascade.expr import Expr, Rank, Read, ranks_of, substitute, walk
+from attn_rewrite.cascade.fold_digits import fold_digits
 from attn_rewrite.cascade.points import PointError
+from attn_rewrite.cascade.products import Atoms
 from attn_rewrite.cascade.relation import FactorError
+from attn_rewrite.cascade.simplify import simplify
 
 Ints = npt.NDArray[np.int64]
+Spans = tuple[tuple[int, int], tuple[int, int]]  # of q and of kv
+Edges = tuple[Ints, Ints]
 _CUT_LIMIT = 16
 _CHUNK = 1 << 21  # corners computed at a time; bounds memory
 
@@ -48,20 +56,21 @@ def block_pairs(mask: Expr, *, q_len: int, kv_len: int, block_q: int, block_kv: 
         "kv": np.append(np.arange(0, kv_len, block_kv), kv_len),
     }
     # Digits first: without them a short mask of blocks would be tabulated token by token.
-    for radix in (None, flat):
+    for count in (_by_corners, partial(_by_corners, radix=flat), _by_boxes):
         try:
-            corners = _corners(mask, radix, lengths, edges)
+            return _blocks(mask, count, lengths, edges)
         except (FactorError, PointError):
             continue
-        pairs: Ints = np.diff(np.diff(corners, axis=0), axis=1)
-        return pairs
     return None
 
 
-def _corners(
-    mask: Expr, radix: Radix | None, lengths: Mapping[str, int], edges: Mapping[str, Ints]
+def _blocks(
+    mask: Expr,
+    count: Callable[[Expr, Spans, Edges], Ints],
+    lengths: Mapping[str, int],
+    edges: Mapping[str, Ints],
 ) -> Ints:
-    """Kept pairs with ``q < edges[q][i]`` and ``kv < edges[kv][j]``."""
+    """Kept pairs between consecutive edges."""
     at = cuts(mask)
     parts: dict[str, list[tuple[int, int]]] = {}
     for rank, length in lengths.items():
@@ -69,29 +78,38 @@ def _corners(
         if len(inner) > _CUT_LIMIT:
             raise FactorError("the mask is cut too often")
         parts[rank] = list(pairwise([0, *inner, length]))
-    total = np.zeros((len(edges["q"]), len(edges["kv"])), np.int64)
+    total = np.zeros((len(edges["q"]) - 1, len(edges["kv"]) - 1), np.int64)
     for q, kv in product(parts["q"], parts["kv"]):
         part = decided(mask, {"q": q[0], "kv": kv[0]})
-        total += _part(part, radix, (q, kv), (edges["q"], edges["kv"]))
+        total += count(part, (q, kv), (edges["q"], edges["kv"]))
     return total
 
 
-def _part(
-    mask: Expr,
-    radix: Radix | None,
-    spans: tuple[tuple[int, int], tuple[int, int]],
-    edges: tuple[Ints, Ints],
-) -> Ints:
-    """`_corners` of the pairs in ``spans`` only."""
+def _by_boxes(mask: Expr, spans: Spans, edges: Edges) -> Ints:
+    """`_blocks` of the pairs in ``spans`` of a mask that ties digits together."""
+    first = {rank: span[0] for rank, span in zip(RANKS, spans, strict=True)}
+    lengths = {rank: span[1] - span[0] for rank, span in zip(RANKS, spans, strict=True)}
+    moved = substitute(mask, {Rank(r): Rank(r) + start for r, start in first.items() if start})
+    mask = settled(fold_digits(simplify(moved), lengths), lengths)
+    radix = radix_of(mask)
+    if any(radix.origin.values()):
+        raise FactorError("digits that do not begin with the span")
+    (q, kv), (q_edges, kv_edges) = spans, edges
+    inside = (np.clip(q_edges, *q) - q[0], np.clip(kv_edges, *kv) - kv[0])
+    return pairs_of_spans(in_digits(mask, radix), Digits(radix, lengths), inside)
+
+
+def _by_corners(mask: Expr, spans: Spans, edges: Edges, radix: Radix | None = None) -> Ints:
+    """`_blocks` of the pairs in ``spans`` of a mask whose digits are independent."""
     radix = radix_of(mask) if radix is None else radix
-    starts = tuple(radix.origin[r] for r in ("q", "kv"))
+    starts = tuple(radix.origin[r] for r in RANKS)
     if not ranks_of(mask):  # all or nothing: digits do not matter
         starts = (spans[0][0], spans[1][0])
         radix = Radix((1,), {"q": starts[0], "kv": starts[1]})
     if any(span[0] < start for span, start in zip(spans, starts, strict=True)):
         raise FactorError("digits before their origin")
-    lengths = {r: s[1] - o for r, s, o in zip(("q", "kv"), spans, starts, strict=True)}
-    expansion = Expansion(Digits(radix, lengths))
+    lengths = {r: s[1] - o for r, s, o in zip(RANKS, spans, starts, strict=True)}
+    expansion = DigitExpansion(Digits(radix, lengths))
     terms = expansion.of(in_digits(mask, radix))
     points = [
         np.append(np.clip(e, *span) - start, span[0] - start)
@@ -104,11 +122,12 @@ def _part(
             some = points[0][start : start + rows]
             total[start : start + rows] += sign * _below(expansion, atoms, 0, some, points[1])
     # The last point of each side is where the span begins: take away what lies before it.
-    counts: Ints = total[:-1, :-1] - total[-1:, :-1] - total[:-1, -1:] + total[-1, -1]
+    corners = total[:-1, :-1] - total[-1:, :-1] - total[:-1, -1:] + total[-1, -1]
+    counts: Ints = np.diff(np.diff(corners, axis=0), axis=1)
     return counts
 
 
-def _below(expansion: Expansion, atoms: Atoms, level: int, x: Ints, y: Ints) -> Ints:
+def _below(expansion: DigitExpansion, atoms: Atoms, level: int, x: Ints, y: Ints) -> Ints:
     """Pairs of one product with ``q < x[i]`` and ``kv < y[j]`` in digits from ``level`` down."""
     strides = expansion.digits.radix.strides
     if not any(atoms[level:]):

@@ -26,20 +26,13 @@ from attn_rewrite.cascade.expr import (
     rebuild,
     walk,
 )
-from attn_rewrite.cascade.interval import Affine, affine, is_integer
+from attn_rewrite.cascade.interval import Affine, Interval, affine, is_integer, truth
 from attn_rewrite.cascade.points import values
+from attn_rewrite.cascade.products import COMPARISONS, TERM_LIMIT, Expansion, Sum
 from attn_rewrite.cascade.relation import TABLE_LIMIT, FactorError, Relation, relation
 
-COMPARISONS = frozenset({"lt", "le", "gt", "ge", "eq", "ne"})
 _NEGATED = {"lt": "ge", "ge": "lt", "gt": "le", "le": "gt", "eq": "ne", "ne": "eq"}
-# Products a mask may expand to before the closed form is given up.
-TERM_LIMIT = 600
-# Pairs of products a conjunction may try: each asks for a relation of its own.
-PAIR_LIMIT = 1 << 13
 RANKS = ("q", "kv")
-
-Atoms = tuple[frozenset[Expr], ...]  # per digit
-Sum = dict[Atoms, int]  # products with their signs
 
 
 @dataclass(frozen=True)
@@ -147,14 +140,13 @@ class Digits:
         return relation(ordered, q, kv, (self.extent("q", level), self.extent("kv", level)))
 
 
-class Expansion:
+class DigitExpansion(Expansion):
     """A boolean expression over digits as a signed sum of products; relations are made once."""
 
     def __init__(self, digits: Digits) -> None:
+        super().__init__(len(digits.radix.strides))
         self.digits = digits
-        self.levels = len(digits.radix.strides)
         self.relations: dict[tuple[int, frozenset[Expr]], Relation] = {}
-        self.empty: dict[tuple[int, frozenset[Expr]], bool] = {}
 
     def relation(self, level: int, atoms: frozenset[Expr]) -> Relation:
         """The relation of one factor."""
@@ -163,85 +155,22 @@ class Expansion:
             self.relations[key] = self.digits.relation(level, atoms)
         return self.relations[key]
 
-    def _is_empty(self, level: int, atoms: frozenset[Expr]) -> bool:
-        if not atoms:
-            return False
-        key = (level, atoms)
-        if key not in self.empty:
-            ends = (np.asarray([self.digits.extent(r, level)], dtype=np.int64) for r in RANKS)
-            self.empty[key] = not self.relation(level, atoms).below(*ends)[0, 0]
-        return self.empty[key]
+    def holds_nowhere(self, part: int, atoms: frozenset[Expr]) -> bool:
+        """True if the relation has no pair."""
+        ends = (np.asarray([self.digits.extent(r, part)], dtype=np.int64) for r in RANKS)
+        return not self.relation(part, atoms).below(*ends)[0, 0]
 
-    def one(self, atoms: Mapping[int, Expr] | None = None) -> Sum:
-        """A single product."""
-        given = atoms or {}
-        levels = tuple(
-            frozenset({given[n]}) if n in given else frozenset[Expr]() for n in range(self.levels)
-        )
-        return self._pruned({levels: 1})
-
-    def _pruned(self, terms: Sum) -> Sum:
-        kept = {
-            t: n
-            for t, n in terms.items()
-            if n and not any(self._is_empty(level, a) for level, a in enumerate(t))
-        }
-        if len(kept) > TERM_LIMIT:
-            raise FactorError(f"the mask has more than {TERM_LIMIT} products")
-        return kept
-
-    def times(self, left: Sum, right: Sum) -> Sum:
-        """The conjunction."""
-        if len(left) * len(right) > PAIR_LIMIT:
-            raise FactorError("the mask has too many products")
-        out: Sum = {}
-        for a, m in left.items():
-            for b, n in right.items():
-                key = tuple(x | y for x, y in zip(a, b, strict=True))
-                out[key] = out.get(key, 0) + m * n
-        return self._pruned(out)
-
-    def plus(self, left: Sum, right: Sum, sign: int = 1) -> Sum:
-        """The sum of two, the second ``sign`` times."""
-        out = dict(left)
-        for key, n in right.items():
-            out[key] = out.get(key, 0) + sign * n
-        return self._pruned(out)
-
-    def of(self, mask: Expr) -> Sum:
-        """Expand a mask; raises `FactorError`."""
-        level = self._only_digit(mask)
-        if level is not None:
-            return self.one({level: mask})
-        match mask:
-            case Const(value):
-                return self.one() if value else {}
-            case Call("and", (a, b)):
-                return self.times(self.of(a), self.of(b))
-            case Call("or", (a, b)):
-                first, second = self.of(a), self.of(b)
-                return self.plus(self.plus(first, second), self.times(first, second), -1)
-            case Call("not", (a,)):
-                return self.plus(self.one(), self.of(a), -1)
-            case Call("where", (c, a, b)):
-                yes, no = self.of(c), self.of(~c)
-                return self.plus(self.times(yes, self.of(a)), self.times(no, self.of(b)))
-            case Call("cast_bool", (a,)):
-                return self.of(a)
-            case Call(op, _) if op in COMPARISONS:
-                return self._comparison(mask)
-        raise FactorError(f"{mask} is no comparison")
-
-    def _only_digit(self, mask: Expr) -> int | None:
+    def only_part(self, mask: Expr) -> int | None:
         """The digit a mask is about, if it is one and short enough for a table."""
-        levels = {_level(name) for name in ranks_of(mask)}
-        if len(levels) != 1 or not _is_whole(mask):
+        levels = {level_of(name) for name in ranks_of(mask)}
+        if len(levels) != 1 or not is_whole(mask):
             return None
         (level,) = levels
         pairs = self.digits.extent("q", level) * self.digits.extent("kv", level)
         return level if pairs <= TABLE_LIMIT else None
 
-    def _comparison(self, atom: Call) -> Sum:
+    def comparison(self, atom: Call) -> Sum:
+        """A comparison over several digits."""
         left, right = atom.args
         form = affine(left).plus(affine(right), -1.0)
         if not all(map(is_integer, form.terms)):
@@ -253,7 +182,7 @@ class Expansion:
             ((level, _),) = groups.items()
             return self.one({level: call_of(atom.op, form)})
         if atom.op == "ne":
-            return self.plus(self.one(), self._comparison(Call("eq", atom.args)), -1)
+            return self.plus(self.one(), self.comparison(Call("eq", atom.args)), -1)
         return self._lexicographic(atom.op, form, groups) or self._separated(atom.op, form, groups)
 
     def _lexicographic(self, op: str, form: Affine, groups: Mapping[int, Affine]) -> Sum | None:
@@ -298,7 +227,7 @@ class Expansion:
         total: Sum = {}
         for value in self._values(first, summand):
             other = call_of(op, rest.plus(Affine({}, float(value))))
-            if self._is_empty(second, frozenset({other})):
+            if self.is_empty(second, frozenset({other})):
                 continue
             # Of a value of its own each, so no product is there already.
             total |= self.one({first: eq(summand, int(value)), second: other})
@@ -328,20 +257,20 @@ def _against_zero(op: str, offset: float) -> tuple[str | None, bool] | None:
     return known.get((op, offset))
 
 
-def _level(name: str) -> int:
+def level_of(name: str) -> int:
     """The digit a rank of `Radix.names` stands for."""
     return int(name.lstrip("qkv"))
 
 
-def _is_whole(mask: Expr) -> bool:
+def is_whole(mask: Expr) -> bool:
     """True if a mask compares integers only: its value at a point is exact."""
     match mask:
         case Const(value):
             return isinstance(value, bool)
         case Call("and" | "or" | "not" | "cast_bool", args):
-            return all(map(_is_whole, args))
+            return all(map(is_whole, args))
         case Call("where", (condition, yes, no)):
-            return all(map(_is_whole, (condition, yes, no)))
+            return all(map(is_whole, (condition, yes, no)))
         case Call(op, args) if op in COMPARISONS:
             return all(map(is_integer, args))
     return False
@@ -351,7 +280,7 @@ def _by_level(form: Affine) -> dict[int, Affine]:
     """The terms of a form by the digit they speak of; `FactorError` for a term of two digits."""
     groups: dict[int, Affine] = {}
     for term, factor in form.terms.items():
-        levels = {_level(name) for name in ranks_of(term)}
+        levels = {level_of(name) for name in ranks_of(term)}
         if len(levels) > 1:
             raise FactorError(f"{term} mixes digits")
         level = min(levels, default=0)
@@ -404,6 +333,19 @@ def decided(mask: Expr, at: Mapping[str, int]) -> Expr:
         if cut is not None:
             points = {r: np.asarray(v) for r, v in at.items()}
             return TRUE if bool(values(node, points)) else FALSE
+        return _folded(rebuild(node, tuple(map(fold, node.children))))
+
+    return fold(mask)
+
+
+def settled(mask: Expr, lengths: Mapping[str, int]) -> Expr:
+    """``mask`` with comparisons that hold for all positions, or for none, replaced by that."""
+    bounds = {r: Interval(np.asarray(0.0), np.asarray(n - 1.0)) for r, n in lengths.items()}
+
+    def fold(node: Expr) -> Expr:
+        if isinstance(node, Call) and node.op in COMPARISONS:
+            held = truth(node, bounds)
+            return node if held.lo != held.hi else TRUE if held.lo else FALSE
         return _folded(rebuild(node, tuple(map(fold, node.children))))
 
     return fold(mask)
