@@ -235,6 +235,16 @@ def test_pieces_cover_the_row() -> None:
     assert pieces.pieces(plain, 64, pieces.SCRATCH, 1) == [plain]
 
 
+def test_ranges_that_touch_are_one_call() -> None:
+    """Masked blocks come first in a row: beside what they cut from, they need no copies."""
+    keys = ((0, 128), (512, 640), (1024, 1152), (640, 1024))
+    row = Row((0, 128), keys, ((0, 384),), True, 6, 3)
+    window, sinks = pieces.pieces(row, 64, pieces.SCRATCH, 192)
+    assert (window.keys, window.masked) == (((512, 1152),), ((0, 128), (512, 640)))
+    assert (sinks.keys, sinks.masked) == (((0, 128),), ((0, 128),))
+    assert (window.certain, sinks.certain) == (True, False)
+
+
 def _masked_keys(part: Row) -> list[int]:
     keys = [at for span in part.keys for at in range(*span)]
     return [keys[column] for span in part.masked for column in range(*span)]

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from attn_rewrite.backends.torch.patterns import SIDE
-from attn_rewrite.backends.torch.schedule import Row, Schedule, Span, clipped
+from attn_rewrite.backends.torch.schedule import Row, Schedule, Span, clipped, merged
 
 # Elements of the mask, and of the copied keys and values, of one call, in every lane.
-SCRATCH = 5 << 15
+SCRATCH = 1 << 18
 # Keys of a range, counted in every head, that are worth a call of their own: merging its output
 # costs less than copying them.
 WORTH_CALL = 12 * SIDE
@@ -116,14 +116,25 @@ def pieces(row: Row, depth: int, room: int, worth: int) -> list[Row]:
     Each range that has at least ``worth`` keys has pieces of its own, the others are taken
     together.  Keys of one range that need no mask are never cut.
     """
-    columns: list[Span] = []
-    for low, high in row.keys:
-        start = columns[-1][1] if columns else 0
-        columns.append((start, start + high - low))
+    row = in_order(row)
+    columns = _columns(row)
     long = [[c] for c in columns if c[1] - c[0] >= worth]
     short = [c for c in columns if c[1] - c[0] < worth]
     found = [_part(row, group) for group in (*long, short) if group]
     return [piece for part in found for piece in _cut(part, depth, room)]
+
+
+def in_order(row: Row) -> Row:
+    """The row with its keys from first to last: ranges that touch are one, masked or not."""
+    by_key = sorted(zip(row.keys, _columns(row), strict=True))
+    ordered = _part(row, [columns for _, columns in by_key])
+    return replace(ordered, keys=merged(ordered.keys), masked=merged(ordered.masked))
+
+
+def _columns(row: Row) -> list[Span]:
+    """The columns of each range of keys."""
+    ends = list(itertools.accumulate((high - low for low, high in row.keys), initial=0))
+    return list(itertools.pairwise(ends))
 
 
 def _cut(row: Row, depth: int, room: int) -> list[Row]:

@@ -175,10 +175,10 @@ def _row(cells: npt.NDArray[np.int8], queries: Span, kv_len: int, block: int) ->
         if cells[j] == Cover.PARTIAL
     ]
     full = int((cells == Cover.FULL).sum())
-    return Row(queries, _merged(spans), _merged(columns), full > 0, len(kept), full)
+    return Row(queries, merged(spans), merged(columns), full > 0, len(kept), full)
 
 
-def _merged(spans: Sequence[Span]) -> tuple[Span, ...]:
+def merged(spans: Sequence[Span]) -> tuple[Span, ...]:
     """Ranges with neighbours that touch joined."""
     out: list[Span] = []
     for start, stop in spans:
