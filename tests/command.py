@@ -1,18 +1,23 @@
-"""Running the real command in a process of its own."""
+"""Running the command in a process of its own."""
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import select
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = (sys.executable, "-m", "attn_rewrite")
+TIMEOUT = 300  # seconds
 
 
 @dataclass(frozen=True)
@@ -39,15 +44,43 @@ class Outcome:
 def attn_rewrite(
     *words: str | Path, cwd: Path | None = None, env: Mapping[str, str] | None = None
 ) -> Outcome:
-    """Run ``attn-rewrite WORDS`` without a terminal."""
-    done = subprocess.run(
-        [*COMMAND, *map(str, words)],
-        cwd=cwd,
-        env={**os.environ, **(env or {})},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    return Outcome(done.returncode, done.stdout, done.stderr)
+    """Run ``attn-rewrite WORDS`` without a terminal, in a process forked for it."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        for file in (out, err):
+            file.touch()
+        asked = {
+            "argv": [*map(str, words)],
+            "cwd": str(cwd or Path.cwd()),
+            "env": {**os.environ, **(env or {})},
+            "out": str(out),
+            "err": str(err),
+        }
+        code = _answer(asked)
+        return Outcome(code, out.read_text(), err.read_text())
+
+
+def _answer(asked: Mapping[str, Any]) -> int:
+    server = _server()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    server.stdin.write(json.dumps(asked) + "\n")
+    server.stdin.flush()
+    ready, _, _ = select.select([server.stdout], [], [], TIMEOUT)
+    line = server.stdout.readline() if ready else ""
+    if not line:
+        server.kill()
+        _server.cache_clear()
+        raise AssertionError(f"{asked['argv']} gave no answer in {TIMEOUT} s")
+    return int(line)
+
+
+@cache
+def _server() -> subprocess.Popen[str]:
+    """`tests.forking`, until this process ends."""
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.forking"], cwd=ROOT, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    atexit.register(server.kill)
+    return server
