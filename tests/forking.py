@@ -44,7 +44,7 @@ def _command(asked: dict[str, Any]) -> int:
     os.environ.clear()
     os.environ.update(asked["env"])
     os.chdir(asked["cwd"])
-    sys.path[0] = asked["cwd"]
+    sys.path[:1] = [asked["cwd"], *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     sys.argv = ["attn_rewrite", *asked["argv"]]
     try:
         runpy.run_module("attn_rewrite", run_name="__main__", alter_sys=True)
