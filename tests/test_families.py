@@ -89,7 +89,9 @@ def test_inspect(family: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert document["refusals"] == []
 
 
-@pytest.mark.parametrize("policy", ["exact", "window(size=16)"])
+@pytest.mark.parametrize(
+    "policy", [pytest.param("exact", marks=pytest.mark.slow), "window(size=16)"]
+)
 def test_optimize_and_export(
     family: Path, policy: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

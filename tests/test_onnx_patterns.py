@@ -231,10 +231,8 @@ def test_every_pattern_is_walked() -> None:
     assert walked == set(names()) - {"blocks"}
 
 
-@pytest.mark.parametrize(
-    ("target", "key_heads"),
-    [("portable", 2), pytest.param("onnxruntime", HEADS, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "key_heads"), [("portable", 2), ("onnxruntime", HEADS)])
 def test_a_layer_for_every_pattern(target: str, key_heads: int, tmp_path: Path) -> None:
     check(walk(policies(first=True), tmp_path, target=target, key_heads=key_heads))
 

@@ -17,8 +17,11 @@ pytest.importorskip("triton")
 FOLDER = Path(__file__).parent / "interpreted"
 
 
-LONGER = [pytest.param(name, marks=pytest.mark.slow) for name in ("quantised", "codes")]
-FILES = ["kernels", "gradients", "serving", "edges", *LONGER, "mutations", "long"]
+LONGER = ["gradients", "serving", "quantised", "codes", "long"]
+FILES = [
+    *("kernels", "edges", "mutations"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in LONGER),
+]
 SLOW = ["mutations", "long"]
 
 

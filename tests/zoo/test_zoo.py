@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from _pytest.mark import ParameterSet
 
 from tests.zoo.bench import Bench
 from tests.zoo.choice import chosen
@@ -39,7 +40,12 @@ def _in_turns(names: list[str]) -> list[tuple[str, str]]:
     ]
 
 
-@pytest.mark.parametrize("name", chosen("fast"))
+def _every_third(names: list[str]) -> list[ParameterSet]:
+    """The others are slow tests."""
+    return [pytest.param(n, marks=[pytest.mark.slow] * bool(i % 3)) for i, n in enumerate(names)]
+
+
+@pytest.mark.parametrize("name", _every_third(chosen("fast")))
 def test_row(bench: Bench, name: str) -> None:
     result = bench.examine(name)
     record(result)
