@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import attn_rewrite as ar
 from attn_rewrite import export_onnx
 from attn_rewrite.backends.onnx.artifact import against_program
-from attn_rewrite.backends.onnx.oracle import as_arrays, example_inputs
+from attn_rewrite.backends.onnx.oracle import as_arrays, example_inputs, expected
 from attn_rewrite.errors import VerifyError
 
 HEADS, D, WIDTH, N = 4, 16, 64, 24
@@ -23,12 +23,11 @@ class Large(nn.Module):
 
     def __init__(self, times: float) -> None:
         super().__init__()
-        torch.manual_seed(0)
         self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
         self.out = nn.Linear(WIDTH, WIDTH)
         self.distance = nn.Parameter(torch.randn(HEADS, 2 * N))
         with torch.no_grad():
-            for layer in (self.q, self.k):
+            for layer in (self.q, self.k, self.v, self.out):
                 layer.weight.mul_(times)
         self.scale, self.ahead, self.biased, self.turned = 1.0, 1, True, False
 
@@ -50,24 +49,50 @@ class Large(nn.Module):
         return sum(a[..., i, None] * b[..., None, :, i] for i in reversed(range(a.shape[-1])))
 
 
-def x() -> Tensor:
-    return torch.randn(2, N, WIDTH, generator=torch.Generator().manual_seed(1))
+class Stack(nn.Module):
+    """Three of them, each on the last one's normalised sum: what one rounds the next magnifies."""
+
+    def __init__(self, times: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Large(times) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(nn.functional.layer_norm(x, (WIDTH,)))
+        return x
 
 
-def compared(model: Large, **changes: object) -> dict[str, float]:
-    """What the changed model gives in float32, compared as if a file had given it."""
+def x(seed: int = 1) -> Tensor:
+    return torch.randn(2, N, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def compared(model: Stack, **changes: object) -> dict[str, float]:
+    """What the model with one changed layer gives in float32, compared as if a file had given it."""
     program = torch.export.export(model, (x(),))
     for name, value in changes.items():
-        assert getattr(model, name) != value
-        setattr(model, name, value)
+        assert getattr(model.layers[1], name) != value
+        setattr(model.layers[1], name, value)
     with torch.no_grad():
         got = {"output": model(x()).numpy()}
     return against_program("m.onnx", program, None, {"x": x().numpy()}, got)
 
 
-@pytest.mark.parametrize("times", [1.0, 4.0, 8.0])
-def test_another_order_of_adding_up_passes(times: float) -> None:
-    assert compared(Large(times), turned=True)["output"] > 0
+def test_another_order_of_adding_up_passes() -> None:
+    """Also where it is further off than twice the model's own run, as some of these are."""
+    beyond = 0
+    for times in (1.0, 4.0, 8.0, 16.0):
+        model = Stack(times)
+        program = torch.export.export(model, (x(),))
+        for layer in model.layers:
+            layer.turned = True
+        for seed in range(24):
+            inputs = {"x": x(seed).numpy()}
+            with torch.no_grad():
+                got = {"output": model(x(seed)).numpy()}
+            error = against_program("m.onnx", program, None, inputs, got)["output"]
+            beyond += error > expected(program, inputs).bounds["output"]
+    assert beyond > 0
 
 
 @pytest.mark.parametrize("times", [1.0, 4.0, 8.0])
@@ -77,7 +102,7 @@ def test_another_order_of_adding_up_passes(times: float) -> None:
 )
 def test_a_fault_does_not(times: float, change: dict[str, object]) -> None:
     with pytest.raises(VerifyError, match="the export is wrong"):
-        compared(Large(times), **change)
+        compared(Stack(times), **change)
 
 
 def t5(seed: int) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -91,15 +116,15 @@ def t5(seed: int) -> tuple[nn.Module, dict[str, Tensor]]:
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(4)
-    ids = torch.randint(0, 128, (2, 36))
-    return model, {"input_ids": ids[:, :24], "decoder_input_ids": ids[:, 24:], "use_cache": False}
+    ids, later = torch.randint(0, 128, (2, 24)), torch.randint(0, 128, (2, 12))
+    return model, {"input_ids": ids, "decoder_input_ids": later, "use_cache": False}
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory):
     """One of the models whose own run is less far off than ONNX Runtime's."""
     model, inputs = t5(0)
-    done = ar.optimize(model, "exact", (), inputs, dynamic_shapes={}, verify=False)
+    done = ar.optimize(model, "exact", (), inputs, verify=False)
     return done, export_onnx(done, tmp_path_factory.mktemp("t5") / "m.onnx")
 
 
