@@ -27,10 +27,9 @@ from attn_rewrite.graph import (
 from attn_rewrite.memory import is_dead_write
 from attn_rewrite.passes.reorder.settle import Gathers, count_gathers, settle_orders
 from attn_rewrite.site import Site
+from attn_rewrite.site_marks import CASCADE_KEY, SITE_KEY
 from attn_rewrite.tables import Table
 
-# In the meta of the nodes that are built for a site: its name, and the text of its cascade.
-SITE_KEY, CASCADE_KEY = "attn_rewrite_site", "attn_rewrite_cascade"
 _PROVENANCE = ("nn_module_stack", "stack_trace", "torch_fn")
 
 

@@ -60,6 +60,7 @@ class OptimizedModule(nn.Module):
         self._hold("_make_program", program)
         self._hold("_program", None)
         self._hold("_folder", None)
+        self._hold("_anchors", {})
         self._hold_form(form)
         self.training = graph.training if source is None else source.training
 
@@ -72,14 +73,17 @@ class OptimizedModule(nn.Module):
         report: Report,
         form: CallForm | None = None,
         folder: Path | None = None,
+        anchors: Mapping[str, str] | None = None,
     ) -> OptimizedModule:
         """A module that runs a saved, already rewritten program; it has no source module.
 
-        ``folder`` is where it was read from: the model's configuration lies there.
+        ``folder`` is where it was read from: the model's configuration lies there.  ``anchors`` are
+        the operators that its attention was found at, by site.
         """
         module = cls(program.module(), plan=plan, report=report, form=form)
         module._hold("_program", program)
         module._hold("_folder", folder)
+        module._hold("_anchors", dict(anchors or {}))
         return module
 
     def _hold(self, name: str, value: Any) -> None:
@@ -159,6 +163,14 @@ class OptimizedModule(nn.Module):
         return self._form  # type: ignore[no-any-return]
 
     @property
+    def anchors(self) -> Mapping[str, str]:
+        """The operators that attention was found at, by site; of a saved result as well, which
+        holds no ``sites``."""
+        from attn_rewrite.graph import op_name
+
+        return self._anchors or {s.name: op_name(s.anchor) for s in self.sites}
+
+    @property
     def graph_module(self) -> fx.GraphModule:
         """The rewritten host graph."""
         return self._graph  # type: ignore[no-any-return]
@@ -175,9 +187,11 @@ class OptimizedModule(nn.Module):
     def at_one_length(self) -> ExportedProgram:
         """The rewritten model as a program whose lengths are those of the example, its batch as
         dynamic as before: what depends on the lengths can be computed when it is exported."""
-        if self._make_program is None:
-            raise AttnRewriteError("this module holds no graph to export again")
-        return self._make_program(self._graph, lengths=False)  # type: ignore[no-any-return]
+        if self._make_program is not None:
+            return self._make_program(self._graph, lengths=False)  # type: ignore[no-any-return]
+        from attn_rewrite.reexport import export_again
+
+        return export_again(self._graph, self.program, lengths=False)
 
     def _apply(
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
@@ -263,7 +277,7 @@ class OptimizedModule(nn.Module):
         nn.Module.__init__(new)
         source = copy.deepcopy(self._source, memo)  # parameters first: the graph shares them
         new._hold("_source", source)
-        for name in ("_rebuild", "_make_program", "_form", "_folder"):
+        for name in ("_rebuild", "_make_program", "_form", "_folder", "_anchors"):
             new._hold(name, getattr(self, name))
         new._hold("_program", None if self._make_program else self._program)
         new._say(self.plan, self.report, self.sites)

@@ -2,7 +2,8 @@
 
 An archive whose output is a dataclass of a library names that class, and loads only in a process
 that has imported it.  A saved program returns a dictionary by field name instead; the class is kept
-in a record of its own, and `read_program` puts it back where it exists.
+in a record of its own, and `read_program` puts it back where it exists.  So it does with what the
+nodes of rewritten sites say.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,17 +24,29 @@ from torch.utils import _pytree as pytree
 from attn_rewrite.calls import CallForm
 from attn_rewrite.checkpoints.exported import load_program, names_imports, read_extra
 from attn_rewrite.containers import make_known_by_name
+from attn_rewrite.site_marks import SiteMarks
 
 _PLAIN = (tuple, list, dict)
 _OUTPUTS = "outputs.json"
 _CALL = "call.json"
+_SITES = "sites.json"
 
 
-def save_program(program: ExportedProgram, path: Path, form: CallForm | None = None) -> None:
-    """Write ``program`` as a portable ``.pt2``; its output classes and the original's call
-    signature are records of their own."""
+def save_program(
+    program: ExportedProgram,
+    path: Path,
+    form: CallForm | None = None,
+    anchors: Mapping[str, str] | None = None,
+) -> None:
+    """Write ``program`` as a portable ``.pt2``; its output classes, the original's call signature,
+    and what is known of its sites are records of their own.
+
+    ``anchors`` are the operators that attention was found at, by site.
+    """
     tree = output_tree(program)
-    extra = {} if tree is None else {_OUTPUTS: tree}
+    extra = {_SITES: SiteMarks.of(program, anchors or {}).to_text()}
+    if tree is not None:
+        extra[_OUTPUTS] = tree
     if form is not None:
         extra[_CALL] = json.dumps(form.to_json())
     with _ArchiveFile(path) as file:
@@ -83,7 +97,15 @@ class _ArchiveFile(io.BytesIO):
 
 def read_program(path: Path) -> ExportedProgram:
     """The inverse of `save_program`; raises `CheckpointError` as `load_program` does."""
-    return with_outputs(load_program(path), read_extra(path, _OUTPUTS))
+    program = load_program(path)
+    read_marks(path).put_on(program)
+    return with_outputs(program, read_extra(path, _OUTPUTS))
+
+
+def read_marks(path: Path) -> SiteMarks:
+    """What was saved with the program in ``path`` of its sites."""
+    text = read_extra(path, _SITES)
+    return SiteMarks() if text is None else SiteMarks.from_text(text)
 
 
 def read_form(path: Path) -> CallForm | None:

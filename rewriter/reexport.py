@@ -10,9 +10,9 @@ from torch import fx
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
-from attn_rewrite.apply import CASCADE_KEY, SITE_KEY
 from attn_rewrite.errors import CaptureError
 from attn_rewrite.graph import copy_graph, op_name
+from attn_rewrite.site_marks import CASCADE_KEY, SITE_KEY
 
 
 def export_again(

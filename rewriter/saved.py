@@ -59,7 +59,7 @@ def write_result(
 
     if source is not None:
         _copy_companions(source, folder)
-    save_program(optimized.program, folder / "model.pt2", optimized.form)
+    save_program(optimized.program, folder / "model.pt2", optimized.form, optimized.anchors)
     _write_json(folder / "plan.json", optimized.plan.to_json())
     if optimized.plan.tables:
         write_tables(optimized.plan.tables, folder / TABLES)
@@ -121,7 +121,7 @@ def load(directory: str | Path) -> OptimizedModule:
     importlib.import_module("attn_rewrite.ops")  # a saved program refers to these operators by name
     from attn_rewrite.optimized import OptimizedModule
     from attn_rewrite.plan import Plan
-    from attn_rewrite.portable import read_form, read_program
+    from attn_rewrite.portable import read_form, read_marks, read_program
     from attn_rewrite.report import Report
 
     program = read_program(folder / "model.pt2")
@@ -129,7 +129,12 @@ def load(directory: str | Path) -> OptimizedModule:
     report = Report.from_json(read_json(folder / "report.json"))
     form = read_form(folder / "model.pt2")
     module = OptimizedModule.from_program(
-        program, plan=plan, report=report, form=form, folder=folder
+        program,
+        plan=plan,
+        report=report,
+        form=form,
+        folder=folder,
+        anchors=read_marks(folder / "model.pt2").anchors,
     )
     module.training = bool(manifest.get("training", False))
     return module

@@ -195,27 +195,38 @@ def against_program(
     types (their errors are in steps); everything else is compared with what the program makes of
     the file's own codes.  Raises `VerifyError` as `compare` does.
     """
+    from attn_rewrite.backends.onnx.explanation import explained
     from attn_rewrite.backends.onnx.oracle import expected
 
     if codes is None:
         found = expected(program, inputs)
+        off = errors_of(what, got, found.outputs)
+        found = explained(program, inputs, found, got, off)
         return compare(what, got, found.outputs, found.bounds)
     held = codes.numbers({n: a for n, a in got.items() if n.startswith("present.")})
-    found = expected(program, codes.numbers(inputs), held)
+    numbers = codes.numbers(inputs)
+    found = expected(program, numbers, held)
     rest = {n: a for n, a in found.outputs.items() if n not in held}
+    found = explained(program, numbers, found, got, errors_of(what, got, rest), held)
     errors = compare(what, got, rest, found.bounds)
     return errors | codes.check(got, found.appended, found.bounds)
+
+
+def errors_of(what: str, got: Arrays, reference: Arrays) -> dict[str, float]:
+    """Largest absolute error per output of ``reference``; `VerifyError` where one is missing or has
+    another shape."""
+    for name in reference:
+        if name not in got:
+            raise VerifyError(f"{what} has no output {name!r}; it has {', '.join(got)}.")
+    return {n: _error(what, n, got[n], np.asarray(array)) for n, array in reference.items()}
 
 
 def compare(
     what: str, got: Arrays, reference: Arrays, bound: Mapping[str, float] | None = None
 ) -> dict[str, float]:
     """Largest absolute error per output of ``reference``; `VerifyError` where one is over bound."""
-    errors: dict[str, float] = {}
+    errors = errors_of(what, got, reference)
     for name, expected in reference.items():
-        if name not in got:
-            raise VerifyError(f"{what} has no output {name!r}; it has {', '.join(got)}.")
-        errors[name] = _error(what, name, got[name], np.asarray(expected))
         if bound is not None and name not in bound:
             raise PolicyError(f"bound has no {name!r}; give one for every output of the reference.")
         allowed = _default_bound(got[name], expected) if bound is None else bound[name]

@@ -307,9 +307,8 @@ def _left_alone(optimized: Any, sites: tuple[SiteLowering, ...]) -> tuple[SiteLo
     Those spelled with torch's operator are among ``sites`` whether they were rewritten or not.
     """
     from attn_rewrite.backends.onnx.lowering import SiteLowering
-    from attn_rewrite.graph import op_name
 
-    anchors = {s.name: s.anchor for s in getattr(optimized, "sites", ())}
+    anchors: Mapping[str, str] = getattr(optimized, "anchors", {})
     reports = getattr(getattr(optimized, "report", None), "sites", ())
     named = {s.name for s in sites}
     left = []
@@ -317,7 +316,7 @@ def _left_alone(optimized: Any, sites: tuple[SiteLowering, ...]) -> tuple[SiteLo
         anchor = anchors.get(site.name)
         if site.name in named or site.kernel is not None or anchor is None:
             continue
-        if op_name(anchor) == "scaled_dot_product_attention":
+        if anchor == "scaled_dot_product_attention":
             continue
         why = "; ".join(r.reason for r in site.refusals) or "the policy keeps it"
         left.append(SiteLowering(site.name, "aten", "operators", f"left as it is: {why}"))

@@ -3,6 +3,7 @@
 The two runs give the bound for ONNX Runtime's error: twice what the program itself is off, or the
 rounding that as many contractions may add up to, whichever is more.  Where the program rounds to
 codes a third run shows what another rounding of near ties does, which no runtime can be held to.
+Where a file is over that bound, `explanation` draws what other roundings may do.
 """
 
 from __future__ import annotations
@@ -27,10 +28,9 @@ from attn_rewrite.backends.onnx.names import (
     output_names,
     sizes_of,
 )
+from attn_rewrite.backends.onnx.perturbed import ATTENTIONS, CONTRACTIONS, Perturbed
 
 Arrays = dict[str, np.ndarray[Any, Any]]
-_CONTRACTIONS = ("mm", "bmm", "addmm", "baddbmm", "matmul", "linear", "einsum", "convolution")
-_ATTENTIONS = ("scaled_dot_product_attention", "tiled_attention", "mapped_attention")
 _FORWARDS = ("alias", "clone", "detach", "contiguous")
 CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
@@ -39,12 +39,14 @@ CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENS
 class Expected:
     """Outputs by name in float64, and the error allowed for each.
 
-    ``appended`` are the present keys and values that were replaced by given ones, as computed.
+    ``floors`` are what contractions of outputs of this size may round in any case; ``appended`` are
+    the present keys and values that were replaced by given ones, as computed.
     """
 
     outputs: Arrays
     bounds: Mapping[str, float]
     appended: Arrays = field(default_factory=dict)
+    floors: Mapping[str, float] = field(default_factory=dict)
 
 
 def _arguments(program: ExportedProgram, inputs: Mapping[str, Any], wide: bool) -> Iterator[Any]:
@@ -78,11 +80,16 @@ def _run(
     wide: bool,
     held: Arrays | None = None,
     slack: Mapping[str, float] | None = None,
+    seed: int | None = None,
 ) -> _Run:
-    """One run; ``held`` are outputs by name that are taken as given."""
+    """One run; ``held`` are outputs by name that are taken as given, ``seed`` is that of a draw."""
     nodes = _made_by(program) if held else {}
     given = {nodes[name]: torch.as_tensor(array) for name, array in (held or {}).items()}
-    evaluation = Evaluation(program, wide, given, slack or {})
+    evaluation = (
+        Evaluation(program, wide, given, slack or {})
+        if seed is None
+        else Perturbed(program, given, seed)
+    )
     with torch.no_grad():
         results = evaluation.run(*_arguments(program, inputs, wide))
     specs = program.graph_signature.output_specs
@@ -135,6 +142,14 @@ def _tensor_outputs(program: ExportedProgram) -> list[Any]:
     ]
 
 
+def draw(
+    program: ExportedProgram, inputs: Mapping[str, Any], held: Arrays | None, seed: int
+) -> Expected:
+    """What ``program`` gives in float64 with roundings drawn (`Perturbed`); it allows nothing."""
+    made = _run(program, inputs, True, held, seed=seed)
+    return Expected(made.outputs, {}, made.appended)
+
+
 def own_outputs(program: ExportedProgram, inputs: Mapping[str, Any]) -> Arrays:
     """What ``program`` gives on ``inputs`` in its own types."""
     return _run(program, inputs, False).outputs
@@ -150,7 +165,7 @@ def _array(value: Any) -> np.ndarray[Any, Any]:
 
 def _contractions(program: ExportedProgram) -> int:
     names = [str(getattr(n.target, "_opname", "")) for n in program.graph.nodes]
-    return sum(n in _CONTRACTIONS for n in names) + 2 * sum(n in _ATTENTIONS for n in names)
+    return sum(n in CONTRACTIONS for n in names) + 2 * sum(n in ATTENTIONS for n in names)
 
 
 def _allowed(
@@ -159,13 +174,14 @@ def _allowed(
     """``max(2 x own error, 4 eps x sqrt(contractions) x max|reference|)``."""
     if not wide.size:
         return 0.0
-    finite = np.isfinite(wide) & np.isfinite(own)
-    with np.errstate(invalid="ignore"):  # -inf of a row without keys in both: left out
-        apart = np.abs(own.astype(np.float64) - wide)
-    error = np.max(apart, where=finite, initial=0.0)
-    size = np.max(np.abs(wide), where=finite, initial=0.0)
-    # Rounding errors of independent contractions add up like a random walk.
-    return float(max(2 * error, 4 * eps * math.sqrt(max(depth, 1)) * size))
+    error = float(by_row(own, wide).max())  # -inf of a row without keys in both: left out
+    return max(2 * error, _floor(own, wide, depth, eps))
+
+
+def _floor(own: np.ndarray[Any, Any], wide: np.ndarray[Any, Any], depth: int, eps: float) -> float:
+    """Rounding errors of independent contractions add up like a random walk."""
+    size = np.max(np.abs(wide), where=np.isfinite(wide) & np.isfinite(own), initial=0.0)
+    return float(4 * eps * math.sqrt(max(depth, 1)) * size)
 
 
 def expected(
@@ -180,7 +196,8 @@ def expected(
     depth, turns = _contractions(program), _effect_of_ties(program, inputs, held, own, wide)
     outputs: Arrays = {}
     bounds: dict[str, float] = {}
-    for name, dtype in _output_types(program).items():
+    floors: dict[str, float] = {}
+    for name, dtype in output_types(program).items():
         floating = dtype is not None and dtype.is_floating_point
         # An integer (an argmax) may differ in float64 where it is a near tie: it has to be the own.
         outputs[name] = wide.outputs[name] if floating else own.outputs[name]
@@ -188,7 +205,18 @@ def expected(
         near, far = (r.appended if name in wide.appended else r.outputs for r in (own, wide))
         allowed = _allowed(near[name], far[name], depth, eps) if floating else 0.0
         bounds[name] = allowed + turns.get(name, 0.0)
-    return Expected(outputs, bounds, wide.appended)
+        floors[name] = _floor(near[name], far[name], depth, eps) if floating else 0.0
+    return Expected(outputs, bounds, wide.appended, floors)
+
+
+def by_row(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The largest difference in every row, where both are finite."""
+    one, other = np.atleast_1d(one).astype(np.float64), np.atleast_1d(other)
+    both = np.isfinite(one) & np.isfinite(other)
+    with np.errstate(invalid="ignore"):
+        apart = np.abs(one - other)
+    largest: np.ndarray[Any, Any] = np.max(apart, axis=-1, where=both, initial=0.0).reshape(-1)
+    return largest
 
 
 def _effect_of_ties(
@@ -220,7 +248,7 @@ def _slack(own: torch.Tensor, wide: torch.Tensor) -> float:
     return _allowed(_array(own), _array(wide), 1, eps)
 
 
-def _output_types(program: ExportedProgram) -> dict[str, torch.dtype | None]:
+def output_types(program: ExportedProgram) -> dict[str, torch.dtype | None]:
     """Element types of the outputs by name; None for plain numbers."""
     nodes = {n.name: n for n in program.graph.nodes}
     kept = [getattr(nodes[s.arg.name].meta["val"], "dtype", None) for s in _tensor_outputs(program)]

@@ -74,6 +74,21 @@ def providers_of(provider: str) -> Providers:
     return (CUDA, CPU) if provider == "cuda" else (CPU,)
 
 
+def require_provider(provider: str) -> None:
+    """Raise `ToolError` unless this build of ONNX Runtime has ``provider``, "cpu" or "cuda".
+
+    Whether it starts is known once a session is opened.
+    """
+    ort, name = runtime(), CUDA if provider == "cuda" else CPU
+    have = ort.get_available_providers()
+    if name not in have:
+        raise ToolError(
+            f"ONNX Runtime {ort.__version__} is built without {name} (it has {', '.join(have)}); "
+            "install onnxruntime-gpu in the place of onnxruntime, or ask for the CPU.",
+            stage=STAGE,
+        )
+
+
 def open_session(
     path: Path,
     providers: Providers | None = None,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attn_rewrite.backends.torch.dense import DenseSpace, size
 from attn_rewrite.backends.torch.emit import Emitter, StraightThrough, cast, dtype_of, value_of
+from attn_rewrite.backends.torch.tidy import expanded, filled, is_same_size, squeezed
 from attn_rewrite.cascade.expr import (
     TRUE,
     Call,
@@ -150,12 +151,18 @@ class _Machine:
         found: dict[str, Any] = {r.name: r.size for r in self.cascade.ranks if r.size is not None}
         for decl in self.cascade.inputs:
             for dim, rank in enumerate(decl.ranks):
-                found.setdefault(rank, size(self.build, self.inputs[decl.name], dim))
+                found.setdefault(
+                    rank, self._once(size(self.build, self.inputs[decl.name], dim), found)
+                )
         for whole in (r for r in self.cascade.ranks if len(r.parts) == 2 and r.name in found):
             outer, inner = whole.parts
             if outer not in found and isinstance(found.get(inner), int):
                 found[outer] = self._tiles(found[whole.name], found[inner])
         return found
+
+    def _once(self, extent: Any, found: Mapping[str, Any]) -> Any:
+        """``extent``, or an equal one that is ``found``: what follows of it is computed once."""
+        return next((known for known in found.values() if is_same_size(known, extent)), extent)
 
     def _tiles(self, whole: Any, tile: int) -> Any:
         """How many tiles cover a dynamic extent; the last one may be cut."""
@@ -303,7 +310,7 @@ class _Machine:
 
     def _full(self, value: Any, frame: tuple[str, ...]) -> Any:
         """``value`` over every point of the frame."""
-        return self.build.call(aten.expand.default, value, [self.extents[r] for r in frame])
+        return expanded(self.build, value, [self.extents[r] for r in frame])
 
     def _filled(self, value: Any, mask: Any, fill: float) -> Any:
         if dtype_of(value) == torch.bool:
@@ -315,7 +322,7 @@ class _Machine:
         if not _is_float(value):
             value = cast(self.build, value, self.dtype)
         dropped = self.build.call(aten.logical_not.default, mask)
-        return self.build.call(aten.masked_fill.Scalar, value, dropped, fill)
+        return filled(self.build, value, dropped, fill)
 
     def _reduced(
         self, value: Any, frame: tuple[str, ...], folded: list[str], operators: dict[str, str]
@@ -345,8 +352,7 @@ class _Machine:
     def _without(self, value: Any, frame: tuple[str, ...], kept: list[str]) -> Any:
         """Drop folded dimensions and order the rest as the output has them."""
         gone = [d for d, r in enumerate(frame) if r not in kept]
-        if gone:
-            value = self.build.call(aten.squeeze.dims, value, gone)
+        value = squeezed(self.build, value, gone)
         left = [r for r in frame if r in kept]
         order = [left.index(r) for r in kept]
         if order != list(range(len(order))):
@@ -374,7 +380,7 @@ class _Machine:
                 r for d, r in enumerate(frame) if not _is_one(value, d) or r in ranks_of(factor)
             ]
             gone = [d for d, r in enumerate(frame) if r not in ranks]
-            values.append(self.build.call(aten.squeeze.dims, value, gone) if gone else value)
+            values.append(squeezed(self.build, value, gone))
             terms.append("".join(letters[r] for r in ranks))
             seen |= set(ranks)
         equation = f"{','.join(terms)}->{''.join(letters[r] for r in kept)}"
@@ -382,7 +388,7 @@ class _Machine:
 
     def _over(self, value: Any, frame: tuple[str, ...], ranks: frozenset[str] | set[str]) -> Any:
         shape = [self.extents[r] if r in ranks else -1 for r in frame]
-        return self.build.call(aten.expand.default, value, shape)
+        return expanded(self.build, value, shape)
 
     def _guard(self, e: Einsum, frame: tuple[str, ...]) -> Expr:
         """The guard, and that a split rank has no points beyond its extent."""

@@ -7,6 +7,7 @@ import functools
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from attn_rewrite.checkpoint import LoadedModel
 
-RUNTIMES = ("torch", "onnxruntime")
+RUNTIMES = ("torch", "onnxruntime", "onnxruntime:cuda")
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,22 @@ class Timing:
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each model.")] = 20
     warmup: Annotated[int, typer.Option(min=0, help="Runs before that are not timed.")] = 3
     runtime: Annotated[
-        str, typer.Option(metavar="NAME", help="torch, or onnxruntime: both models exported.")
+        str,
+        typer.Option(metavar="NAME", help="torch, or onnxruntime[:cuda]: both models exported."),
     ] = "torch"
+
+    @property
+    def provider(self) -> str:
+        """ "cpu" or "cuda", or nothing where models run in torch."""
+        runtime, _, provider = self.runtime.partition(":")
+        return "" if runtime == "torch" else provider or "cpu"
 
 
 def bench(model: Model, timing: Timing, options: ModelOptions, terminal: Terminal) -> int:
     """Time MODEL, or a saved result, before and after: alternating, medians and ratios."""
-    _check_runtime(timing.runtime)
+    from attn_rewrite.cli.optimize import exit_code
+
+    _check_runtime(timing)
     saved = Path(model)
     if (saved / "attn_rewrite.json").is_file():
         loaded, after, policy = _saved(saved, timing, options, terminal)
@@ -52,8 +62,9 @@ def bench(model: Model, timing: Timing, options: ModelOptions, terminal: Termina
         loaded, after, policy = _fresh(model, timing, options, terminal)
     with contextlib.ExitStack() as stack:
         pair = (_in_torch(loaded, loaded.model), _in_torch(loaded, after))
-        if timing.runtime == "onnxruntime":
-            pair = stack.enter_context(_sessions(loaded, after, terminal))
+        notes: list[str] = []
+        if timing.provider:
+            pair, notes = stack.enter_context(_sessions(loaded, after, timing.provider, terminal))
         with terminal.stage(f"timing {timing.repeats} runs of each"):
             before_s, after_s = _take_turns(loaded, pair, timing)
     document = {
@@ -63,25 +74,23 @@ def bench(model: Model, timing: Timing, options: ModelOptions, terminal: Termina
         "original": _summary(before_s),
         "rewritten": _summary(after_s),
         "speedup": statistics.median(before_s) / statistics.median(after_s),
+        "notes": notes,
     }
     terminal.show(document, lambda console: _view(console, document))
-    return 0
+    return exit_code(after, terminal, "the ratio is noise, since both models compute the same")
 
 
 def _fresh(
     model: str, timing: Timing, options: ModelOptions, terminal: Terminal
 ) -> tuple[LoadedModel, Any, str]:
-    from attn_rewrite.cli.optimize import exit_code, rewrite
+    from attn_rewrite.cli.optimize import rewrite
     from attn_rewrite.errors import PolicyError
 
     if timing.original is not None:
         raise PolicyError("--original is for a saved result, and this is a model")
     policy = read_policy(timing.policy)
     loaded = options.load(model, terminal)
-    optimized = rewrite(loaded, policy, terminal)
-    if exit_code(optimized, terminal):
-        terminal.warn("both models compute the same; the ratio is noise")
-    return loaded, optimized, str(policy)
+    return loaded, rewrite(loaded, policy, terminal), str(policy)
 
 
 def _saved(
@@ -98,16 +107,18 @@ def _saved(
     return loaded, optimized, optimized.plan.policy
 
 
-def _check_runtime(name: str) -> None:
+def _check_runtime(timing: Timing) -> None:
     from attn_rewrite.errors import PolicyError
 
-    if name not in RUNTIMES:
-        raise PolicyError(f"--runtime {name!r} is not known; expected {' or '.join(RUNTIMES)}")
-    if name == "onnxruntime":
-        from attn_rewrite.backends.onnx.runtime import require_exporter, runtime
+    name = timing.runtime
+    if name not in (*RUNTIMES, "onnxruntime:cpu"):
+        known = f"{', '.join(RUNTIMES[:-1])} or {RUNTIMES[-1]}"
+        raise PolicyError(f"--runtime {name!r} is not known; expected {known}")
+    if timing.provider:
+        from attn_rewrite.backends.onnx.runtime import require_exporter, require_provider
 
         require_exporter()
-        runtime()
+        require_provider(timing.provider)
 
 
 def _in_torch(loaded: LoadedModel, model: Any) -> Callable[[], Any]:
@@ -116,9 +127,12 @@ def _in_torch(loaded: LoadedModel, model: Any) -> Callable[[], Any]:
 
 @contextlib.contextmanager
 def _sessions(
-    loaded: LoadedModel, after: Any, terminal: Terminal
-) -> Iterator[tuple[Callable[[], Any], Callable[[], Any]]]:
-    """Runs of the original, captured and exported unchanged, and of the rewritten model."""
+    loaded: LoadedModel, after: Any, provider: str, terminal: Terminal
+) -> Iterator[tuple[tuple[Callable[[], Any], Callable[[], Any]], list[str]]]:
+    """Runs of the original, captured and exported unchanged, and of the rewritten model.
+
+    Beside them what ONNX Runtime left to the CPU, where another provider was asked for.
+    """
     from attn_rewrite import export_onnx
     from attn_rewrite.backends.onnx.oracle import as_arrays, example_inputs
     from attn_rewrite.backends.onnx.runtime import run_session
@@ -127,15 +141,21 @@ def _sessions(
 
     plain = rewrite(loaded, Policy.parse("keep"), terminal)
     runs: list[Callable[[], Any]] = []
+    notes: list[str] = []
     with tempfile.TemporaryDirectory(prefix="attn-rewrite-") as folder:
         for name, model in (("original", plain), ("rewritten", after)):
             with terminal.stage(f"exporting the {name} model"):
                 file = Path(folder) / f"{name}.onnx"
-                artifact = export_onnx(model, file, target="onnxruntime")
-            session = artifact.session()
+                artifact = export_onnx(model, file, target="onnxruntime", provider=provider)
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always", RuntimeWarning)
+                session = artifact.session()
+            notes += [str(w.message) for w in said if w.category is RuntimeWarning]
             inputs = as_arrays(example_inputs(model.program)[0])
             runs.append(functools.partial(run_session, session, inputs))
-        yield runs[0], runs[1]
+        for note in notes:
+            terminal.warn(note)
+        yield (runs[0], runs[1]), notes
 
 
 def _take_turns(
@@ -182,7 +202,7 @@ def _conditions(loaded: LoadedModel, timing: Timing) -> dict[str, Any]:
         "inputs": [f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in tensors],
         "device": "cpu" if parameter is None else str(parameter.device),
         "runtime": timing.runtime,
-        "threads": ONNX_THREADS if timing.runtime == "onnxruntime" else torch.get_num_threads(),
+        "threads": ONNX_THREADS if timing.provider else torch.get_num_threads(),
         "repeats": timing.repeats,
         "warmup": timing.warmup,
     }

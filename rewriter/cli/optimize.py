@@ -166,8 +166,10 @@ def _calibration(rewriting: Rewriting, loaded: LoadedModel) -> Calibration | Non
     return Calibration(inputs, rewriting.calibration_state)
 
 
-def exit_code(optimized: OptimizedModule, terminal: Terminal) -> int:
-    """0, or 1 with a sentence that says why nothing was rewritten."""
+def exit_code(
+    optimized: OptimizedModule, terminal: Terminal, so: str = "the report says where and why"
+) -> int:
+    """0, or 1 with a sentence that says why nothing was rewritten, and what follows (``so``)."""
     from attn_rewrite.cli.app import DONE, NOTHING_DONE
 
     statuses = {site.status for site in optimized.report.sites}
@@ -179,7 +181,7 @@ def exit_code(optimized: OptimizedModule, terminal: Terminal) -> int:
         why = "the budget sent every approximated site back to exact"
     else:
         why = "nothing was rewritten: every site was kept or refused"
-    terminal.warn(f"{why}; the report says where and why")
+    terminal.warn(f"{why}; {so}")
     return NOTHING_DONE
 
 

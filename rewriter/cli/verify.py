@@ -94,21 +94,27 @@ def _compare(
     directory: Path, saved: OptimizedModule, replayed: OptimizedModule
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """Largest error per file and output, and the bound of each output; `VerifyError` over it."""
-    from attn_rewrite.backends.onnx.artifact import against_program, compare
+    from attn_rewrite.backends.onnx.artifact import against_program, compare, errors_of
     from attn_rewrite.backends.onnx.codes import Codes
+    from attn_rewrite.backends.onnx.explanation import explained
     from attn_rewrite.backends.onnx.oracle import as_arrays, example_inputs, expected
 
     inputs = example_inputs(replayed.program)[0]
     wanted = expected(replayed.program, inputs)
-    bounds = dict(wanted.bounds)
-    own = _outputs(saved, replayed.program)
-    errors = {"model.pt2": compare("model.pt2", own, wanted.outputs, bounds)}
+
+    def compared(name: str, got: Arrays) -> dict[str, float]:
+        nonlocal wanted
+        off = errors_of(name, got, wanted.outputs)
+        wanted = explained(replayed.program, inputs, wanted, got, off)
+        return compare(name, got, wanted.outputs, wanted.bounds)
+
+    errors = {"model.pt2": compared("model.pt2", _outputs(saved, replayed.program))}
     for path in sorted(directory.glob("*.onnx")):
         about = _metadata(path)
         provider = about.get("attn_rewrite.provider", "cpu")
         if "attn_rewrite.cache" not in about:
             got = _onnx_outputs(path, inputs, provider)
-            errors[path.name] = compare(path.name, got, wanted.outputs, bounds)
+            errors[path.name] = compared(path.name, got)
             continue
         scales = about.get("attn_rewrite.cache_scales")
         codes = None if scales is None else Codes.from_text(scales)
@@ -117,7 +123,7 @@ def _compare(
         given = given if codes is None else codes.encoded(as_arrays(given))
         got = _onnx_outputs(path, given, provider)
         errors[path.name] = against_program(path.name, step, codes, given, got)
-    return errors, bounds
+    return errors, dict(wanted.bounds)
 
 
 def _metadata(path: Path) -> dict[str, str]:
