@@ -132,12 +132,14 @@ def arrays(done: ar.OptimizedModule) -> dict[str, np.ndarray]:
     return as_arrays(example_inputs(done.program)[0])
 
 
+@pytest.mark.slow
 def test_t5_with_large_scores_leaves(exported) -> None:
     done, artifact = exported
     assert artifact.errors.keys() >= {"logits", "encoder_last_hidden_state"}
     assert artifact.verify(arrays(done)).keys() == artifact.errors.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "change"),
     [

@@ -87,9 +87,9 @@ def exports(done: ar.OptimizedModule, folder: Path, **options: object) -> tuple[
 @pytest.mark.parametrize(
     ("policy", "options", "form"),
     [
-        ("combiner(segment=8)", {}, "einsums"),
+        pytest.param("combiner(segment=8)", {}, "einsums", marks=pytest.mark.slow),
         ("window(size=9, sinks=3)", {"target": "onnxruntime"}, "tiles"),
-        ("int8", {}, "dense"),
+        pytest.param("int8", {}, "dense", marks=pytest.mark.slow),
         ("bigbird(block=8)", {}, "dense mask"),  # no band: its lengths become those of the example
         ("window(size=9)", {"static": True}, "tiles"),
     ],
