@@ -109,6 +109,7 @@ def test_load_and_export(policy: str, options: dict, form: str, tmp_path: Path) 
     assert ar.cascade.parse(function.doc_string).name
 
 
+@pytest.mark.slow
 def test_what_is_left_alone_is_said_of_a_loaded_result_as_well(tmp_path: Path) -> None:
     """A site in torch's operator becomes ours either way; one in plain operators stays."""
     rules = [
