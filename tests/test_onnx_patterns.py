@@ -21,6 +21,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import attn_rewrite as ar
 from attn_rewrite import Rule, Where, export_onnx
@@ -114,14 +115,32 @@ class Attention(nn.Module):
         return out.transpose(1, 2).flatten(2)
 
 
+class WithLse(Attention):
+    """The same with FlexAttention, which gives the log-sum-exp of every row too."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q = self.q(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        k, v = self.kv(x).unflatten(-1, (2, self.key_heads, -1)).permute(2, 0, 3, 1, 4)
+        n = x.shape[1]
+        mask = create_block_mask(_causal, None, None, n, n, device="cpu") if self.causal else None
+        out, lse = flex_attention(
+            q, k, v, block_mask=mask, enable_gqa=self.key_heads != HEADS, return_lse=True
+        )
+        return out.transpose(1, 2).flatten(2), lse
+
+
+def _causal(_b: Tensor, _h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+    return q >= kv
+
+
 class Layers(nn.Module):
     """One attention for each of ``count`` policies, side by side."""
 
-    def __init__(self, causal: list[bool], key_heads: int) -> None:
+    def __init__(self, causal: list[bool], key_heads: int, kind: type[Attention]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Attention(c, key_heads) for c in causal)
+        self.layers = nn.ModuleList(kind(c, key_heads) for c in causal)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> tuple[Any, ...]:
         return tuple(layer(x) for layer in self.layers)
 
 
@@ -149,10 +168,12 @@ def walk(
     causal: bool = False,
     heads: tuple[int, ...] | None = None,
     opset: int | None = None,
+    kind: type[Attention] = Attention,
 ) -> Walk:
     torch.manual_seed(0)
     ahead = [causal or any(c in p for c in CAUSAL) for p in given]
-    model, x = Layers(ahead, key_heads).eval(), torch.randn(BATCH, length, WIDTH)
+    model = Layers(ahead, key_heads, kind).eval().requires_grad_(False)
+    x = torch.randn(BATCH, length, WIDTH)
     rules = [
         Rule(where=Where(layer=f"layers.{i}", **({"heads": heads} if heads else {})), apply=p)
         for i, p in enumerate(given)
@@ -237,6 +258,17 @@ def test_every_pattern_is_walked() -> None:
 )
 def test_a_layer_for_every_pattern(target: str, key_heads: int, tmp_path: Path) -> None:
     check(walk(policies(first=True), tmp_path, target=target, key_heads=key_heads))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["portable", "onnxruntime"])
+def test_log_sum_exps_of_every_pattern(target: str, tmp_path: Path) -> None:
+    """A combiner has none; what leaves out no block is not walked."""
+    given = [p for p in policies(first=True) if not p.startswith(("combiner", *FULL))]
+    found = walk(given, tmp_path, target=target, key_heads=2, kind=WithLse)
+    check(found)
+    for site in found.done.report.sites:
+        assert site.lse.implementation.max_abs <= site.lse.bound
 
 
 @pytest.mark.slow

@@ -30,7 +30,9 @@ from attn_rewrite.backends.onnx.names import (
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 _CONTRACTIONS = ("mm", "bmm", "addmm", "baddbmm", "matmul", "linear", "einsum", "convolution")
-_ATTENTIONS = ("scaled_dot_product_attention", "tiled_attention", "mapped_attention")
+_ATTENTIONS = (
+    "scaled_dot_product_attention", "tiled_attention", "tiled_attention_lse", "mapped_attention",
+)  # fmt: skip
 _FORWARDS = ("alias", "clone", "detach", "contiguous")
 CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 

@@ -64,6 +64,7 @@ class Anchor:
     value: ValueProduct | None = None
     sink: Expr | None = None  # a logit that joins the denominator only
     sink_first: bool = False  # its column stands before the keys
+    lse: fx.Node | None = None  # the log-sum-exp of the scores, where it is used
 
 
 def refuse(code: str, reason: str, node: fx.Node) -> Refusal:

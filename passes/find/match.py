@@ -357,6 +357,10 @@ def _assemble(
         ),
     )
     output = operand(forward.value.node, forward.value.out_dims, roles, axes)
+    lse = None
+    if anchor.lse is not None:
+        lse = operand(anchor.lse, anchor.dims[:-1], roles, axes)
+    results = [o.node for o in (output, lse) if o is not None]
     return Site(
         name=name,
         module=module_path(anchor.node),
@@ -376,12 +380,13 @@ def _assemble(
         cascade=softmax_cascade(form, "site"),
         graph=module,
         anchor=anchor.node,
-        nodes=region(output.node, [o.node for o in inputs.values()]),
+        nodes=region(results, [o.node for o in inputs.values()]),
         inputs=inputs,
         output=output,
         factors=tuple(f for g in groups(roles, axes, tuple((r,) for r in ROLE_ORDER)) for f in g),
         offset=offset,
         source=source_line(anchor.node),
+        lse=lse,
     )
 
 
