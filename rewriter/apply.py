@@ -66,21 +66,19 @@ def splice(host: fx.GraphModule, replacements: Iterable[Replacement]) -> fx.Grap
     The sites may have been found in a canonicalised copy: operands are looked up by origin, and
     what only exists in the copy is brought over.  Parameters are shared.
     """
-    replacements = _in_graph_order(replacements)
+    replacements = list(replacements)
     if not replacements:
         return host
     twins = _copy_all(host)
     root = twins.modules[host]
     builders: dict[fx.Graph, GraphBuilder] = {}
-    for item in replacements:
-        results = tuple(map(twins.local, item.site.results))
-        output = results[0]
-        build = builders.setdefault(output.graph, GraphBuilder(output.graph))
+    for point, item in _in_graph_order(replacements, twins):
+        build = builders.setdefault(point.graph, GraphBuilder(point.graph))
         provenance = {
             k: item.site.anchor.meta[k] for k in _PROVENANCE if k in item.site.anchor.meta
         }
         marks = {SITE_KEY: item.site.name, CASCADE_KEY: str(item.kernel.cascade)}
-        build.at(output, **marks, **provenance)
+        build.at(point, **marks, **provenance)
         made = compute(build, item, twins)
         for operand, value in made:
             twins.local(operand.node).replace_all_uses_with(value)
@@ -152,10 +150,16 @@ def sweep(graph: fx.Graph) -> None:
         if op_name(node) == "_assert_tensor_metadata":
             source = node.args[0]
             assert isinstance(source, fx.Node)
-            if all(op_name(u) == "_assert_tensor_metadata" for u in source.users):
+            if all(map(_asserts, source.users)):
                 graph.erase_node(node)
-        elif not node.users and (not _has_effect(node) or is_dead_write(node)):
+        elif all(map(_asserts, node.users)) and (not _has_effect(node) or is_dead_write(node)):
+            for assertion in list(node.users):  # those behind what else read the value
+                graph.erase_node(assertion)
             graph.erase_node(node)
+
+
+def _asserts(node: fx.Node) -> bool:
+    return op_name(node) == "_assert_tensor_metadata"
 
 
 def _has_effect(node: fx.Node) -> bool:
@@ -166,6 +170,15 @@ def _has_effect(node: fx.Node) -> bool:
 
 # Random only where they drop; unused, they have no effect that a caller could see.
 _RANDOM = frozenset({"dropout", "native_dropout", "alpha_dropout", "scaled_dot_product_attention"})
+
+
+def _place(site: Site, twins: _Twins) -> fx.Node:
+    """What the kernel stands before: the output, unless the log-sum-exp is read before that."""
+    output = twins.local(site.output.node)
+    if site.lse is None:
+        return output
+    lse = twins.local(site.lse.node)
+    return output if all(user > output for user in lse.users) else min(lse, output)
 
 
 def compute(
@@ -218,12 +231,15 @@ def _constant(build: GraphBuilder, item: Replacement, name: str, twins: _Twins) 
     return node
 
 
-def _in_graph_order(replacements: Iterable[Replacement]) -> list[Replacement]:
-    """Sorted by output, so that what one site builds stands before the next one that shares it."""
-    items = list(replacements)
-    graphs = dict.fromkeys(r.site.results[0].graph for r in items)
+def _in_graph_order(
+    replacements: Iterable[Replacement], twins: _Twins
+) -> list[tuple[fx.Node, Replacement]]:
+    """Kernels and what they stand before, in that order, so that what one site builds stands before
+    the next one that shares it."""
+    items = [(_place(r.site, twins), r) for r in replacements]
+    graphs = dict.fromkeys(point.graph for point, _ in items)
     place = {n: i for graph in graphs for i, n in enumerate(graph.nodes)}
-    return sorted(items, key=lambda r: place[r.site.results[0]])
+    return sorted(items, key=lambda item: place[item[0]])
 
 
 @dataclass(frozen=True, eq=False)

@@ -402,6 +402,109 @@ def test_a_report_has_the_errors_of_both() -> None:
     assert again.sites[0].lse == done.report.sites[0].lse
 
 
+# Spelled with operators
+
+
+def spelled(kind: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        scores = q @ k.mT * 0.3
+        if kind == "causal":
+            n = q.shape[2]
+            scores = scores.masked_fill(torch.ones(n, n).bool().triu(1), -INF)
+        if kind in ("plain", "causal"):
+            return scores.softmax(-1) @ v, scores.logsumexp(-1)
+        if kind == "before the output":
+            lse = scores.logsumexp(-1)
+            return scores.softmax(-1) @ v, lse + lse.sin() * 0
+        if kind == "exponent":
+            lse = scores.logsumexp(-1, keepdim=True)
+            return (scores - lse).exp() @ v, lse.squeeze(-1)
+        if kind == "of float":
+            return scores.softmax(-1, dtype=torch.float32) @ v, scores.float().logsumexp(-1)
+        top = scores.amax(-1, keepdim=True)
+        weights = (scores - top).exp()
+        total = weights.sum(-1, keepdim=True)
+        if kind == "shifted":
+            return weights / total @ v, (top + total.log()).squeeze(-1)
+        return weights @ v / total, top.squeeze(-1) + total.squeeze(-1).log()
+
+    return attend
+
+
+class Spelled(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.attend = spelled(kind)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return self.attend(q, k, v)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["plain", "causal", "before the output", "exponent", "of float", "shifted", "late division"],
+)
+def test_spellings(kind: str) -> None:
+    n = 45
+    given, keep = inputs(n, heads=(4, 4)), (distance(n) <= 4) & (distance(n) >= -3)
+    if kind == "causal":
+        keep = (distance(n) >= 0) & (distance(n) < 8)
+    done = ar.optimize(Spelled(kind), "window(size=8)", tuple(given), dynamic_shapes={})
+    (site,) = done.report.sites
+    assert (site.kernel, site.lse is None) == ("tiled", False)
+    assert_equal(done(*given), dense(*given, keep, 0.3), plain(*given, keep, 0.3))
+    ops = [str(node.target) for node in done.program.graph.nodes]
+    assert not [op for op in ops if "softmax" in op or "logsumexp" in op or "matmul" in op]
+
+
+def test_a_sum_that_the_values_need_stays() -> None:
+    class Model(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            scores = q @ k.mT
+            lse = scores.logsumexp(-1)
+            return scores.softmax(-1) @ (v * lse.mean()), lse
+
+    given = tuple(inputs(20, heads=(4, 4)))
+    done = ar.optimize(Model(), "window(size=4)", given, dynamic_shapes={})
+    (site,) = done.report.sites
+    assert (site.status, site.refusals[0].code) == ("refused", "logsumexp-used")
+    assert "before" in site.refusals[0].reason
+
+
+def test_other_reductions_of_the_scores_are_no_log_sum_exp() -> None:
+    class Model(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+            scores = q @ k.mT
+            return scores.softmax(-1) @ v, scores.logsumexp(-2), (scores * 2).logsumexp(-1)
+
+    given = tuple(inputs(20, heads=(4, 4)))
+    done = ar.optimize(Model(), "window(size=4)", given, dynamic_shapes={})
+    (site,) = done.report.sites
+    assert site.kernel
+    assert site.lse is None
+    for got, want in zip(done(*given)[1:], Model()(*given)[1:], strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_a_shift_of_whole_rows_shifts_the_sum() -> None:
+    """Softmax cancels it, the log-sum-exp does not."""
+
+    class Model(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+            return flex_attention(
+                q, k, v, score_mod=lambda s, b, h, i, _: s - r[b, h, i], scale=0.3, return_lse=True
+            )
+
+    given = inputs(30, heads=(4, 4))
+    shift = torch.randn(2, 4, 30)
+    done = ar.optimize(Model(), "window(size=8)", (*given, shift), dynamic_shapes={})
+    keep = (distance(30) <= 4) & (distance(30) >= -3)
+    out, lse = dense(*given, keep, 0.3)
+    own = plain(*given, keep, 0.3)
+    assert_equal(done(*given, shift), (out, lse - shift.double()), (own[0], own[1] - shift))
+    assert [s.kernel for s in done.report.sites] == ["tiled"]
+
+
 # ONNX
 
 

@@ -51,6 +51,7 @@ from attn_rewrite.backends.onnx.tiles import (
 from attn_rewrite.backends.torch.staged import prepared
 from attn_rewrite.cascade.attention import SoftmaxAttention, softmax_cascade
 from attn_rewrite.cascade.expr import TRUE
+from attn_rewrite.cascade.lse import with_lse
 from attn_rewrite.errors import LowerError
 from attn_rewrite.site import Refusal
 
@@ -143,6 +144,8 @@ def _expand_with_lse(
     formal = parameters(r.prefix, given)
     plan = choose_plan(form, given, attribute(node, "block") or DEFAULT_ROWS)
     values = emit_with_lse(r, formal, form, plan)
+    text = str(with_lse(softmax_cascade(form, "site")))
+    node.attributes["cascade"] = ir.AttrString("cascade", text)
     call = _as_function(model, r, node, name, (formal, given), values)
     _replace(node, name, [call], dict(zip(node.outputs, call.outputs, strict=True)))
     said = tiled_lowering(name, form, plan, None not in fixed_lengths(given))

@@ -9,16 +9,16 @@ softmax of PyTorch's dense form: block lists only say where the mask is empty.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from torch import fx, nn
 
 from attn_rewrite.cascade.expr import Expr, Read, where
-from attn_rewrite.graph import is_call, is_tensor, live_users, op_name
+from attn_rewrite.graph import is_tensor, op_name
 from attn_rewrite.passes.find.anchor import Anchor, Pairs, ValueProduct, pairs, refuse
 from attn_rewrite.passes.find.constants import attribute
 from attn_rewrite.passes.find.layout import coordinate
+from attn_rewrite.passes.find.lse import of_flex
 from attn_rewrite.site import Refusal
 
 
@@ -28,7 +28,7 @@ def open_flex(node: fx.Node, module: nn.Module) -> Anchor | Refusal:
     if not all(map(is_tensor, (q, k, v))) or not isinstance(scale, (int, float)):
         return refuse("flex-arguments", "the scale of flex_attention is not a number", node)
     results: dict[Any, fx.Node] = {u.args[1]: u for u in node.users if op_name(u) == "getitem"}
-    lse = _log_sum_exp(results)
+    lse = of_flex(results)
     if isinstance(lse, str):
         return refuse("logsumexp-used", lse, node)
     found = pairs(node, q, k, v, gqa=True, module=module)
@@ -49,28 +49,9 @@ def open_flex(node: fx.Node, module: nn.Module) -> Anchor | Refusal:
         return refuse("flex-function", reason, node)
     masked = where(lifted[1], lifted[0], -math.inf)
     value = ValueProduct(results[0], v, found.value_dims, found.out_dims, found.features)  # type: ignore[arg-type]
-    return Anchor(
-        node, found.axes, found.lifter, found.dims, found.keys, masked, value=value, lse=lse
-    )
-
-
-def _log_sum_exp(results: Mapping[Any, fx.Node]) -> fx.Node | str | None:
-    """The log-sum-exp that is used, if one is; or why the results cannot be had together.
-
-    The operator gives it to the base 2, and what is returned to the user is that times ln 2.
-    """
-    if 0 not in results:
-        return "the output of flex_attention is not used, only what else it gives"
-    if 2 in results and live_users(results[2]):
-        return "the row maximum of flex_attention is used, which no rewritten attention gives"
-    users = live_users(results[1]) if 1 in results else []
-    if not users:
-        return None
-    natural = users[0]
-    factor = natural.args[1] if is_call(natural, "mul") else None
-    if len(users) > 1 or not isinstance(factor, float) or not math.isclose(factor, math.log(2)):
-        return "the log-sum-exp of flex_attention is used to the base 2, before it is scaled"
-    return natural
+    place = (node, found.axes, found.lifter, found.dims, found.keys)
+    sums = None if lse is None else (lse, found.dims[:-1])
+    return Anchor(*place, masked, value=value, lse=sums)
 
 
 def _applied(found: Pairs, mod: Any, first: list[Expr], buffers: list[Any]) -> Expr | None:
