@@ -73,6 +73,7 @@ PIPELINES = (
     *over(FLAT, "reorder(order='wh', @) | window(size=32)",
           "reorder(tile=[4, 8], @) | chunked(size=32)"),
     *over(VIDEO, "reorder(order='whf', @) | neighborhood(window=3, @)"),
+    "window(size=16) | clipped_softmax", "chunked(size=48) | clipped_softmax(zeta=1.1)",
     "window(size=16) | softcap(cap=5)", "window(size=16) | alibi", "window(size=16) | gated",
     "window(size=16) | kv_int8", "chunked(size=48) | kv_int4", "chunked(size=48) | kv_int2",
     *over(FLAT, "clear(radius=4, @) | int8(pv=true)"), "longlora(size=64) | int8",

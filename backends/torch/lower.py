@@ -325,10 +325,13 @@ def _tiled(
     share, length = _skipped(form, extents, block)
     if share < WORTHWHILE:
         return None
-    why = f"the guard leaves out {share:.0%} of the blocks of {block}"
-    if extents.get("kv") is None:
-        why += f" where there are {length} keys"
+    why = _left_out(share, length, extents, block)
     return _Plan("tiled", why, partial(emit_tiled, str(cascade), block))
+
+
+def _left_out(share: float, length: int, extents: Mapping[str, int | None], block: int) -> str:
+    said = f"the guard leaves out {share:.0%} of the blocks of {block}"
+    return said if extents.get("kv") is not None else f"{said} where there are {length} keys"
 
 
 def emit_tiled(text: str, block: int, build: Builder, inputs: Sequence[Any]) -> Any:
@@ -367,8 +370,18 @@ def _lower_staged(
         reason = f"{cascade.name} has dropout {dropout}, which no kernel of rounded operands has"
         return Refusal("not-lowered", reason)
     if staged.probability is not None and any(map(rounds, walk(staged.probability))):
-        return _lower_mapped(cascade, block)
+        why = (
+            "its probabilities are rounded before they multiply V; exact, not fast, on this backend"
+        )
+        return _lower_mapped(cascade, block, why)
     if staged.probability is not None:
+        # Float64 tiles pay for what a mask leaves out beyond the half that a causal one does.
+        guard = staged.form.guard
+        causal = is_causal(guard, square=_is_square(extents)) or is_causal_with_offset(guard)
+        share, length = (0.0, 0) if causal else _skipped(staged.form, extents, block)
+        if share >= WORTHWHILE:
+            why = f"its probabilities are mapped, and {_left_out(share, length, extents, block)}"
+            return _lower_mapped(cascade, block, why)
         why = "its probabilities are mapped before they multiply V"
         plan = partial(emit_mapped, cascade.inputs, staged)
         return Kernel("dense", cascade, Exactness.REASSOCIATED, why, _CONTRACT, plan)
@@ -385,7 +398,7 @@ def _lower_staged(
     return replace(inner, cascade=cascade, why=why, _emit=emit)
 
 
-def _lower_mapped(cascade: Cascade, block: int) -> Kernel:
+def _lower_mapped(cascade: Cascade, block: int, why: str) -> Kernel:
     text = str(cascade)
 
     def emit(build: Builder, inputs: Sequence[Any]) -> Any:
@@ -393,7 +406,6 @@ def _lower_mapped(cascade: Cascade, block: int) -> Kernel:
         op = torch.ops.attn_rewrite.mapped_attention.default
         return build.call(op, q, k, v, reads, text, block)
 
-    why = "its probabilities are rounded before they multiply V; exact, not fast, on this backend"
     return Kernel("mapped", cascade, Exactness.REASSOCIATED, why, _CONTRACT, emit)
 
 
