@@ -349,6 +349,17 @@ def test_where_it_means_nothing_it_is_refused(policy: str, words: str) -> None:
         assert torch.equal(got, want)
 
 
+def test_the_row_maximum_of_the_operator_is_refused() -> None:
+    program = torch.export.export(Flex(), tuple(inputs(33)))  # on a CPU torch does not give it
+    (natural,) = (n for n in program.graph.nodes if math.log(2) in n.args)
+    (third,) = (n for n in program.graph.nodes if n.name.startswith("getitem") and n.args[1] == 2)
+    natural.args = (third, math.log(2))
+    found = ar.find_attention(program)
+    assert [(r.code, "row maximum" in r.reason) for r in found.refusals] == [
+        ("logsumexp-used", True)
+    ]
+
+
 def test_the_base_two_logarithm_of_the_operator_is_refused() -> None:
     class Raw(Flex):
         def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
