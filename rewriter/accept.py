@@ -206,6 +206,7 @@ def _merged(gone: SiteCheck, exact: SiteCheck | None) -> SiteCheck:
         gone,
         implementation=exact.implementation,
         implementation_bound=exact.implementation_bound,
+        lse=exact.lse,
         seconds=gone.seconds + exact.seconds,
     )
 
@@ -244,6 +245,7 @@ def _site_report(
             "implementation_bound": check.implementation_bound,
             "approximation": check.approximation,
             "parts": check.parts,
+            "lse": check.lse,
             "reverted": check.verdict == "reverted",
             "seconds": check.seconds,
         }

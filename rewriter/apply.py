@@ -26,7 +26,7 @@ from attn_rewrite.graph import (
 )
 from attn_rewrite.memory import is_dead_write
 from attn_rewrite.passes.reorder.settle import Gathers, count_gathers, settle_orders
-from attn_rewrite.site import Site
+from attn_rewrite.site import Operand, Site
 from attn_rewrite.site_marks import CASCADE_KEY, SITE_KEY
 from attn_rewrite.tables import Table
 
@@ -65,23 +65,23 @@ def splice(host: fx.GraphModule, replacements: Iterable[Replacement]) -> fx.Grap
     The sites may have been found in a canonicalised copy: operands are looked up by origin, and
     what only exists in the copy is brought over.  Parameters are shared.
     """
-    replacements = _in_graph_order(replacements)
+    replacements = list(replacements)
     if not replacements:
         return host
     twins = _copy_all(host)
     root = twins.modules[host]
     builders: dict[fx.Graph, GraphBuilder] = {}
-    for item in replacements:
-        output = twins.local(item.site.output.node)
-        build = builders.setdefault(output.graph, GraphBuilder(output.graph))
+    for point, item in _in_graph_order(replacements, twins):
+        build = builders.setdefault(point.graph, GraphBuilder(point.graph))
         provenance = {
             k: item.site.anchor.meta[k] for k in _PROVENANCE if k in item.site.anchor.meta
         }
         marks = {SITE_KEY: item.site.name, CASCADE_KEY: str(item.kernel.cascade)}
-        build.at(output, **marks, **provenance)
-        result = compute(build, item, twins)
-        output.replace_all_uses_with(result)
-        relax_views(result)
+        build.at(point, **marks, **provenance)
+        made = compute(build, item, twins)
+        for operand, value in made:
+            twins.local(operand.node).replace_all_uses_with(value)
+            relax_views(value)
     for module in twins.modules.values():
         sweep(module.graph)
         module.graph.lint()
@@ -149,10 +149,16 @@ def sweep(graph: fx.Graph) -> None:
         if op_name(node) == "_assert_tensor_metadata":
             source = node.args[0]
             assert isinstance(source, fx.Node)
-            if all(op_name(u) == "_assert_tensor_metadata" for u in source.users):
+            if all(map(_asserts, source.users)):
                 graph.erase_node(node)
-        elif not node.users and (not _has_effect(node) or is_dead_write(node)):
+        elif all(map(_asserts, node.users)) and (not _has_effect(node) or is_dead_write(node)):
+            for assertion in list(node.users):  # those behind what else read the value
+                graph.erase_node(assertion)
             graph.erase_node(node)
+
+
+def _asserts(node: fx.Node) -> bool:
+    return op_name(node) == "_assert_tensor_metadata"
 
 
 def _has_effect(node: fx.Node) -> bool:
@@ -165,14 +171,28 @@ def _has_effect(node: fx.Node) -> bool:
 _RANDOM = frozenset({"dropout", "native_dropout", "alpha_dropout", "scaled_dot_product_attention"})
 
 
-def compute(build: GraphBuilder, item: Replacement, twins: _Twins) -> Any:
-    """Build the kernel call and its layout changes; the value is laid out as the site's output."""
+def _place(site: Site, twins: _Twins) -> fx.Node:
+    """What the kernel stands before: the output, unless the log-sum-exp is read before that."""
+    output = twins.local(site.output.node)
+    if site.lse is None:
+        return output
+    lse = twins.local(site.lse.node)
+    return output if all(user > output for user in lse.users) else min(lse, output)
+
+
+def compute(
+    build: GraphBuilder, item: Replacement, twins: _Twins
+) -> tuple[tuple[Operand, Any], ...]:
+    """Build the kernel call and its layout changes; the values are laid out as the site's
+    results."""
     site = item.site
     values = {n: (o, twins.local(o.node, build)) for n, o in site.inputs.items()}
     sizes = extents(build, values)
     inputs = [arrange(build, o, v, site.groups(n), sizes) for n, (o, v) in values.items()]
     inputs += [_constant(build, item, name, twins) for name in item.tables]
-    result = item.kernel.emit(build, inputs)
+    result, lse = item.kernel.emit(build, inputs), None
+    if site.lse is not None:
+        result, lse = result
     if item.gates:
         assert build.point is not None
         unmarked = {k: v for k, v in build.meta.items() if k not in (SITE_KEY, CASCADE_KEY)}
@@ -180,10 +200,19 @@ def compute(build: GraphBuilder, item: Replacement, twins: _Twins) -> Any:
         local = partial(twins.local, build=build)
         module = twins.module_of(build.graph)
         result = emit_gates(build, site, item.gates, module, result, local, sizes)
-    dtype = site.output.node.meta["val"].dtype
-    if result.meta["val"].dtype != dtype:
-        result = build.call(aten.to.dtype, result, dtype)
-    return restore(build, result, site.groups("AV"), site.output, sizes)
+    made = [_laid_out(build, site, "AV", site.output, result, sizes)]
+    if site.lse is not None:
+        made.append(_laid_out(build, site, "LSE", site.lse, lse, sizes))
+    return tuple(made)
+
+
+def _laid_out(
+    build: GraphBuilder, site: Site, name: str, operand: Operand, value: Any, sizes: Any
+) -> tuple[Operand, Any]:
+    dtype = operand.node.meta["val"].dtype
+    if value.meta["val"].dtype != dtype:
+        value = build.call(aten.to.dtype, value, dtype)
+    return operand, restore(build, value, site.groups(name), operand, sizes)
 
 
 def _constant(build: GraphBuilder, item: Replacement, name: str, twins: _Twins) -> fx.Node:
@@ -201,12 +230,15 @@ def _constant(build: GraphBuilder, item: Replacement, name: str, twins: _Twins) 
     return node
 
 
-def _in_graph_order(replacements: Iterable[Replacement]) -> list[Replacement]:
-    """Sorted by output, so that what one site builds stands before the next one that shares it."""
-    items = list(replacements)
-    graphs = dict.fromkeys(r.site.output.node.graph for r in items)
+def _in_graph_order(
+    replacements: Iterable[Replacement], twins: _Twins
+) -> list[tuple[fx.Node, Replacement]]:
+    """Kernels and what they stand before, in that order, so that what one site builds stands before
+    the next one that shares it."""
+    items = [(_place(r.site, twins), r) for r in replacements]
+    graphs = dict.fromkeys(point.graph for point, _ in items)
     place = {n: i for graph in graphs for i, n in enumerate(graph.nodes)}
-    return sorted(items, key=lambda r: place[r.site.output.node])
+    return sorted(items, key=lambda item: place[item[0]])
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attn_rewrite.cascade.expr import Const, Expr, Extent, Rank, Read, ranks_of, rebuild
 from attn_rewrite.cascade.ir import Cascade, Einsum, Loop
+from attn_rewrite.cascade.lse import LSE, lse_alone
 from attn_rewrite.cascade.oracle import interpret
 from attn_rewrite.cascade.reordered import Reordered, as_reordered
 from attn_rewrite.cascade.staged import as_staged, core_of, stages_of
@@ -17,6 +18,7 @@ from attn_rewrite.cascade.staged import as_staged, core_of, stages_of
 LIMIT_BYTES = 256 << 20
 # Tensors over (q, kv) that live at once while the three-pass cascade is interpreted.
 _LIVE = 4
+_ROW = ("b", "h", "q")
 
 Evaluate = Callable[[Cascade, Mapping[str, Tensor]], Tensor]
 
@@ -36,6 +38,26 @@ def oracle(cascade: Cascade, inputs: Mapping[str, Tensor], limit: int = LIMIT_BY
         return restored(found, oracle(found.inner, gathered(found, inputs), limit))
     cascade, inputs = unstaged(cascade, inputs)
     return sliced(cascade, inputs, ("b", "h", "q"), limit, interpreted)
+
+
+def oracle_lse(cascade: Cascade, inputs: Mapping[str, Tensor], limit: int = LIMIT_BYTES) -> Tensor:
+    """The log-sum-exp [b, h, q] of the rows of a softmax attention, as `oracle` has its output."""
+
+    def interpreted(part: Cascade, held: Mapping[str, Tensor]) -> Tensor:
+        return interpret(part, held)[LSE].to(torch.float64)
+
+    return of_rows(cascade, inputs, lambda c, held: sliced(c, held, _ROW, limit, interpreted))
+
+
+def of_rows(cascade: Cascade, inputs: Mapping[str, Tensor], evaluate: Evaluate) -> Tensor:
+    """``evaluate`` of what `LSE` is computed from, with one number for a row [b, h, q]: stages
+    computed before it, reordered rows put back."""
+    found = as_reordered(cascade)
+    if found is not None:
+        inner = of_rows(found.inner, gathered(found, inputs), evaluate)
+        return restored(found, inner[..., None])[..., 0]
+    cascade, inputs = unstaged(cascade, inputs)
+    return evaluate(lse_alone(cascade), inputs)
 
 
 def gathered(found: Reordered, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -115,7 +137,7 @@ class _Slicer:
     def of(cls, cascade: Cascade, rank: str, extent: int) -> _Slicer | None:
         """A slicer, or None where points of the rank depend on each other."""
         here = Rank(rank)
-        output = cascade.producer("AV")
+        output = cascade.producer("AV") or cascade.producer(LSE)
         if output is None or here not in output.out.index:
             return None
         if any(r.name == rank and r.parts for r in cascade.ranks):

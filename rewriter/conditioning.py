@@ -22,9 +22,9 @@ from torch import Tensor
 from attn_rewrite.cascade.attention import POINT
 from attn_rewrite.cascade.expr import Read
 from attn_rewrite.cascade.ir import Cascade, Einsum, TensorDecl
-from attn_rewrite.cascade.reordered import as_reordered
+from attn_rewrite.cascade.reordered import as_reordered, in_order
 from attn_rewrite.cascade.staged import StagedAttention, as_staged
-from attn_rewrite.chunked import LIMIT_BYTES, gathered, sliced, unstaged
+from attn_rewrite.chunked import LIMIT_BYTES, gathered, of_rows, sliced, unstaged
 from attn_rewrite.rounding import sink_of, value_of, value_with, values_of_codes
 
 _ROW = ("b", "h", "q")
@@ -57,6 +57,26 @@ def score_rounding(
 
     # Slices of queries and batch entries: whole rows of keys.
     moved = sliced(cascade, inputs, ("b", "q"), limit, evaluate)
+    return float(moved.amax()) if moved.numel() else 0.0
+
+
+def lse_rounding(cascade: Cascade, inputs: Mapping[str, Tensor], limit: int = LIMIT_BYTES) -> float:
+    """The largest change of a log-sum-exp that rounding the scores may make, for a cascade that has
+    one: each key adds its probability times how far it may be off."""
+    staged = as_staged(in_order(cascade))
+    assert staged is not None
+    dtype = inputs["Q"].dtype
+    unit = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps / 2
+
+    def evaluate(part: Cascade, held: Mapping[str, Tensor]) -> Tensor:
+        rows = _probabilities(part, held, staged, unit)
+        moved = (rows.shares * rows.change.expm1()).sum(-1)
+        return moved if rows.rest is None else moved + rows.rest[..., 0]
+
+    def each(part: Cascade, held: Mapping[str, Tensor]) -> Tensor:
+        return sliced(part, values_of_codes(staged, held, dtype), ("b", "q"), limit, evaluate)
+
+    moved = of_rows(cascade, inputs, each)
     return float(moved.amax()) if moved.numel() else 0.0
 
 
@@ -114,7 +134,7 @@ def _probabilities(
     change = change + unit * (scores.abs() + (scores - top).abs() + 2)
     change = change.masked_fill(exponentials == 0, 0)
     factor, weight = staged.form.weight, None
-    if factor is not None:
+    if factor is not None and cascade.producer("AV") is not None:
         weight = value_of(cascade, inputs, product, Einsum(Read("S", POINT), factor))
     return _Rows(cascade, inputs, staged, exponentials, sums, change, weight, rest)
 

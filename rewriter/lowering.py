@@ -63,7 +63,8 @@ def lower_site(
     operand = site.inputs["Q"].node.meta["val"]
     if backend == "triton":
         return _triton(site, cascade, extents, operand), block
-    kernel = lower(cascade, dropout=site.dropout, block=block, extents=extents)
+    lse = site.lse is not None
+    kernel = lower(cascade, dropout=site.dropout, block=block, extents=extents, lse=lse)
     if backend == "onnx":
         return _with_its_cascade(kernel, cascade, block), block
     on_gpu = operand.device.type == "cuda" and importlib.util.find_spec("triton") is not None
@@ -106,7 +107,7 @@ def _triton(
     found = as_reordered(cascade)
     kernel = lower_to_triton(
         cascade if found is None else found.inner, dropout=site.dropout, extents=extents,
-        device=device_of(operand), item_bytes=operand.element_size(),
+        device=device_of(operand), item_bytes=operand.element_size(), lse=site.lse is not None,
     )  # fmt: skip
     if found is None or isinstance(kernel, Refusal):
         return kernel

@@ -193,6 +193,8 @@ def _layer(site: Site, steps: Iterable[Step]) -> _Layer:
         raise _refusal(
             site, f"its mask is {form.guard}, and a packed cache is read up to each query"
         )
+    if site.lse is not None:
+        raise _refusal(site, "its log-sum-exp is used")
     if form.guard == TRUE:
         raise _refusal(site, "it is not causal")
     if not isinstance(site.d_v, int) or site.dropout:

@@ -17,11 +17,11 @@ _DROPOUT = ("dropout", "dropout_", "native_dropout", "feature_dropout", "alpha_d
 
 
 def between(site: Site) -> tuple[fx.Node, ...]:
-    """The Site's nodes that lead from its operands to its output, in graph order."""
+    """The Site's nodes that lead from its operands to its results, in graph order."""
     stop = {o.node for o in site.inputs.values()}
-    own = set(site.nodes) | {site.output.node}
+    own = {*site.nodes, *site.results}
     found: set[fx.Node] = set()
-    queue = [site.output.node]
+    queue = list(site.results)
     while queue:
         node = queue.pop()
         if node in found or node in stop or node not in own:
@@ -39,8 +39,8 @@ def boundary(site: Site) -> tuple[fx.Node, ...]:
     return tuple(dict.fromkeys((*outer, *(o.node for o in site.inputs.values()))))
 
 
-def in_float64(site: Site, values: Mapping[fx.Node, Any]) -> Tensor:
-    """The Site's output if its nodes had computed in float64, without dropout.
+def in_float64(site: Site, values: Mapping[fx.Node, Any]) -> dict[fx.Node, Tensor]:
+    """The Site's results if its nodes had computed in float64, without dropout.
 
     ``values`` are those of `boundary`, as they were in the model's own dtype.
     """
@@ -48,9 +48,7 @@ def in_float64(site: Site, values: Mapping[fx.Node, Any]) -> Tensor:
     for node in between(site):
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: held[n])
         held[node] = map_aggregate(_run(node, args, kwargs), _double)
-    result = held[site.output.node]
-    assert isinstance(result, Tensor)
-    return result
+    return {node: held[node] for node in site.results}
 
 
 def _double(value: Any) -> Any:

@@ -46,6 +46,35 @@ class ErrorMeasure:
 
 
 @dataclass(frozen=True)
+class LseErrors:
+    """Errors of a Site's log-sum-exp, as those of its output: the kernel's against the float64
+    value of the same cascade, at most ``bound``, and the rewritten cascade's against the original
+    one (infinite where rows lose all their keys: -inf)."""
+
+    implementation: ErrorMeasure
+    bound: float
+    approximation: ErrorMeasure | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "implementation": self.implementation.to_json(),
+            "bound": _plain(self.bound),
+            "approximation": _json(self.approximation),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> LseErrors:
+        """The inverse of `to_json`."""
+        more = data["approximation"]
+        return cls(
+            ErrorMeasure.from_json(data["implementation"]),
+            float(data["bound"]),
+            more and ErrorMeasure.from_json(more),
+        )
+
+
+@dataclass(frozen=True)
 class WorkCost:
     """Work of one Site for the measured inputs: operations, bytes moved, score tiles.
 
@@ -82,8 +111,8 @@ class SiteReport:
     original cascade, None where they are equal.  ``unbudgeted``: approximated without a budget.
     ``reverted``: a budget, or values that are not finite, sent the Site back to exact, and
     ``approximation`` is what was measured before that.  ``parts`` has, for a pipeline of several
-    approximate transforms, what each of them adds to the error.  ``seconds`` were spent on
-    verifying it.
+    approximate transforms, what each of them adds to the error.  ``lse`` has the errors of its
+    log-sum-exp, where that is used.  ``seconds`` were spent on verifying it.
     """
 
     name: str
@@ -101,6 +130,7 @@ class SiteReport:
     cost_before: WorkCost | None = None
     cost_after: WorkCost | None = None
     seconds: float = 0.0
+    lse: LseErrors | None = None
 
     @property
     def status(self) -> str:
@@ -130,6 +160,7 @@ class SiteReport:
             "cost_before": _json(self.cost_before),
             "cost_after": _json(self.cost_after),
             "seconds": self.seconds,
+            **({} if self.lse is None else {"lse": self.lse.to_json()}),
         }
 
     @classmethod
@@ -138,6 +169,7 @@ class SiteReport:
         values = {k: v for k, v in data.items() if k != "status"}
         for name in ("implementation", "approximation"):
             values[name] = values[name] and ErrorMeasure.from_json(values[name])
+        values["lse"] = values.get("lse") and LseErrors.from_json(values["lse"])
         for name in ("cost_before", "cost_after"):
             values[name] = values[name] and WorkCost.from_json(values[name])
         if values["implementation_bound"] is not None:

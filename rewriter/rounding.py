@@ -18,9 +18,9 @@ from attn_rewrite.cascade.attention import POINT
 from attn_rewrite.cascade.expr import B, Call, Expr, H, Q, Read, tensors_of, where
 from attn_rewrite.cascade.ir import Cascade, Einsum, RankDecl, TensorDecl
 from attn_rewrite.cascade.oracle import interpret
-from attn_rewrite.cascade.reordered import as_reordered
+from attn_rewrite.cascade.reordered import as_reordered, in_order
 from attn_rewrite.cascade.staged import StagedAttention, as_staged
-from attn_rewrite.chunked import LIMIT_BYTES, gathered, restored, sliced, unstaged
+from attn_rewrite.chunked import LIMIT_BYTES, gathered, of_rows, restored, sliced, unstaged
 
 _ROW = (B, H, Q)
 
@@ -52,16 +52,51 @@ def plain_attention(
     return sliced(cascade, inputs, ("b", "q"), limit, evaluate)
 
 
+def plain_lse(cascade: Cascade, inputs: Mapping[str, Tensor], limit: int = LIMIT_BYTES) -> Tensor:
+    """The log-sum-exp [b, h, q] of the same plain evaluation, for a cascade that has one."""
+    staged = as_staged(in_order(cascade))
+    assert staged is not None
+    dtype = inputs["Q"].dtype
+
+    def evaluate(part: Cascade, held: Mapping[str, Tensor]) -> Tensor:
+        _, total, top = _exponentials(part, held, _product(held, staged, dtype), _work(dtype))
+        return (top + total.log())[..., 0]
+
+    def each(part: Cascade, held: Mapping[str, Tensor]) -> Tensor:
+        return sliced(part, values_of_codes(staged, held, dtype), ("b", "q"), limit, evaluate)
+
+    return of_rows(cascade, inputs, each)
+
+
 def _eager(
     cascade: Cascade, inputs: Mapping[str, Tensor], staged: StagedAttention, dtype: torch.dtype
 ) -> Tensor:
+    product, work = _product(inputs, staged, dtype), _work(dtype)
+    v = inputs[staged.v].to(dtype).repeat_interleave(staged.form.group, 1)
+    p, total, _ = _exponentials(cascade, inputs, product, work)
+    p = torch.where(total > 0, p / total, 0)
+    factor = _factor(cascade)
+    if factor is not None:
+        one = Einsum(Read("S", POINT), factor)
+        p = p * value_of(cascade, inputs, product, one).to(work)
+    return p.to(dtype) @ v
+
+
+def _work(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _product(inputs: Mapping[str, Tensor], staged: StagedAttention, dtype: torch.dtype) -> Tensor:
+    """Q K^T [b, h, q, kv], heads of K repeated."""
     q, k = (_narrowed(inputs[n], dtype) for n in (staged.q, staged.k))
     q, k = q.to(torch.promote_types(q.dtype, k.dtype)), k.to(torch.promote_types(q.dtype, k.dtype))
-    v, group = inputs[staged.v].to(dtype), staged.form.group
-    if group > 1:
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    work = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-    product = q @ k.transpose(-1, -2)
+    return q @ k.repeat_interleave(staged.form.group, 1).transpose(-1, -2)
+
+
+def _exponentials(
+    cascade: Cascade, inputs: Mapping[str, Tensor], product: Tensor, work: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Exponentials below the row maximum, their sums with the sink, and the maximum (0 if -inf)."""
     score = cascade.producer("S")
     assert score is not None
     s = value_of(cascade, inputs, product, score).to(work)
@@ -74,12 +109,7 @@ def _eager(
     total = p.sum(-1, keepdim=True)
     if sink is not None:
         total = total + (sink.to(work)[..., None] - top).exp()
-    p = torch.where(total > 0, p / total, 0)
-    factor = _factor(cascade)
-    if factor is not None:
-        one = Einsum(Read("S", POINT), factor)
-        p = p * value_of(cascade, inputs, product, one).to(work)
-    return p.to(dtype) @ v
+    return p, total, top
 
 
 def values_of_codes(

@@ -79,10 +79,11 @@ class Site:
 
     ``name`` is the module path of the softmax plus an index; ``nodes`` the covered nodes in graph
     order; ``inputs`` the operands by cascade input name (Q, K, V, then reads); ``output`` the node
-    whose value the site produces, with its axes.  Sizes are ints, or SymInts where dynamic.
-    ``causal`` is True only if proved.  ``offset`` is added to a query index to get its position
-    among the keys: an expression, which reads the tensor ``POS`` where a cache of fixed size is
-    written at positions that are data, or `UNKNOWN_OFFSET`.
+    whose value the site produces, with its axes, and ``lse`` the one with the log-sum-exp of its
+    rows, where that is used too (the cascade is that of the output alone).  Sizes are ints, or
+    SymInts where dynamic.  ``causal`` is True only if proved.  ``offset`` is added to a query index
+    to get its position among the keys: an expression, which reads the tensor ``POS`` where a cache
+    of fixed size is written at positions that are data, or `UNKNOWN_OFFSET`.
     """
 
     name: str
@@ -110,6 +111,13 @@ class Site:
     offset: str = "0"
     source: str | None = None
     refusals: tuple[Refusal, ...] = ()
+    lse: Operand | None = field(default=None, repr=False)
+
+    @property
+    def results(self) -> tuple[Node, ...]:
+        """The nodes whose values the site produces, in graph order."""
+        own = (self.output, *(() if self.lse is None else (self.lse,)))
+        return tuple(sorted(o.node for o in own))  # nodes compare by place
 
     @property
     def rewritable(self) -> bool:
@@ -117,7 +125,7 @@ class Site:
         return not self.refusals
 
     def groups(self, tensor: str) -> tuple[tuple[Factor, ...], ...]:
-        """The canonical dimensions of an input or of AV: the factors merged into each."""
+        """The canonical dimensions of an input, of AV or LSE: the factors merged into each."""
         roles = {"h": ("h", "g"), "hkv": ("h",)}
         return tuple(
             tuple(f for f in self.factors if f.role in roles.get(rank, (rank,)))
@@ -128,7 +136,7 @@ class Site:
         for decl in self.cascade.inputs:
             if decl.name == tensor:
                 return decl.ranks
-        made = self.cascade.producer(tensor)
+        made = self.cascade.producer("GM" if tensor == "LSE" else tensor)
         assert made is not None, f"{self.name} has no tensor {tensor}"
         return tuple(str(index) for index in made.out.index)
 
@@ -152,7 +160,8 @@ class Site:
         sizes = {
             n: v if isinstance(v := getattr(self, n), int) else str(v) for n in ("q_len", "kv_len")
         }
-        return {**{n: getattr(self, n) for n in plain}, **sizes, "layout": self.layout}
+        more = {} if self.lse is None else {"lse": True}
+        return {**{n: getattr(self, n) for n in plain}, **sizes, "layout": self.layout, **more}
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,7 +28,7 @@ from attn_rewrite.graph import EagerBuilder, arrange, extents
 from attn_rewrite.measuring import implementation_bound as implementation_bound
 from attn_rewrite.measuring import measure as measure
 from attn_rewrite.region import boundary, in_float64
-from attn_rewrite.report import ErrorMeasure
+from attn_rewrite.report import ErrorMeasure, LseErrors
 from attn_rewrite.rounding import plain_attention
 from attn_rewrite.site import Operand, Refusal, Site
 from attn_rewrite.tables import Table
@@ -61,7 +61,8 @@ class SiteCheck:
     is: use the exact kernel, or the original nodes), ``"kept"`` (raising is not sound, see
     ``refusals``) or ``"raised"`` (it is, and there is no kernel).  ``implementation`` is that of
     the kernel to use; it is None where none can be measured (``note`` says why).  ``parts`` has the
-    error of each approximate part against what stood before it.
+    error of each approximate part against what stood before it.  ``lse`` has the errors of the
+    log-sum-exp, where the Site gives one and a kernel was measured.
     """
 
     site: str
@@ -74,10 +75,14 @@ class SiteCheck:
     parts: tuple[tuple[str, ErrorMeasure], ...] = ()
     note: str = ""
     seconds: float = field(default=0.0, compare=False)
+    lse: LseErrors | None = None
 
     @property
     def over_bound(self) -> bool:
-        """True when the implementation error is more than rounding explains."""
+        """True when the implementation error is more than rounding explains, of the output or of
+        the log-sum-exp."""
+        if self.lse is not None and not self.lse.implementation.max_abs <= self.lse.bound:
+            return True
         if self.implementation is None or self.implementation_bound is None:
             return False
         return not self.implementation.max_abs <= self.implementation_bound
@@ -100,7 +105,7 @@ def check_sites(
     """
     by_output: dict[fx.Node, list[Candidate]] = {}
     for candidate in candidates:
-        by_output.setdefault(candidate.site.output.node, []).append(candidate)
+        by_output.setdefault(candidate.site.results[-1], []).append(candidate)
     walk = _Observed(by_output, bound, limit)
     with torch.no_grad(), buffers_kept(host):
         Walk(host, walk).run(*flat_inputs(host, args, kwargs), enable_io_processing=False)
@@ -113,16 +118,23 @@ def check_sites(
 
 def require_bounds(checks: Iterable[SiteCheck]) -> None:
     """Raise `VerifyError` if a kernel is further from its oracle than rounding explains."""
-    wrong = [
-        f"{c.site}: max error {c.implementation.max_abs:.3g}, bound {c.implementation_bound:.3g}"
-        for c in checks
-        if c.over_bound and c.implementation is not None
-    ]
+    wrong = [_over(c) for c in checks if c.over_bound]
     if wrong:
         raise VerifyError(
             "a kernel differs from the float64 value of its cascade by more than rounding "
             f"explains: {'; '.join(wrong)}; this is a bug in attn-rewrite"
         )
+
+
+def _over(check: SiteCheck) -> str:
+    found = check.implementation
+    said = f"{check.site}: "
+    if found is not None and check.implementation_bound is not None:
+        said += f"max error {found.max_abs:.3g}, bound {check.implementation_bound:.3g}"
+    if check.lse is not None:
+        said += f"; of its log-sum-exp {check.lse.implementation.max_abs:.3g}, bound "
+        said += f"{check.lse.bound:.3g}"
+    return said
 
 
 def flat_inputs(
@@ -179,7 +191,8 @@ class _Observed:
             return
         self.done.add(node)
         for candidate in self.candidates[node]:
-            values = {n: env[n] for n in (*boundary(candidate.site), node)}
+            needed = (*boundary(candidate.site), *candidate.site.results)
+            values = {n: env[n] for n in needed}
             self.checks.append(check_site(candidate, values, bound=self.bound, limit=self.limit))
 
 
@@ -193,7 +206,7 @@ class Walk(fx.Interpreter):
         for node, sites in observed.sites.items():
             if here.get(node.name) is node:
                 for site in sites:
-                    self._hold(boundary(site), node)
+                    self._hold((*boundary(site), *site.results), node)
 
     def _hold(self, values: Iterable[fx.Node], until: fx.Node) -> None:
         """Keep values until a Site's output has been seen, even if their last user ran before."""
@@ -234,9 +247,11 @@ def check_site(
     bound: Bound | None = None,
     limit: int = LIMIT_BYTES,
 ) -> SiteCheck:
-    """Check one Site on the values of `region.boundary` and of its output node."""
+    """Check one Site on the values of `region.boundary` and of its results."""
     start = time.perf_counter()
     check = _check(candidate, values, bound, limit)
+    if candidate.site.lse is not None:
+        check = _with_lse(check, candidate, values, limit)
     return replace(check, seconds=time.perf_counter() - start)
 
 
@@ -288,6 +303,29 @@ def _check(
             candidate.cascade, inputs, target, allowed, found.max_abs, limit=limit
         )
     return replace(check, implementation=found, implementation_bound=allowed)
+
+
+def _with_lse(
+    check: SiteCheck, candidate: Candidate, values: Mapping[fx.Node, Any], limit: int
+) -> SiteCheck:
+    """``check`` and what is measured of the log-sum-exp: raising, and the kernel that is used."""
+    from attn_rewrite.lse_check import kept_lse, measured_lse
+
+    if check.verdict == "kept":
+        return check
+    site = candidate.site
+    inputs = canonical_inputs(site, values)
+    refusal = kept_lse(site, values, inputs, limit)
+    if refusal is not None:
+        return SiteCheck(site.name, "kept", check.raising, refusals=(refusal,))
+    accepted = check.verdict == "accepted"
+    kernel = candidate.kernel if accepted else candidate.exact
+    if check.verdict == "raised" or kernel is None:
+        return check
+    cascade = candidate.cascade if accepted else site.cascade
+    if cascade != site.cascade:
+        inputs = {**inputs, **{n: torch.from_numpy(t) for n, t in candidate.tables.items()}}
+    return replace(check, lse=measured_lse(site, cascade, kernel, values, inputs, limit))
 
 
 def _not_finite(lost: int, total: int) -> str:
@@ -351,7 +389,7 @@ def check_raising(
     """
     anchor = (str(site.anchor), site.source, site.name)
     try:
-        wide = canonical_output(site, values, in_float64(site, values))
+        wide = canonical_output(site, values, in_float64(site, values)[site.output.node])
     except RuntimeError as error:
         first = (str(error).strip().splitlines() or ["no message"])[0]
         reason = (
@@ -399,8 +437,9 @@ def canonical_output(site: Site, values: Mapping[fx.Node, Any], output: Tensor) 
 
 def run_kernel(kernel: Emits, inputs: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     """AV of a kernel on canonical operands, in the dtype of the Site's output."""
-    result: Tensor = kernel.emit(EagerBuilder(), list(inputs.values()))
-    return result.to(dtype)
+    result = kernel.emit(EagerBuilder(), list(inputs.values()))
+    output: Tensor = result[0] if isinstance(result, tuple) else result
+    return output.to(dtype)
 
 
 def worst_site(errors: Mapping[str, ErrorMeasure], bound: Bound) -> str | None:

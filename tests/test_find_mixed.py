@@ -92,7 +92,9 @@ class Case:
     @property
     def wanted(self) -> Tensor:
         """The Site's output, its nodes run in float64, without dropout."""
-        return canonical_output(self.site, self.values, in_float64(self.site, self.values))
+        return canonical_output(
+            self.site, self.values, in_float64(self.site, self.values)[self.site.output.node]
+        )
 
 
 @cache

@@ -1,4 +1,4 @@
-"""`flex_attention` that stays what it is (its log-sum-exp is used, or it is kept) as ONNX."""
+"""`flex_attention` that stays what it is, with its log-sum-exp or without, as ONNX."""
 
 from __future__ import annotations
 
@@ -76,14 +76,9 @@ def reference(x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         return weights / np.where(total == 0, 1, total) @ v, np.log(total)[..., 0]
 
 
-@pytest.mark.parametrize(
-    "policy", ["exact", pytest.param("window(size=16)", marks=pytest.mark.slow)]
-)
-def test_a_log_sum_exp_that_is_used_leaves_with_its_attention(policy: str, tmp_path: Path) -> None:
-    done = ar.optimize(Flex(True).eval(), policy, (given(150),))
-    # No policy changes such an attention, and the report says why.
-    assert [r.code for r in done.report.refusals] == ["logsumexp-used"]
-    assert not done.report.sites
+def test_a_log_sum_exp_that_is_used_leaves_with_its_attention(tmp_path: Path) -> None:
+    done = ar.optimize(Flex(True).eval(), "keep", (given(150),))
+    assert [s.status for s in done.report.sites] == ["kept"]
     artifact = export_onnx(done, tmp_path / "m.onnx")
     assert max(artifact.errors.values()) < 1e-5
     # torch's lists of blocks want more than one.

@@ -21,13 +21,16 @@ import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import attn_rewrite as ar
 from attn_rewrite import Rule, Where, export_onnx
 from attn_rewrite.backends.onnx.artifact import OnnxArtifact
+from attn_rewrite.backends.onnx.cached import OPERATOR
 from attn_rewrite.passes.sparse import PATTERNS
 
-WIDTH, HEADS, LENGTH, BATCH = 16, 4, 384, 2
+# Heads of width 8: what ONNX Runtime's own operators take.
+WIDTH, HEADS, LENGTH, BATCH = 32, 4, 384, 2
 FLAT, VIDEO = "grid=16x24", "grid=6x8x8"
 
 
@@ -72,10 +75,27 @@ PIPELINES = (
     *over(FLAT, "reorder(order='wh', @) | window(size=32)",
           "reorder(tile=[4, 8], @) | chunked(size=32)"),
     *over(VIDEO, "reorder(order='whf', @) | neighborhood(window=3, @)"),
+    "window(size=16) | clipped_softmax", "chunked(size=48) | clipped_softmax(zeta=1.1)",
     "window(size=16) | softcap(cap=5)", "window(size=16) | alibi", "window(size=16) | gated",
     "window(size=16) | kv_int8", "chunked(size=48) | kv_int4", "chunked(size=48) | kv_int2",
     *over(FLAT, "clear(radius=4, @) | int8(pv=true)"), "longlora(size=64) | int8",
 )  # fmt: skip
+# Patterns where only some heads have them, with tokens before, behind or beside the grid, in a
+# causal model, where ONNX Runtime's own operators compete, and at lengths that are not known.
+VARIANTS: Mapping[str, tuple[str, ...]] = {
+    "heads": (
+        "window(size=16)", "chunked(size=48)",
+        *over(FLAT, "neighborhood(window=[5, 7], @)", "swin(window=[4, 8], @)"),
+    ),
+    # Text beside a grid as small as this leaves most patterns no whole block to skip.
+    "text": over("grid=15x24,text=16,suffix=8", "swin(window=[5, 8], @)"),
+    "padding": over("grid=15x24,padding=24", "neighborhood(window=[5, 7], @)",
+                    "gna(window=[5, 8], stride=[1, 4], @)", "swin(window=[5, 8], @)"),
+    "causal": ("window(size=16)", "window(size=300)", "window(size=12, sinks=3)",
+               "streaming(recent=20)", "chunked(size=48)", "longlora(size=64)"),
+    "length": ("window(size=16)", "window(size=12, sinks=3)", "window(left=3, right=20)",
+               "streaming(recent=20)"),
+}  # fmt: skip
 # Its bands leave out whole blocks only where frames are many and long; then see below.
 FULL = ("radial",)
 
@@ -114,14 +134,32 @@ class Attention(nn.Module):
         return out.transpose(1, 2).flatten(2)
 
 
+class WithLse(Attention):
+    """The same with FlexAttention, which gives the log-sum-exp of every row too."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q = self.q(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        k, v = self.kv(x).unflatten(-1, (2, self.key_heads, -1)).permute(2, 0, 3, 1, 4)
+        n = x.shape[1]
+        mask = create_block_mask(_causal, None, None, n, n, device="cpu") if self.causal else None
+        out, lse = flex_attention(
+            q, k, v, block_mask=mask, enable_gqa=self.key_heads != HEADS, return_lse=True
+        )
+        return out.transpose(1, 2).flatten(2), lse
+
+
+def _causal(_b: Tensor, _h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+    return q >= kv
+
+
 class Layers(nn.Module):
     """One attention for each of ``count`` policies, side by side."""
 
-    def __init__(self, causal: list[bool], key_heads: int) -> None:
+    def __init__(self, causal: list[bool], key_heads: int, kind: type[Attention]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Attention(c, key_heads) for c in causal)
+        self.layers = nn.ModuleList(kind(c, key_heads) for c in causal)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> tuple[Any, ...]:
         return tuple(layer(x) for layer in self.layers)
 
 
@@ -149,16 +187,20 @@ def walk(
     causal: bool = False,
     heads: tuple[int, ...] | None = None,
     opset: int | None = None,
+    kind: type[Attention] = Attention,
+    fixed: bool = True,
 ) -> Walk:
     torch.manual_seed(0)
     ahead = [causal or any(c in p for c in CAUSAL) for p in given]
-    model, x = Layers(ahead, key_heads).eval(), torch.randn(BATCH, length, WIDTH)
+    model = Layers(ahead, key_heads, kind).eval().requires_grad_(False)
+    x = torch.randn(BATCH, length, WIDTH)
     rules = [
         Rule(where=Where(layer=f"layers.{i}", **({"heads": heads} if heads else {})), apply=p)
         for i, p in enumerate(given)
     ]
     measured = [{"x": x}] if any("paro" in p for p in given) else None
-    done = ar.optimize(model, ar.Policy(rules), (x,), dynamic_shapes={}, calibration=measured)
+    done = ar.optimize(model, ar.Policy(rules), (x,), dynamic_shapes={} if fixed else None,
+                       calibration=measured)  # fmt: skip
     refused = [s.refusals[0].reason for s in done.report.sites if s.refusals]
     assert not refused
     artifact = export_onnx(done, place / "m.onnx", target=target, opset=opset)
@@ -205,8 +247,8 @@ def check(found: Walk) -> None:
             continue
         assert site.skips, (policy, site)
         assert (site.form == "einsums") == policy.startswith("combiner"), (policy, site)
-        if site.form == "einsums":
-            continue
+        if site.form in ("einsums", OPERATOR):
+            continue  # no loops: the second is a contrib operator, for its own target only
         computed = ran[f"attention_{found.artifact.sites.index(site)}"]
         assert 0 < computed < every, (policy, site)
         if site.tiles is not None:
@@ -235,6 +277,41 @@ def test_every_pattern_is_walked() -> None:
 @pytest.mark.parametrize(("target", "key_heads"), [("portable", 2), ("onnxruntime", HEADS)])
 def test_a_layer_for_every_pattern(target: str, key_heads: int, tmp_path: Path) -> None:
     check(walk(policies(first=True), tmp_path, target=target, key_heads=key_heads))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["portable", "onnxruntime"])
+def test_log_sum_exps_of_every_pattern(target: str, tmp_path: Path) -> None:
+    """A combiner has none; what leaves out no block is not walked."""
+    given = [p for p in policies(first=True) if not p.startswith(("combiner", *FULL))]
+    found = walk(given, tmp_path, target=target, key_heads=2, kind=WithLse)
+    check(found)
+    for site in found.done.report.sites:
+        assert site.lse.implementation.max_abs <= site.lse.bound
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["portable", "onnxruntime"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants(variant: str, target: str, tmp_path: Path) -> None:
+    found = walk(
+        list(VARIANTS[variant]), tmp_path, target=target, key_heads=2 if variant != "heads" else 4,
+        heads=(1, 2) if variant == "heads" else None, causal=variant == "causal",
+        fixed=variant != "length",
+    )  # fmt: skip
+    check(found)
+    sites = [found.site(i) for i, _ in enumerate(found.policies)]
+    assert all(bool(s.choice) == (target == "onnxruntime") for s in sites)
+    own = {p: s.choice for p, s in zip(found.policies, sites, strict=True)}
+    if (variant, target) == ("causal", "onnxruntime"):  # one of both competes, and is priced
+        for policy in ("window(size=16)", "window(size=300)", "streaming(recent=20)"):
+            assert ("estimated" in own[policy]) == policy.startswith("window"), own[policy]
+    if variant == "length":
+        for length in (131, 500):
+            x = torch.randn(BATCH + 1, length, WIDTH)
+            results = [t.detach().numpy() for t in found.done(x)]
+            names = [o.name for o in found.artifact.outputs]
+            found.artifact.verify({"x": x.numpy()}, dict(zip(names, results, strict=True)))
 
 
 @pytest.mark.slow

@@ -53,4 +53,4 @@ def test_the_log_sum_exp_leaves_beside_the_output(model: torch.nn.Module, tmp_pa
     bound = {n: 2e-5 * np.abs(a).max() for n, a in wanted.items()}
     artifact.verify(dict(zip("qkv", arrays, strict=True)), wanted, bound=bound)
     if isinstance(model, Spelled):
-        assert [s.operator for s in artifact.sites] == ["scaled_dot_product_attention"]
+        assert [(s.operator, s.form) for s in artifact.sites] == [("tiled_attention", "half")]

@@ -47,9 +47,9 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> list[fused.Unit]:
     pieces.plan_of.cache_clear()
     original = fused.FusedKernel.run
 
-    def spy(self: Any, unit: fused.Unit, out: Tensor) -> None:
+    def spy(self: Any, unit: fused.Unit, *results: Tensor | None) -> None:
         ran.append(unit)
-        original(self, unit, out)
+        original(self, unit, *results)
 
     monkeypatch.setattr(fused.FusedKernel, "run", spy)
     monkeypatch.setattr(fused, "WORTH_ROW", 0)

@@ -28,6 +28,7 @@ from attn_rewrite.backends.onnx.strides import with_graph
 from attn_rewrite.backends.torch.einsums import emit_stages
 from attn_rewrite.backends.torch.mapped import mapped_form
 from attn_rewrite.backends.torch.ops import softmax_form
+from attn_rewrite.backends.torch.staged import rounds
 from attn_rewrite.cascade.attention import QK, SoftmaxAttention, softmax_cascade
 from attn_rewrite.cascade.expr import (
     KV,
@@ -118,9 +119,13 @@ def _refuse_floats(program: ExportedProgram) -> None:
 
 
 def _write_out(graph: fx.Graph, node: fx.Node) -> None:
-    """Stages as plain operators in float64, as the operator itself computes them."""
+    """Stages as plain operators in float64, as the operator itself computes them; a map without
+    steps in the type of the operands."""
     q, k, v, reads, text, block = node.args
     staged, held, names = mapped_form(str(text))
+    if not held.stages.body and not any(map(rounds, walk(staged.probability))):  # type: ignore[arg-type]
+        _replace(GraphBuilder(graph).at(node), node, ([q, k, v, *reads], text, block))  # type: ignore[misc]
+        return
     build = GraphBuilder(graph).at(node)
     given = dict(zip(names, (q, k, v, *reads), strict=True))  # type: ignore[misc]
     wide = {n: _double(build, t) for n, t in given.items()}

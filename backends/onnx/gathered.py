@@ -72,7 +72,7 @@ class Gathered:
         rows = r.op("Concat", *parts, axis=1) if len(parts) > 1 else parts[0]
         rows = r.op("Gather", rows, r.constant(order), axis=1)
         lead = r.integers([0, plan.problem.heads, plan.q_blocks * plan.block])
-        out = r.op("Reshape", rows, r.op("Concat", lead, r.extent(self.x.v, 3), axis=0))
+        out = r.op("Reshape", rows, r.op("Concat", lead, self.x.width(r), axis=0))
         if plan.problem.q_len % plan.block == 0:
             return out
         return r.op(
@@ -80,10 +80,10 @@ class Gathered:
         )
 
     def _zeros(self) -> ir.Value:
-        """One row of blocks that is all zero, [b, 1, block, f]."""
+        """One row of blocks without keys, [b, 1, block, width]."""
         r = self.r
-        shape = (r.extent(self.x.q, 0), r.integers([1, self.plan.block]), r.extent(self.x.v, 3))
-        return r.op("Expand", r.number(0.0, self.x.dtype), r.op("Concat", *shape, axis=0))
+        lead = r.op("Concat", r.extent(self.x.q, 0), r.integers([1, self.plan.block]), axis=0)
+        return self.x.nothing(r, lead)
 
     def _blocked(self, x: ir.Value, heads: int, length: int, blocks: int) -> ir.Value:
         """[b, heads, length, n] -> [b, heads * blocks, block, n], padded with zeros."""
@@ -117,7 +117,7 @@ class Gathered:
             body=graph, num_scan_inputs=2, scan_output_axes=[1],
         )  # fmt: skip
         lead = r.integers([0, steps.rows.size, self.plan.block])
-        width = r.integers([1]) if peaks else r.extent(self.x.v, 3)
+        width = r.integers([1]) if peaks else self.x.width(r)
         return r.op("Reshape", scanned, r.op("Concat", lead, width, axis=0))
 
 
@@ -156,7 +156,7 @@ class _Step:
 
         if outer.mapping is None:
             rows = RowSoftmax(r, Joined(r, frame), outer.form, x.dtype, self.steps.certain)
-            return rows.attend(keep, contract)
+            return (rows.attend_with_lse if x.lse else rows.attend)(keep, contract)
         places = r.op("Reshape", r.counting(r.extent(x.v, 3)), r.integers([1, 1, 1, -1]))
         mapped = MappedRows(
             r, lambda f: Joined(r, f), frame, outer.form, outer.mapping, x,

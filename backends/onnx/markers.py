@@ -28,13 +28,15 @@ if TYPE_CHECKING:
 SITE_KEY, CASCADE_KEY = "attn_rewrite_site", "attn_rewrite_cascade"
 MARKER_DOMAIN = "attn_rewrite.export"
 TILED, SDPA = "TiledAttention", "ScaledDotProductAttention"
-CODED = "CodedAttention"
+CODED, TILED_LSE = "CodedAttention", "TiledAttentionWithLse"
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
 _ANY = [*_FLOATS, "tensor(bool)", *(f"tensor(int{n})" for n in (8, 16, 32, 64)), "tensor(uint8)"]
 
 
-def _marker(name: str, attributes: Sequence[tuple[str, Any]]) -> values.Op:
-    """An operator of the marker domain: any number of tensors in, one out."""
+def _marker(
+    name: str, attributes: Sequence[tuple[str, Any]], outputs: Sequence[str] = ("output",)
+) -> values.Op:
+    """An operator of the marker domain: any number of tensors in, the ``outputs`` out."""
     schema = onnx.defs.OpSchema
     option = schema.FormalParameterOption
     tensors = schema.FormalParameter(
@@ -45,8 +47,14 @@ def _marker(name: str, attributes: Sequence[tuple[str, Any]]) -> values.Op:
         MARKER_DOMAIN,
         1,
         inputs=[tensors],
-        outputs=[schema.FormalParameter("output", "T", param_option=option.Single)],
-        type_constraints=[("M", _ANY, ""), ("T", _FLOATS, "")],
+        outputs=[
+            schema.FormalParameter(n, f"T{i}", param_option=option.Single)
+            for i, n in enumerate(outputs)
+        ],
+        type_constraints=[
+            ("M", _ANY, ""),
+            *((f"T{i}", _FLOATS, "") for i, _ in enumerate(outputs)),
+        ],
         attributes=[schema.Attribute(n, t, required=True) for n, t in attributes],
     )
     return values.Op(values.Opset(MARKER_DOMAIN, 1), name, built)
@@ -60,6 +68,17 @@ def _translate_tiled() -> Callable[..., Any]:
         return marker(q, k, v, *reads, cascade=cascade, block=block)
 
     return tiled_attention
+
+
+def _translate_tiled_lse() -> Callable[..., Any]:
+    kinds = onnx.defs.OpSchema.AttrType
+    attributes = [("cascade", kinds.STRING), ("block", kinds.INT)]
+    marker = _marker(TILED_LSE, attributes, ("output", "lse"))
+
+    def tiled_attention_lse(q: Any, k: Any, v: Any, reads: Any, cascade: str, block: int) -> Any:
+        return marker(q, k, v, *reads, cascade=cascade, block=block)
+
+    return tiled_attention_lse
 
 
 def _translate_coded() -> Callable[..., Any]:
@@ -110,6 +129,8 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     }
     if hasattr(torch.ops.attn_rewrite, "tiled_attention"):
         table[torch.ops.attn_rewrite.tiled_attention.default] = _translate_tiled()
+    if hasattr(torch.ops.attn_rewrite, "tiled_attention_lse"):
+        table[torch.ops.attn_rewrite.tiled_attention_lse.default] = _translate_tiled_lse()
     if hasattr(torch.ops.attn_rewrite, "coded_attention"):
         table[torch.ops.attn_rewrite.coded_attention.default] = _translate_coded()
     return table

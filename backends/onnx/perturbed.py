@@ -24,7 +24,9 @@ from torch.export import ExportedProgram
 from attn_rewrite.backends.onnx.evaluation import Evaluation, widened
 
 CONTRACTIONS = ("mm", "bmm", "addmm", "baddbmm", "matmul", "linear", "einsum", "convolution")
-ATTENTIONS = ("scaled_dot_product_attention", "tiled_attention", "mapped_attention")
+ATTENTIONS = (
+    "scaled_dot_product_attention", "tiled_attention", "tiled_attention_lse", "mapped_attention",
+)  # fmt: skip
 _CONVOLUTIONS = ("convolution", "conv1d", "conv2d", "conv3d")
 _EXPONENTIALS = ("exp", "exp2", "softmax", "_softmax", "_safe_softmax", "log_softmax", "logsumexp")
 

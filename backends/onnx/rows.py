@@ -23,7 +23,8 @@ class Operands:
     """The attention's inputs as ONNX values, already in the type of the arithmetic.
 
     ``heads`` query heads are given, from ``first`` on, of ``every``.  ``coded``: q and k are bytes
-    of codes; ``coded_values``: v is, and so are the probabilities that multiply it.
+    of codes; ``coded_values``: v is, and so are the probabilities that multiply it.  ``lse``: every
+    row of the output ends with its log-sum-exp, one column more than v has.
     """
 
     q: ir.Value
@@ -36,6 +37,22 @@ class Operands:
     every: int | None = None
     coded: bool = False
     coded_values: bool = False
+    lse: bool = False
+
+    def width(self, r: Recorder) -> ir.Value:
+        """The columns of an output row: an int64 vector of one element."""
+        own = r.extent(self.v, 3)
+        return r.op("Add", own, r.integers([1])) if self.lse else own
+
+    def nothing(self, r: Recorder, lead: ir.Value) -> ir.Value:
+        """Rows without keys, [*lead, width]: 0, and a log-sum-exp of -inf."""
+        shape = r.op("Concat", lead, r.extent(self.v, 3), axis=0)
+        zeros = r.op("Expand", r.number(0.0, self.dtype), shape)
+        if not self.lse:
+            return zeros
+        column = r.op("Concat", lead, r.integers([1]), axis=0)
+        lowest = r.op("Expand", r.number(-math.inf, self.dtype), column)
+        return r.op("Concat", zeros, lowest, axis=-1)
 
 
 class RowSoftmax:
@@ -77,6 +94,24 @@ class RowSoftmax:
         if some is not None:
             return r.op("Mul", out, some)
         return out if empty is None else r.op("Where", empty, r.number(0.0, dtype), out)
+
+    def attend_with_lse(
+        self, keep: ir.Value | None, contract: Callable[[ir.Value], ir.Value]
+    ) -> ir.Value:
+        """The output of `attend` with one column more: the log-sum-exp of each row, -inf where it
+        keeps nothing.  For a form without a sink."""
+        r, dtype, score = self.r, self.dtype, self._score()
+        if keep is not None:
+            score = r.masked(keep, score, dtype)
+        zero, one = r.number(0.0, dtype), r.number(1.0, dtype)
+        top = r.op("ReduceMax", score, r.integers([-1]), keepdims=1)
+        top = r.op("Where", r.op("IsInf", top, detect_positive=0), zero, top)
+        shares = r.op("Exp", r.op("Sub", score, top))
+        sums = r.op("ReduceSum", shares, r.integers([-1]), keepdims=1)
+        if self.form.weight is not None:
+            shares = r.op("Mul", shares, self.emitter.number(self.form.weight))
+        out = r.op("Div", contract(shares), r.op("Where", r.op("Equal", sums, zero), one, sums))
+        return r.op("Concat", out, r.op("Add", top, r.op("Log", sums)), axis=-1)
 
     def _score(self) -> ir.Value:
         """The score, spread over the tile where it does not contain the product."""

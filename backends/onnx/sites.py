@@ -24,6 +24,7 @@ from attn_rewrite.backends.onnx.markers import (
     CODED,
     MARKER_DOMAIN,
     TILED,
+    TILED_LSE,
     Origin,
     attribute,
     form_of,
@@ -44,11 +45,13 @@ from attn_rewrite.backends.onnx.tiles import (
     HeadPlan,
     choose_plan,
     emit_attention,
+    emit_with_lse,
     fixed_lengths,
 )
 from attn_rewrite.backends.torch.staged import prepared
 from attn_rewrite.cascade.attention import SoftmaxAttention, softmax_cascade
 from attn_rewrite.cascade.expr import TRUE
+from attn_rewrite.cascade.lse import with_lse
 from attn_rewrite.errors import LowerError
 from attn_rewrite.site import Refusal
 
@@ -131,6 +134,28 @@ def _expand_coded(
     )
 
 
+def _expand_with_lse(
+    model: ir.Model, node: ir.Node, name: str, prefix: str, to: Destination
+) -> SiteLowering:
+    """Attention whose log-sum-exp is used: our own tiles on every target."""
+    r = Recorder(prefix, to.opset)
+    _give_keys_once(node, name)
+    form, given = form_of(node, name), _given(node)
+    formal = parameters(r.prefix, given)
+    plan = choose_plan(form, given, attribute(node, "block") or DEFAULT_ROWS)
+    values = emit_with_lse(r, formal, form, plan)
+    text = str(with_lse(softmax_cascade(form, "site")))
+    node.attributes["cascade"] = ir.AttrString("cascade", text)
+    call = _as_function(model, r, node, name, (formal, given), values)
+    _replace(node, name, [call], dict(zip(node.outputs, call.outputs, strict=True)))
+    said = tiled_lowering(name, form, plan, None not in fixed_lengths(given))
+    kind = "dense" if said.form == "dense mask" and form.guard == TRUE else said.form
+    choice = "" if to.target == "portable" else "no operator of ONNX Runtime gives a log-sum-exp"
+    return replace(
+        said, form=kind, detail=f"{said.detail}; with the log-sum-exp of rows", choice=choice
+    )
+
+
 def _given(node: ir.Node) -> list[ir.Value]:
     return [i for i in node.inputs if i is not None]
 
@@ -150,7 +175,7 @@ def _give_keys_once(node: ir.Node, name: str) -> None:
     inputs, times = keys_once(_given(node))
     if times == 1:
         return
-    if node.op_type == TILED:
+    if node.op_type in (TILED, TILED_LSE):
         form = form_of(node, name)
         if form.group > 1:
             return
@@ -222,6 +247,9 @@ def _as_function(
     return as_function(model, heading, r.nodes, inputs, outputs, {"": r.opset})
 
 
+_EXPANDED = {CODED: _expand_coded, TILED_LSE: _expand_with_lse}
+
+
 def expand(
     model: ir.Model, to: Destination, whole: Sequence[SiteLowering] = ()
 ) -> tuple[SiteLowering, ...]:
@@ -237,7 +265,7 @@ def expand(
         ]
         for node in markers:
             name = site_name(node, to.names, [s.name for s in found])
-            expanded = _expand_coded if node.op_type == CODED else _expand_one
+            expanded = _EXPANDED.get(node.op_type, _expand_one)
             found.append(expanded(model, node, name, f"attention_{len(found)}", to))
         owner.opset_imports.pop(MARKER_DOMAIN, None)
     model.opset_imports.pop(MARKER_DOMAIN, None)

@@ -183,6 +183,33 @@ def emit_attention(
     Queries, keys and values that are bytes are codes (`products`); the output then has the type of
     what is no code, float64 where ``mapping`` maps the probabilities.
     """
+    out, result, dtype = _emit(r, inputs, form, plan, mapping)
+    return out if result == dtype else r.cast(out, result)
+
+
+def emit_with_lse(
+    r: Recorder, inputs: Sequence[ir.Value], form: SoftmaxAttention, plan: Plan
+) -> tuple[ir.Value, ir.Value]:
+    """The output of `emit_attention` and the log-sum-exp [b, hq, s] in float32 or wider, -inf for a
+    row without keys.  For a form without a sink over operands that are no codes."""
+    assert form.sink is None
+    both, result, dtype = _emit(r, inputs, form, plan, None, lse=True)
+    last, axis = r.integers([-1]), r.integers([3])
+    out = r.op("Slice", both, r.integers([0]), last, axis)
+    lse = r.op("Squeeze", r.op("Slice", both, last, r.integers([2**62]), axis), axis)
+    return (out if result == dtype else r.cast(out, result)), lse
+
+
+def _emit(
+    r: Recorder,
+    inputs: Sequence[ir.Value],
+    form: SoftmaxAttention,
+    plan: Plan,
+    mapping: ProbabilityMap | None,
+    *,
+    lse: bool = False,
+) -> tuple[ir.Value, ir.DataType, ir.DataType]:
+    """The rows in the type of the arithmetic; the type that the output has, and that one."""
     q, k, v, *reads = inputs
     coded = [x.dtype == ir.DataType.UINT8 for x in (q, v)]
     result = ir.DataType.DOUBLE if coded[1] else v.dtype if coded[0] else q.dtype
@@ -192,7 +219,9 @@ def emit_attention(
     heads = _static(q, 1, "the head count")
     if result != dtype:
         q, k, v = (x if x.dtype == ir.DataType.UINT8 else r.cast(x, dtype) for x in (q, k, v))
-    operands = Operands(q, k, v, tuple(reads), heads, dtype, coded=coded[0], coded_values=coded[1])
+    operands = Operands(
+        q, k, v, tuple(reads), heads, dtype, coded=coded[0], coded_values=coded[1], lse=lse
+    )
     if isinstance(plan, BlockPlan):
         out = Gathered(r, operands, form, plan, mapping).emit()
     elif isinstance(plan, HeadPlan):
@@ -200,7 +229,7 @@ def emit_attention(
         out = r.op("Concat", *each, axis=1)
     else:
         out = _Tiled(r, operands, form, plan, mapping).emit()
-    return out if result == dtype else r.cast(out, result)
+    return out, result, dtype
 
 
 def _of_heads(
@@ -274,7 +303,7 @@ class _Tiled:
             return self._nothing()
         if self.mapping is not None and self.mapping.whole_peak:
             self.peak = whole_peak(self.r, [self._scanned("peaks", self.r.integers([1]))])
-        return self._scanned("tile", self.r.extent(self.x.v, 3))
+        return self._scanned("tile", self.x.width(self.r))
 
     def _scanned(self, name: str, width: ir.Value) -> ir.Value:
         """The rows of all blocks, [b, hq, q, width]."""
@@ -301,12 +330,8 @@ class _Tiled:
         return r.op("Slice", joined, r.integers([0]), self.extents["q"], r.integers([2]))
 
     def _nothing(self) -> ir.Value:
-        """A mask that keeps no pair gives zeros."""
-        r = self.r
-        shape = r.op(
-            "Concat", r.op("Shape", self.x.q, start=0, end=3), r.extent(self.x.v, 3), axis=0
-        )
-        return r.op("Expand", r.number(0.0, self.x.dtype), shape)
+        """A mask that keeps no pair."""
+        return self.x.nothing(self.r, self.r.op("Shape", self.x.q, start=0, end=3))
 
     def _step(self, r: Recorder, start: ir.Value, peaks: bool) -> ir.Value:
         """The rows of one block, [b, hq, rows, f], or the ``peaks`` of their probabilities."""
@@ -326,7 +351,8 @@ class _Tiled:
             return self._unstacked(r, found)
 
         if self.mapping is None:
-            return RowSoftmax(r, emitter, self.form, self.x.dtype).attend(keep, contract)
+            row = RowSoftmax(r, emitter, self.form, self.x.dtype)
+            return (row.attend_with_lse if self.x.lse else row.attend)(keep, contract)
         widths = Coordinate(r.counting(r.extent(self.x.v, 3)), True)
         mapped = MappedRows(
             r, lambda f: Elementwise(r, f), frame, self.form, self.mapping, self.x, widths

@@ -135,16 +135,18 @@ class FusedKernel:
         most = self.plan.most_copied
         self._keys, self._values = _Copies(problem.k, most), _Copies(problem.v, most)
 
-    def run(self, unit: Unit, out: Tensor) -> None:
-        """The output of a row into ``out`` [b, h, q, f] of all rows."""
-        place = out[slice(*unit.batch), slice(*unit.heads), slice(*unit.queries)]
+    def run(self, unit: Unit, out: Tensor, lse: Tensor | None = None) -> None:
+        """The output of a row into ``out`` [b, h, q, f] of all rows, and its log-sum-exps into
+        ``lse`` [b, h, q] if given."""
+        where = slice(*unit.batch), slice(*unit.heads), slice(*unit.queries)
+        place, kept = out[where], None if lse is None else lse[where]
         first, *others = unit.pieces
         if not others:
-            self._one(unit, first, place, None)
+            self._one(unit, first, place, kept)
             return
         like = self.problem.q
         total = place if place.dtype == like.dtype else like.new_empty(place.shape)
-        sums = like.new_empty(place.shape[:-1])
+        sums = like.new_empty(place.shape[:-1]) if kept is None else kept
         self._one(unit, first, total, sums)
         further: tuple[Tensor, Tensor] | None = None
         for piece in others:

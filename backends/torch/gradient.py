@@ -51,19 +51,22 @@ class Gradients:
     reads: dict[str, Tensor]
 
 
-def gradients(problem: Problem, grad: Tensor, wanted: Sequence[str]) -> Gradients:
-    """Gradients of Q, K, V and of the ``wanted`` reads for the output gradient [b, h, q, f]."""
+def gradients(
+    problem: Problem, grad: Tensor, wanted: Sequence[str], sums: Tensor | None = None
+) -> Gradients:
+    """Gradients of Q, K, V and of the ``wanted`` reads for the output gradient [b, h, q, f] and
+    that of the log-sum-exp [b, h, q], ``sums``."""
     operands = (problem.q, problem.k, problem.v)
     dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in operands)
     total = Gradients(dq, dk, dv, {n: torch.zeros_like(problem.reads[n]) for n in wanted})
-    grad = grad.to(problem.q.dtype)
+    given = [g.to(problem.q.dtype) for g in (grad, sums) if g is not None]
     if grad.numel() and problem.k.shape[2]:
         for job in jobs(problem, stacked=False):
-            _add_tile(problem, job, grad, total)
+            _add_tile(problem, job, given, total)
     return total
 
 
-def _add_tile(problem: Problem, job: Job, grad: Tensor, total: Gradients) -> None:
+def _add_tile(problem: Problem, job: Job, given: Sequence[Tensor], total: Gradients) -> None:
     share = problem.form.group if problem.schedule.per_head else 1
     batch, key_part = slice(*job.batch), key_heads(job.heads, share)
     query_part = slice(job.heads[0] * problem.group, job.heads[1] * problem.group)
@@ -74,9 +77,12 @@ def _add_tile(problem: Problem, job: Job, grad: Tensor, total: Gradients) -> Non
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
         reads = {n: problem.reads[n].detach().requires_grad_() for n in total.reads}
         inside = replace(problem, reads={**problem.reads, **reads})
-        out = _tile(inside, job, share, *leaves)
+        results = _tile(inside, job, share, *leaves)[: len(given)]
         found = torch.autograd.grad(
-            out, [*leaves, *reads.values()], grad[batch, query_part, rows], allow_unused=True
+            results,
+            [*leaves, *reads.values()],
+            [g[batch, query_part, rows] for g in given],
+            allow_unused=True,
         )
     dq, dk, dv, *others = found
     if dq is not None:
@@ -97,8 +103,11 @@ def _scatter(whole: Tensor, part: Tensor, spans: Sequence[Span]) -> None:
         at += high - low
 
 
-def _tile(problem: Problem, job: Job, share: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One tile as a differentiable function of its queries [b, h, q, d], keys and values."""
+def _tile(
+    problem: Problem, job: Job, share: int, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One tile as a differentiable function of its queries [b, h, q, d], keys and values: the
+    output and its log-sum-exps."""
     form, g, height = problem.form, problem.group, job.row.height
     keys, values = (shared_heads(t, job, share).flatten(0, 1) for t in (k, v))
     queries = q.reshape(job.items, g * height, q.shape[3])
@@ -108,15 +117,17 @@ def _tile(problem: Problem, job: Job, share: int, q: Tensor, k: Tensor, v: Tenso
     scores = emitter.tensor(form.score, q.dtype).expand_as(product)
     if form.guard != TRUE and job.row.masked:
         scores = scores.masked_fill(~emitter.truth(form.guard), -math.inf)
-    p = _probabilities(scores, None if form.sink is None else emitter.tensor(form.sink, q.dtype))
+    sink = None if form.sink is None else emitter.tensor(form.sink, q.dtype)
+    p, sums = _probabilities(scores, sink)
     if form.weight is not None:
         p = p * emitter.tensor(form.weight)
     out = torch.bmm(p.reshape(job.items, g * height, -1), values)
-    return out.view(*q.shape[:3], v.shape[3])
+    return out.view(*q.shape[:3], v.shape[3]), sums.view(q.shape[:3])
 
 
-def _probabilities(scores: Tensor, sink: Tensor | None) -> Tensor:
-    """Softmax with an optional sink; rows without a finite score are 0, with gradient 0."""
+def _probabilities(scores: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Softmax with an optional sink, and the log-sum-exp; rows without a finite score are 0 and
+    -inf, with gradient 0."""
     top = scores.detach().amax(-1, keepdim=True)
     if sink is not None:
         top = torch.maximum(top, sink.detach())
@@ -125,4 +136,6 @@ def _probabilities(scores: Tensor, sink: Tensor | None) -> Tensor:
     total = numerator.sum(-1, keepdim=True)
     if sink is not None:
         total = total + (sink - top).exp()
-    return numerator / total.masked_fill(total == 0, 1.0)
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)
+    return numerator / total, (top + total.log()).masked_fill(empty, -math.inf)

@@ -34,6 +34,17 @@ _WORTH_LANES = 1 << 22
 
 def attend(problem: Problem, dtype: torch.dtype) -> Tensor:
     """The attention output [b, h, q, f] in ``dtype``."""
+    return _attend(problem, dtype, None)
+
+
+def attend_with_lse(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The output in ``dtype`` and the log-sum-exp [b, h, q] of the scores of its rows in the
+    working type; for a form without a sink."""
+    lse = problem.q.new_full(problem.q.shape[:3], -math.inf)  # rows that no tile holds
+    return _attend(problem, dtype, lse), lse
+
+
+def _attend(problem: Problem, dtype: torch.dtype, lse: Tensor | None) -> Tensor:
     b, h, q_len, _ = problem.q.shape
     shape = (b, h, q_len, problem.v.shape[3])
     out = torch.zeros(shape, dtype=dtype, device=problem.q.device)
@@ -42,27 +53,29 @@ def attend(problem: Problem, dtype: torch.dtype) -> Tensor:
     lanes = _lanes(problem)
     if fits(problem):
         rows = units(problem, lanes)
-        _work_off(rows, lambda: _run_rows(problem, out), lanes, out.device)
+        _work_off(rows, lambda: _run_rows(problem, out, lse), lanes, out.device)
     else:
         planned = list(jobs(problem))
         tiles = _by_row(planned, lanes)
-        _work_off(tiles, lambda: _run_tiles(problem, planned, out), lanes, out.device)
+        _work_off(tiles, lambda: _run_tiles(problem, planned, out, lse), lanes, out.device)
     return out
 
 
-def _run_rows(problem: Problem, out: Tensor) -> Callable[[Unit], None]:
+def _run_rows(problem: Problem, out: Tensor, lse: Tensor | None) -> Callable[[Unit], None]:
     kernel = FusedKernel(problem)
-    return lambda unit: kernel.run(unit, out)
+    return lambda unit: kernel.run(unit, out, lse)
 
 
 def _run_tiles(
-    problem: Problem, planned: Sequence[Job], out: Tensor
+    problem: Problem, planned: Sequence[Job], out: Tensor, lse: Tensor | None
 ) -> Callable[[Sequence[Job]], None]:
-    kernel = _Kernel(problem, planned)
+    kernel = _Kernel(problem, planned, sums=lse is not None)
 
     def run(row: Sequence[Job]) -> None:
         for job in row:
             _store(problem, job, out, kernel)
+            if lse is not None:
+                _store_sums(problem, job, lse, kernel.sums)
 
     return run
 
@@ -113,10 +126,26 @@ def _store(problem: Problem, job: Job, out: Tensor, kernel: _Kernel) -> None:
         place.copy_(kernel.run(job).view(place.shape))
 
 
-class _Kernel:
-    """Runs tiles one after the other in the same memory."""
+def _store_sums(problem: Problem, job: Job, lse: Tensor, sums: Tensor | None) -> None:
+    """The log-sum-exps of a tile, [items, group, queries], into those of all rows."""
+    assert sums is not None
+    g = problem.group
+    if job.stack:
+        for (b, h, row), part in zip(job.stack, sums, strict=True):
+            lse[b, h * g : (h + 1) * g, slice(*row.queries)] = part
+        return
+    heads = slice(job.heads[0] * g, job.heads[1] * g)
+    place = lse[slice(*job.batch), heads, slice(*job.row.queries)]
+    place.copy_(sums.view(place.shape))
 
-    def __init__(self, problem: Problem, planned: Sequence[Job]) -> None:
+
+class _Kernel:
+    """Runs tiles one after the other in the same memory; ``sums`` keeps the log-sum-exps of the
+    last one."""
+
+    def __init__(self, problem: Problem, planned: Sequence[Job], *, sums: bool = False) -> None:
+        self.sums: Tensor | None = None
+        self._wanted = sums
         self.problem, self.form = problem, problem.form
         self.linear = linear_score(problem.form.score)
         plain = self.linear is not None and self.linear.bias is None and self.form.sink is None
@@ -135,6 +164,8 @@ class _Kernel:
         for (start, stop), bound in bounds.pieces:
             part = _by_query(scores, job)[..., start:stop]
             torch.minimum(part, bound, out=part)
+        if self._wanted:
+            self.sums = torch.logsumexp(_by_query(scores, job), -1)
         if self.form.sink is not None:
             blank = None
             p = self._softmax_with_sink(job, scores, emitter.tensor(self.form.sink, scores.dtype))

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -41,6 +42,7 @@ from attn_rewrite.cascade.attention import (
 )
 from attn_rewrite.cascade.expr import TRUE, Expr, ranks_of, tensors_of, walk
 from attn_rewrite.cascade.ir import Cascade
+from attn_rewrite.cascade.lse import why_no_lse
 from attn_rewrite.cascade.reordered import Reordered, as_reordered
 from attn_rewrite.cascade.staged import StagedAttention, as_staged
 from attn_rewrite.graph import Builder, GraphBuilder, aten
@@ -73,7 +75,8 @@ class Kernel:
     _emit: Emit = field(repr=False, compare=False)
 
     def emit(self, build: Builder, inputs: Sequence[Any]) -> Any:
-        """The output from ``inputs`` = [q, k, v, *reads] in canonical layout.
+        """The output from ``inputs`` = [q, k, v, *reads] in canonical layout, with its log-sum-exp
+        where the kernel was asked for that.
 
         For a cascade that is not a softmax attention the inputs are the cascade's, in order, and
         the value is its first output.
@@ -93,12 +96,16 @@ def lower(
     dropout: float = 0.0,
     block: int = 128,
     extents: Mapping[str, int | None] | None = None,
+    lse: bool = False,
 ) -> Kernel | Refusal:
     """Lower ``cascade`` to the kernel that suits it.
 
     ``extents`` gives fixed extents of ranks (None: dynamic); ``block`` the tile side of the tiled
     kernel; ``dropout`` the probability applied to the attention probabilities while training.
+    With ``lse`` the kernel gives (output, log-sum-exp [b, h, q]).
     """
+    if lse:
+        return _lower_with_lse(cascade, dropout, block)
     found = as_reordered(cascade)
     if found is not None:
         inner = lower(found.inner, dropout=dropout, block=block, extents=extents)
@@ -147,6 +154,48 @@ def _stray_rank(form: SoftmaxAttention) -> str | None:
     parts = [e for e in (form.score, form.guard, form.weight, form.sink) if e is not None]
     used = frozenset().union(*map(ranks_of, parts)) - {"b", "h", "q", "kv"}
     return min(used) if used else None
+
+
+# Log-sum-exp
+
+
+def _lower_with_lse(cascade: Cascade, dropout: float, block: int) -> Kernel | Refusal:
+    """The operator that gives both: no fused operator of PyTorch's does under every mask."""
+    reason = why_no_lse(cascade)
+    if reason is None and dropout:
+        reason = f"it has dropout {dropout}, which the operator that gives it does not have"
+    if reason is not None:
+        return Refusal("logsumexp-used", f"the log-sum-exp is used, and {reason}")
+    found = as_reordered(cascade)
+    if found is not None:
+        inner = _lower_with_lse(found.inner, dropout, block)
+        return inner if isinstance(inner, Refusal) else in_new_order(inner, found, cascade)
+    staged = as_staged(cascade)
+    assert staged is not None
+    if staged.form.sink is not None:
+        reason = "the log-sum-exp is used, and a logit that is no score of a key joins the sum"
+        return Refusal("logsumexp-used", reason)
+    held = prepared(staged)
+    stray = _stray_rank(held.form)
+    if stray is not None:
+        reason = f"the score or mask of {cascade.name} depends on {stray}"
+        return Refusal("rank-not-iterated", reason)
+    text = str(softmax_cascade(held.form, cascade.name))
+    plain = as_softmax(cascade) is not None
+
+    def emit(build: Builder, inputs: Sequence[Any]) -> tuple[Any, Any]:
+        operands, kind = list(inputs), dtype_of(inputs[0])
+        if not plain:
+            operands, kind = emit_prepared(build, held, cascade.inputs, inputs)
+        assert kind is not None
+        q, k, v, *reads = operands
+        op = torch.ops.attn_rewrite.tiled_attention_lse.default
+        both = build.call(op, q, k, v, reads, text, block)
+        out, sums = (build.call(operator.getitem, both, place) for place in (0, 1))
+        return cast(build, out, kind), sums
+
+    why = f"its log-sum-exp is used: blocks of {block} that the guard keeps, with both results"
+    return Kernel("tiled", cascade, Exactness.REASSOCIATED, why, _CONTRACT, emit)
 
 
 # SDPA
@@ -276,10 +325,13 @@ def _tiled(
     share, length = _skipped(form, extents, block)
     if share < WORTHWHILE:
         return None
-    why = f"the guard leaves out {share:.0%} of the blocks of {block}"
-    if extents.get("kv") is None:
-        why += f" where there are {length} keys"
+    why = _left_out(share, length, extents, block)
     return _Plan("tiled", why, partial(emit_tiled, str(cascade), block))
+
+
+def _left_out(share: float, length: int, extents: Mapping[str, int | None], block: int) -> str:
+    said = f"the guard leaves out {share:.0%} of the blocks of {block}"
+    return said if extents.get("kv") is not None else f"{said} where there are {length} keys"
 
 
 def emit_tiled(text: str, block: int, build: Builder, inputs: Sequence[Any]) -> Any:
@@ -318,8 +370,18 @@ def _lower_staged(
         reason = f"{cascade.name} has dropout {dropout}, which no kernel of rounded operands has"
         return Refusal("not-lowered", reason)
     if staged.probability is not None and any(map(rounds, walk(staged.probability))):
-        return _lower_mapped(cascade, block)
+        why = (
+            "its probabilities are rounded before they multiply V; exact, not fast, on this backend"
+        )
+        return _lower_mapped(cascade, block, why)
     if staged.probability is not None:
+        # Float64 tiles pay for what a mask leaves out beyond the half that a causal one does.
+        guard = staged.form.guard
+        causal = is_causal(guard, square=_is_square(extents)) or is_causal_with_offset(guard)
+        share, length = (0.0, 0) if causal else _skipped(staged.form, extents, block)
+        if share >= WORTHWHILE:
+            why = f"its probabilities are mapped, and {_left_out(share, length, extents, block)}"
+            return _lower_mapped(cascade, block, why)
         why = "its probabilities are mapped before they multiply V"
         plan = partial(emit_mapped, cascade.inputs, staged)
         return Kernel("dense", cascade, Exactness.REASSOCIATED, why, _CONTRACT, plan)
@@ -336,7 +398,7 @@ def _lower_staged(
     return replace(inner, cascade=cascade, why=why, _emit=emit)
 
 
-def _lower_mapped(cascade: Cascade, block: int) -> Kernel:
+def _lower_mapped(cascade: Cascade, block: int, why: str) -> Kernel:
     text = str(cascade)
 
     def emit(build: Builder, inputs: Sequence[Any]) -> Any:
@@ -344,7 +406,6 @@ def _lower_mapped(cascade: Cascade, block: int) -> Kernel:
         op = torch.ops.attn_rewrite.mapped_attention.default
         return build.call(op, q, k, v, reads, text, block)
 
-    why = "its probabilities are rounded before they multiply V; exact, not fast, on this backend"
     return Kernel("mapped", cascade, Exactness.REASSOCIATED, why, _CONTRACT, emit)
 
 

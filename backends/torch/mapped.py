@@ -4,8 +4,9 @@
 the text ``cascade`` writes down, tile by tile, and skips blocks of keys that its guard leaves out.
 Shapes are those of ``tiled_attention``.  Codes are multiplied as integers and everything else is
 float64: a probability that rounds the other way would be an error of a whole step, so nothing here
-may differ from the oracle by more than the order of sums.  It makes no speed on a CPU.  It has no
-gradient: a backward pass says so.
+may differ from the oracle by more than the order of sums.  It makes no speed on a CPU but by
+what it skips.  A map without steps (clipping) has a gradient, by recomputing the attention with
+plain operators; one that rounds has none, and a backward pass says so.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from torch import Tensor
 from attn_rewrite.backends.torch.dense import DenseSpace
 from attn_rewrite.backends.torch.einsums import emit_stages
 from attn_rewrite.backends.torch.emit import Emitter
+from attn_rewrite.backends.torch.gradient import recording
 from attn_rewrite.backends.torch.integers import integer_matmul
 from attn_rewrite.backends.torch.schedule import make_schedule
-from attn_rewrite.backends.torch.staged import Prepared, prepared
+from attn_rewrite.backends.torch.staged import Prepared, emit_mapped, prepared, rounds
 from attn_rewrite.backends.torch.tiles import Job, Problem, gather_size, jobs, keys_of, queries_of
 from attn_rewrite.cascade.attention import QK
-from attn_rewrite.cascade.expr import TRUE, Expr
+from attn_rewrite.cascade.expr import TRUE, Expr, walk
 from attn_rewrite.cascade.staged import PI, PV, SD, SN, A, StagedAttention, as_staged
 from attn_rewrite.cascade.text import parse
 from attn_rewrite.errors import LowerError
@@ -64,6 +66,78 @@ def mapped_attention(
 @mapped_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, reads: Sequence[Tensor], cascade: str, block: int) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
+
+
+# The gradient is an operator too: recomputation needs autograd inside.
+torch.library.define(
+    f"{NAME}_backward",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor[] reads, str cascade, int[] wanted) "
+    "-> Tensor[]",
+)
+
+
+@torch.library.impl(f"{NAME}_backward", ["cpu", "cuda"])
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    reads: Sequence[Tensor],
+    cascade: str,
+    wanted: Sequence[int],
+) -> list[Tensor]:
+    staged, _, _ = mapped_form(cascade)
+    with recording():
+        given = [t.detach().requires_grad_() for t in (q, k, v)]
+        held = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(reads)]
+        out = emit_mapped(parse(cascade).inputs, staged, _EAGER, [*given, *held])
+        leaves = [*given, *(held[i] for i in wanted)]
+        found = torch.autograd.grad(out, leaves, grad.detach().to(out.dtype), allow_unused=True)
+    return [
+        torch.zeros_like(t) if g is None else g.to(t.dtype)
+        for g, t in zip(found, leaves, strict=True)
+    ]
+
+
+@torch.library.register_fake(f"{NAME}_backward")  # type: ignore[untyped-decorator]
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    reads: Sequence[Tensor],
+    cascade: str,
+    wanted: Sequence[int],
+) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in (q, k, v, *(reads[i] for i in wanted))]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, v, reads, cascade, _ = inputs
+    ctx.save_for_backward(q, k, v, *reads)
+    ctx.wanted = [i for i, t in enumerate(reads) if t.requires_grad]
+    ctx.cascade = cascade
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    staged, _, _ = mapped_form(ctx.cascade)
+    assert staged.probability is not None
+    if any(map(rounds, walk(staged.probability))):
+        raise RuntimeError(
+            "mapped_attention has no gradient where it rounds probabilities; train without that "
+            "policy"
+        )
+    q, k, v, *reads = ctx.saved_tensors
+    found = torch.ops.attn_rewrite.mapped_attention_backward(
+        grad, q, k, v, reads, ctx.cascade, ctx.wanted
+    )
+    by_read: list[Tensor | None] = [None] * len(reads)
+    for i, part in zip(ctx.wanted, found[3:], strict=True):
+        by_read[i] = part
+    return found[0], found[1], found[2], by_read, None, None
+
+
+mapped_attention.register_autograd(_differentiate, setup_context=_save)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,8 @@
 ``v [b, hkv, kv_len, d_v]``, and gives ``[b, hq, q_len, d_v]`` in the type of q.  ``reads`` are the
 cascade's inputs after Q, K and V, in order; a dimension of extent 1 broadcasts.  Any strides;
 float16, bfloat16 and float32 compute in float32, float64 in float64.  A query that keeps no key
-gives 0.
+gives 0.  ``tiled_attention_lse`` gives the log-sum-exp of each row as well, ``[b, hq, q_len]`` in
+float32 (float64 for such operands): over the kept keys, -inf where there are none.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from attn_rewrite.backends.torch.gradient import gradients
-from attn_rewrite.backends.torch.kernel import attend
+from attn_rewrite.backends.torch.kernel import attend, attend_with_lse
 from attn_rewrite.backends.torch.schedule import TileCounts, make_schedule
 from attn_rewrite.backends.torch.tiles import prepare
 from attn_rewrite.cascade.attention import SoftmaxAttention, as_softmax
@@ -90,12 +91,36 @@ def _(q: Tensor, k: Tensor, v: Tensor, reads: Sequence[Tensor], cascade: str, bl
     return q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
 
 
+@torch.library.custom_op(f"{NAME}_lse", mutates_args=())
+def tiled_attention_lse(
+    q: Tensor, k: Tensor, v: Tensor, reads: Sequence[Tensor], cascade: str, block: int
+) -> tuple[Tensor, Tensor]:
+    """`tiled_attention` and the log-sum-exp of its rows; see the module."""
+    form = softmax_form(cascade)
+    _check(form, q, k, v, reads)
+    if form.sink is not None:
+        raise ValueError(
+            "tiled_attention_lse: the cascade has a sink, whose logit is no score of a key; use "
+            "tiled_attention, or leave the sink out"
+        )
+    return attend_with_lse(prepare(form, q, k, v, reads, block), q.dtype)
+
+
+@tiled_attention_lse.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, reads: Sequence[Tensor], cascade: str, block: int
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
+    return out, q.new_empty(q.shape[0], q.shape[1], q.shape[2], dtype=dtype)
+
+
 # The gradient is an operator too, so that traced backward graphs hold one node and no lengths.  It
 # is defined without an autograd kernel: recomputation needs autograd inside.
 torch.library.define(
     f"{NAME}_backward",
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor[] reads, str cascade, int block, "
-    "int[] wanted) -> Tensor[]",
+    "int[] wanted, Tensor? grad_lse=None) -> Tensor[]",
 )
 
 
@@ -109,12 +134,14 @@ def _backward(
     cascade: str,
     block: int,
     wanted: Sequence[int],
+    grad_lse: Tensor | None = None,
 ) -> list[Tensor]:
     form = softmax_form(cascade)
     detached = [t.detach() for t in reads]
     problem = prepare(form, q.detach(), k.detach(), v.detach(), detached, block)
     names = [form.reads[i].name for i in wanted]
-    found = gradients(problem, grad.detach(), names)
+    sums = None if grad_lse is None else grad_lse.detach()
+    found = gradients(problem, grad.detach(), names, sums)
     parts = [
         t.to(like.dtype) for t, like in zip((found.q, found.k, found.v), (q, k, v), strict=True)
     ]
@@ -131,21 +158,22 @@ def _(
     cascade: str,
     block: int,
     wanted: Sequence[int],
+    grad_lse: Tensor | None = None,
 ) -> list[Tensor]:
     return [t.new_empty(t.shape) for t in (q, k, v, *(reads[i] for i in wanted))]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     q, k, v, reads, cascade, block = inputs
     ctx.save_for_backward(q, k, v, *reads)
     ctx.wanted = [i for i, t in enumerate(reads) if t.requires_grad]
     ctx.cascade, ctx.block = cascade, block
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, grad: Tensor, grad_lse: Tensor | None = None) -> tuple[Any, ...]:
     q, k, v, *reads = ctx.saved_tensors
     found = torch.ops.attn_rewrite.tiled_attention_backward(
-        grad, q, k, v, reads, ctx.cascade, ctx.block, ctx.wanted
+        grad, q, k, v, reads, ctx.cascade, ctx.block, ctx.wanted, grad_lse
     )
     by_read: list[Tensor | None] = [None] * len(reads)
     for i, part in zip(ctx.wanted, found[3:], strict=True):
@@ -154,6 +182,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 tiled_attention.register_autograd(_differentiate, setup_context=_save)
+tiled_attention_lse.register_autograd(_differentiate, setup_context=_save)
 
 
 def tile_counts(

@@ -27,14 +27,21 @@ def emit_in_order(
     build: Builder,
     inputs: Sequence[Any],
 ) -> Any:
-    """AV of ``kernel`` on reordered operands, its rows put back."""
+    """AV of ``kernel`` on reordered operands, its rows put back, and those of LSE with it."""
     q, k, v, *reads = inputs
     head = found.inner.inputs[1].ranks[1]
     moved = [
         gather_tokens(build, q, found.q, ("h", "q"), "into"),
         *(gather_tokens(build, t, found.kv, (head, "kv"), "into") for t in (k, v)),
     ]
-    return gather_tokens(build, kernel(build, [*moved, *reads]), found.place, ("h", "q"), "back")
+    result = kernel(build, [*moved, *reads])
+    if not isinstance(result, tuple):
+        return gather_tokens(build, result, found.place, ("h", "q"), "back")
+    out, lse = result
+    wide = build.call(aten.unsqueeze.default, lse, -1)
+    back = (gather_tokens(build, x, found.place, ("h", "q"), "back") for x in (out, wide))
+    out, wide = back
+    return out, build.call(aten.squeeze.dim, wide, -1)
 
 
 def gather_tokens(build: Builder, tensor: Any, at: Expr, ranks: tuple[str, str], role: str) -> Any:

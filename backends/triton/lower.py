@@ -19,6 +19,7 @@ from attn_rewrite.backends.triton.staging import stages_of
 from attn_rewrite.cascade.attention import POINT, as_softmax, softmax_cascade
 from attn_rewrite.cascade.expr import Read
 from attn_rewrite.cascade.ir import Cascade, TensorDecl
+from attn_rewrite.cascade.lse import why_no_lse
 from attn_rewrite.errors import LowerError
 from attn_rewrite.graph import Builder, aten
 from attn_rewrite.passes.transform import Exactness
@@ -48,12 +49,14 @@ def lower(
     extents: Mapping[str, int | None] | None = None,
     device: Device | None = None,
     item_bytes: int = 2,
+    lse: bool = False,
 ) -> TritonKernel | Refusal:
     """Lower ``cascade`` to one generated kernel (two where a statistic is folded over rows).
 
     ``extents`` gives fixed extents of ranks (None: dynamic); ``dropout`` the probability applied to
-    the attention probabilities, by Philox.  Reassociated.  A `Refusal` says what the emitter cannot
-    express; nothing is replaced by another kernel.
+    the attention probabilities, by Philox; with ``lse`` the kernel gives the log-sum-exp of each
+    row as well, as (output, log-sum-exp [b, h, q]).  Reassociated.  A `Refusal` says what the
+    emitter cannot express; nothing is replaced by another kernel.
     """
     known = dict(extents or {})
     if dropout:
@@ -62,11 +65,17 @@ def lower(
             return randomised
         cascade = randomised
     held = split(cascade)
+    without = why_no_lse(cascade) if lse else None
+    if without is not None:
+        return Refusal("logsumexp-used", f"the log-sum-exp is used, and {without}")
     core = cascade if held is None else held.core
     wrong = refused(cascade, device or Device())
     found = wrong or stages_of(with_lse(core))
     if isinstance(found, Refusal):
         return found
+    if lse and with_lse(core) is core:
+        reason = "the log-sum-exp is used, which is only given for operands that are no codes"
+        return Refusal("logsumexp-used", reason)
     text = str(core)
     sources = []
     for stage in found:
@@ -87,9 +96,10 @@ def lower(
         if held is not None:
             operands = emit_codes(build, held, cascade.inputs, inputs)
         result = build.call(op, operands, seed, text, "", dropout)
-        out = build.call(_first, result, 0)
+        out = build.call(_result, result, 0)
         kind = dtype_of(inputs[0])
-        return out if held is None or kind is None else cast(build, out, kind)
+        out = out if held is None or kind is None else cast(build, out, kind)
+        return (out, build.call(_result, result, 1)) if lse else out
 
     # Registered here, so that a program can be built before anything is launched.
     import attn_rewrite.backends.triton.ops  # noqa: F401
@@ -107,7 +117,7 @@ def lower(
                         tuple(sources))  # fmt: skip
 
 
-def _first(results: Sequence[Any], place: int) -> Any:
+def _result(results: Sequence[Any], place: int) -> Any:
     return results[place]
 
 

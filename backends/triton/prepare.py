@@ -19,14 +19,13 @@ from attn_rewrite.backends.triton.same import Same
 from attn_rewrite.backends.triton.schedule import Device, Schedule, from_text
 from attn_rewrite.backends.triton.staging import Stage, stages_of
 from attn_rewrite.cascade.attention import SoftmaxAttention, as_softmax
-from attn_rewrite.cascade.expr import Read, call
-from attn_rewrite.cascade.ir import Cascade, Einsum
+from attn_rewrite.cascade.ir import Cascade
+from attn_rewrite.cascade.lse import with_lse as with_lse
 from attn_rewrite.cascade.text import parse
 from attn_rewrite.errors import LowerError
 from attn_rewrite.site import Refusal
 
 DROPOUT = "DROPOUT"
-LSE = "LSE"
 _EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
 
 
@@ -34,20 +33,6 @@ _EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
 def cascade_of(text: str) -> Cascade:
     """The cascade that ``text`` writes down."""
     return parse(text)
-
-
-def with_lse(cascade: Cascade) -> Cascade:
-    """A softmax attention that also gives the log-sum-exp of each row, [b, h, q] in float32."""
-    if LSE in cascade.outputs or as_softmax(cascade) is None:
-        return cascade
-    total, top = cascade.producer("SD"), cascade.producer("GM")
-    assert total is not None
-    assert top is not None
-    lse = Einsum(Read(LSE, top.out.index), top.out + call("log", total.out))
-    return Cascade(
-        cascade.name, cascade.ranks, cascade.inputs, (*cascade.body, lse),
-        (*cascade.outputs, LSE), cascade.tensors,
-    )  # fmt: skip
 
 
 @lru_cache(maxsize=512)

@@ -1,10 +1,11 @@
-"""``log(exp(x).sum(dim))`` -> ``logsumexp(x, dim)``, with the shift by a maximum or without;
+"""``log(exp(x).sum(dim))`` -> ``logsumexp(x, dim)``, with the shift by a maximum or without, the
+axis kept or squeezed away;
 ``einsum("..k->..")`` -> a sum."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
 
@@ -22,7 +23,7 @@ class LogSumExp(Canonicalization):
 
     def rewrite(self, node: fx.Node, build: GraphBuilder) -> fx.Node | None:
         """Rewrite where the sum runs over named axes."""
-        total = node.args[0]
+        total, squeezed = _without_squeeze(node.args[0])
         if not is_call(total, "sum") or not isinstance(total, fx.Node):
             return None
         named = arguments(total)
@@ -30,7 +31,13 @@ class LogSumExp(Canonicalization):
         if dims is None or not is_call(named["self"], "exp"):
             return None
         dims = [dims] if isinstance(dims, int) else list(dims)
-        args = (named["self"].args[0], dims, bool(named.get("keepdim")))
+        kept = bool(named.get("keepdim"))
+        if squeezed is not None:
+            rank = len(shape_of(named["self"]))
+            if not kept or [d % rank for d in dims] != [squeezed % rank]:
+                return None
+            kept = False
+        args = (named["self"].args[0], dims, kept)
         return build.call(aten.logsumexp.default, *args)  # type: ignore[no-any-return]
 
 
@@ -48,14 +55,27 @@ class ShiftedLogSumExp(Canonicalization):
                 continue
             named = arguments(total)  # type: ignore[arg-type]
             shifted, dims = named["self"], list(named["dim"])
-            if not is_call(shifted, "sub") or shifted.args[1] is not shift or shifted.kwargs:
+            whole, squeezed = _without_squeeze(shift)
+            if not is_call(shifted, "sub") or shifted.args[1] is not whole or shifted.kwargs:
                 continue
-            rank, part = len(shape_of(shifted)), shape_of(shift)
-            if not named["keepdim"] or len(dims) != 1 or len(part) != rank:
+            rank, part, kept = len(shape_of(shifted)), shape_of(whole), bool(named["keepdim"])
+            if len(dims) != 1 or len(part) != rank or kept != (squeezed is None):
+                continue
+            if squeezed is not None and squeezed % rank != dims[0] % rank:
                 continue
             if same_size(as_size(part[dims[0]]), 1):
-                return build.call(aten.logsumexp.default, shifted.args[0], dims, True)  # type: ignore[no-any-return]
+                return build.call(aten.logsumexp.default, shifted.args[0], dims, kept)  # type: ignore[no-any-return]
         return None
+
+
+def _without_squeeze(node: Any) -> tuple[Any, int | None]:
+    """What one axis was squeezed out of, and that axis; ``node`` itself and None otherwise."""
+    if is_call(node, "squeeze"):
+        dim = arguments(node).get("dim")
+        dims = [dim] if isinstance(dim, int) else list(dim or ())
+        if len(dims) == 1:
+            return node.args[0], dims[0]
+    return node, None
 
 
 @dataclass(frozen=True)

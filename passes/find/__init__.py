@@ -10,6 +10,7 @@ from torch import fx
 from attn_rewrite.graph import module_path
 from attn_rewrite.passes.find.anchor import is_anchor, refuse
 from attn_rewrite.passes.find.families import recognise
+from attn_rewrite.passes.find.lse import in_time
 from attn_rewrite.passes.find.match import match
 from attn_rewrite.passes.find.overwritten import overwritten
 from attn_rewrite.passes.find.quotients import near_miss
@@ -56,7 +57,7 @@ def find(module: fx.GraphModule) -> Findings:
             other = recognise(node, found, graph, name)
             found = found if other is None else other
             if isinstance(found, Site):
-                found = _in_vmap(node, inside) or overwritten(found) or found
+                found = _in_vmap(node, inside) or overwritten(found) or in_time(found)
             if isinstance(found, Site):
                 counts[path] += 1
                 sites.append(found)

@@ -27,6 +27,7 @@ from attn_rewrite.graph import (
 from attn_rewrite.passes.find.axes import Atoms, Axes
 from attn_rewrite.passes.find.layout import coordinate
 from attn_rewrite.passes.find.lift import Dot, Lifter
+from attn_rewrite.passes.find.lse import Lse, of_softmax
 from attn_rewrite.passes.find.product import Product
 from attn_rewrite.site import Refusal
 from attn_rewrite.sizes import as_size, same_size
@@ -64,6 +65,7 @@ class Anchor:
     value: ValueProduct | None = None
     sink: Expr | None = None  # a logit that joins the denominator only
     sink_first: bool = False  # its column stands before the keys
+    lse: Lse | None = None  # the log-sum-exp of the scores, where it is used, and its axes
 
 
 def refuse(code: str, reason: str, node: fx.Node) -> Refusal:
@@ -115,7 +117,10 @@ def _open_softmax(
     sink = None
     if column is not None:
         sink = lifter.operand(column, scores, (*dims[:place], (), *dims[place + 1 :]), 0)
-    return Anchor(node, axes, lifter, dims, keys, expr, sink=sink, sink_first=first)
+    lse = of_softmax(named["self"], dims, place)
+    if isinstance(lse, str):
+        return refuse("logsumexp-used", lse, node)
+    return Anchor(node, axes, lifter, dims, keys, expr, sink=sink, sink_first=first, lse=lse)
 
 
 def _without_sink(scores: fx.Node, place: int) -> tuple[fx.Node, fx.Node | None, bool]:

@@ -14,10 +14,11 @@ from typing import Any
 from torch import fx, nn
 
 from attn_rewrite.cascade.expr import Expr, Read, where
-from attn_rewrite.graph import is_tensor, live_users, op_name
+from attn_rewrite.graph import is_tensor, op_name
 from attn_rewrite.passes.find.anchor import Anchor, Pairs, ValueProduct, pairs, refuse
 from attn_rewrite.passes.find.constants import attribute
 from attn_rewrite.passes.find.layout import coordinate
+from attn_rewrite.passes.find.lse import of_flex
 from attn_rewrite.site import Refusal
 
 
@@ -27,10 +28,9 @@ def open_flex(node: fx.Node, module: nn.Module) -> Anchor | Refusal:
     if not all(map(is_tensor, (q, k, v))) or not isinstance(scale, (int, float)):
         return refuse("flex-arguments", "the scale of flex_attention is not a number", node)
     results: dict[Any, fx.Node] = {u.args[1]: u for u in node.users if op_name(u) == "getitem"}
-    further = [u for place, u in results.items() if place != 0 and live_users(u)]
-    if further or 0 not in results:
-        reason = "the log-sum-exp or the row maximum of flex_attention is used"
-        return refuse("logsumexp-used", reason, node)
+    lse = of_flex(results)
+    if isinstance(lse, str):
+        return refuse("logsumexp-used", lse, node)
     found = pairs(node, q, k, v, gqa=True, module=module)
     if found is None:
         reason = "the batch dimensions of query, key and value do not broadcast"
@@ -49,7 +49,9 @@ def open_flex(node: fx.Node, module: nn.Module) -> Anchor | Refusal:
         return refuse("flex-function", reason, node)
     masked = where(lifted[1], lifted[0], -math.inf)
     value = ValueProduct(results[0], v, found.value_dims, found.out_dims, found.features)  # type: ignore[arg-type]
-    return Anchor(node, found.axes, found.lifter, found.dims, found.keys, masked, value=value)
+    place = (node, found.axes, found.lifter, found.dims, found.keys)
+    sums = None if lse is None else (lse, found.dims[:-1])
+    return Anchor(*place, masked, value=value, lse=sums)
 
 
 def _applied(found: Pairs, mod: Any, first: list[Expr], buffers: list[Any]) -> Expr | None:

@@ -175,9 +175,10 @@ def _check(
 def _unshifted(score: Expr, keys: set[int], anchor: Anchor) -> Expr:
     """The score without the tensors it adds to, or takes from, a whole row: softmax cancels them.
 
-    A mask of -inf may stand around the sum.  With a sink the row is not the whole softmax.
+    A mask of -inf may stand around the sum.  With a sink the row is not the whole softmax, and a
+    log-sum-exp is shifted with its scores.
     """
-    if anchor.sink is not None:
+    if anchor.sink is not None or anchor.lse is not None:
         return score
     match score:
         case Call("where", (condition, yes, no)):
@@ -357,6 +358,10 @@ def _assemble(
         ),
     )
     output = operand(forward.value.node, forward.value.out_dims, roles, axes)
+    lse = None
+    if anchor.lse is not None:
+        lse = operand(*anchor.lse, roles, axes)
+    results = [o.node for o in (output, lse) if o is not None]
     return Site(
         name=name,
         module=module_path(anchor.node),
@@ -376,12 +381,13 @@ def _assemble(
         cascade=softmax_cascade(form, "site"),
         graph=module,
         anchor=anchor.node,
-        nodes=region(output.node, [o.node for o in inputs.values()]),
+        nodes=region(results, [o.node for o in inputs.values()]),
         inputs=inputs,
         output=output,
         factors=tuple(f for g in groups(roles, axes, tuple((r,) for r in ROLE_ORDER)) for f in g),
         offset=offset,
         source=source_line(anchor.node),
+        lse=lse,
     )
 
 

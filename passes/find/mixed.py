@@ -219,7 +219,7 @@ def site_of(
         cascade=made.cascade,
         graph=module,
         anchor=anchor,
-        nodes=region(root.node, [o.node for o in inputs.values()]),
+        nodes=region([root.node], [o.node for o in inputs.values()]),
         inputs=inputs,
         output=output,
         factors=made.factors,

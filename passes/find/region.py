@@ -19,12 +19,12 @@ def _sources(node: fx.Node) -> list[fx.Node]:
     return [a for a in node.all_input_nodes if a not in lists]
 
 
-def region(output: fx.Node, operands: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
-    """Nodes between ``operands`` (exclusive) and ``output`` (inclusive), in graph order."""
+def region(outputs: Sequence[fx.Node], operands: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
+    """Nodes between ``operands`` (exclusive) and ``outputs`` (inclusive), in graph order."""
     stop = set(operands)
     flow = nx.DiGraph()
-    flow.add_node(output)
-    queue = [output]
+    flow.add_nodes_from(outputs)
+    queue = list(outputs)
     while queue:
         node = queue.pop()
         for source in _sources(node):
@@ -35,4 +35,4 @@ def region(output: fx.Node, operands: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
             flow.add_edge(source, node)
     # A node that does not lie behind an operand (a mask made from shapes) is not the site's own.
     behind = {n for n in flow if any(a in stop or a in flow for a in n.all_input_nodes)}
-    return tuple(sorted(behind)) if len(behind) < 512 else (output,)  # nodes compare by place
+    return tuple(sorted(behind)) if len(behind) < 512 else tuple(outputs)  # nodes compare by place

@@ -134,6 +134,7 @@ def _cascade(
 ) -> dict[str, Any]:
     """A cascade with its passes, kernel and cost; tiles are of side ``block`` before and after."""
     from attn_rewrite.cascade import pass_analysis
+    from attn_rewrite.cascade.lse import with_lse
 
     cascade = decision.cascade or decision.site.cascade
     tiles = _tiles(decision.site, cascade, extents, block)
@@ -143,7 +144,7 @@ def _cascade(
     else:
         lowering = {"name": "none", "why": str(refusal)}
     return {
-        "cascade": str(cascade),
+        "cascade": str(cascade if decision.site.lse is None else with_lse(cascade)),
         "passes": analysis_document(pass_analysis(cascade, "kv")),
         "fusion": fusion_document(cascade, "kv"),
         "kernel": lowering,
