@@ -22,7 +22,7 @@ from attn_rewrite.backends.torch.patterns import SIDE
 from attn_rewrite.backends.torch.schedule import Row, Schedule, Span, clipped, merged
 
 # Elements of the mask, and of the copied keys and values, of one call, in every lane.
-SCRATCH = 1 << 18
+SCRATCH = 3 << 16
 # Keys of a range, counted in every head, that are worth a call of their own: merging its output
 # costs less than copying them.
 WORTH_CALL = 12 * SIDE
