@@ -25,6 +25,7 @@ from attn_rewrite.graph import (
     restore,
 )
 from attn_rewrite.memory import is_dead_write
+from attn_rewrite.passes.find.vmapped import drop_empty_levels
 from attn_rewrite.passes.reorder.settle import Gathers, count_gathers, settle_orders
 from attn_rewrite.site import Operand, Site
 from attn_rewrite.site_marks import CASCADE_KEY, SITE_KEY
@@ -143,8 +144,8 @@ _VIEWS = frozenset(
 
 
 def sweep(graph: fx.Graph) -> None:
-    """Remove what is no longer used: assertions on dead values, dropouts, pure operators, and
-    writes to memory that is not read any more."""
+    """Remove what is no longer used: assertions on dead values, dropouts, pure operators, writes
+    to memory that is not read any more, and levels of `torch.vmap` around nothing."""
     for node in reversed(list(graph.nodes)):
         if op_name(node) == "_assert_tensor_metadata":
             source = node.args[0]
@@ -155,6 +156,7 @@ def sweep(graph: fx.Graph) -> None:
             for assertion in list(node.users):  # those behind what else read the value
                 graph.erase_node(assertion)
             graph.erase_node(node)
+    drop_empty_levels(graph)
 
 
 def _asserts(node: fx.Node) -> bool:

@@ -11,15 +11,22 @@ from torch.fx.node import map_aggregate, map_arg
 
 from attn_rewrite.graph import op_name
 from attn_rewrite.memory import written
+from attn_rewrite.passes.find.vmapped import LEAVE, mapped
 from attn_rewrite.site import Site
 
 _DROPOUT = ("dropout", "dropout_", "native_dropout", "feature_dropout", "alpha_dropout")
 
 
 def between(site: Site) -> tuple[fx.Node, ...]:
-    """The Site's nodes that lead from its operands to its results, in graph order."""
-    stop = {o.node for o in site.inputs.values()}
+    """The Site's nodes that lead from its operands to its results, in graph order.
+
+    What leaves `torch.vmap` for good is not followed: inside, no operator runs by itself.
+    """
     own = {*site.nodes, *site.results}
+    stop = {o.node for o in site.inputs.values()}
+    left = {n for n in own if op_name(n) == LEAVE}
+    if left:
+        stop |= left - mapped(site.output.node.graph)
     found: set[fx.Node] = set()
     queue = list(site.results)
     while queue:

@@ -25,7 +25,7 @@ from attn_rewrite.passes.find.constants import Constants, stored
 from attn_rewrite.passes.find.layout import Coord, Dims, atom_rank, coordinate, pull, pure
 from attn_rewrite.passes.find.operators import RULES, literal
 from attn_rewrite.passes.find.product import Product, outer_product, product_of
-from attn_rewrite.passes.find.vmapped import ENTER, LEAVE, varies
+from attn_rewrite.passes.find.vmapped import ENTER, LEAVE, mapped
 from attn_rewrite.sizes import as_size, same_size
 
 # An expression larger than this is read as a tensor instead.
@@ -78,6 +78,7 @@ class Lifter:
         self._memo: dict[tuple[Any, ...], Expr | None] = {}
         self._symbols: dict[Any, Expr] = {}
         self._levels: dict[int, Coord] = {}  # coordinate of each open level of vmap
+        self._mapped: dict[fx.Graph, frozenset[fx.Node]] = {}
 
     def know_sizes(self, dims: tuple[Atoms, ...]) -> None:
         """Let symbolic sizes that are the extent of an axis be written as that extent."""
@@ -119,10 +120,16 @@ class Lifter:
                 expr = None
         if expr is None:
             atoms = pure(dims)
-            hidden = (self._levels and varies(node)) or self._is_inside(node)
+            hidden = (self._levels and self._is_mapped(node)) or self._is_inside(node)
             expr = None if atoms is None or hidden else self._leaf(node, atoms)
         self._memo[key] = expr
         return expr
+
+    def _is_mapped(self, node: fx.Node) -> bool:
+        """True for a node whose value has no dimension for some level of vmap."""
+        if node.graph not in self._mapped:
+            self._mapped[node.graph] = mapped(node.graph)
+        return node in self._mapped[node.graph]
 
     def _is_inside(self, node: fx.Node) -> bool:
         """True for a node of a graph that is called: nothing outside can read it."""

@@ -13,23 +13,9 @@ from torch import fx
 from attn_rewrite.graph import op_name
 
 ENTER, LEAVE = "_add_batch_dim", "_remove_batch_dim"
-# A mapped predicate is small; what is larger is taken to vary with every level.
-_NODES = 256
-
-
-def varies(node: fx.Node) -> bool:
-    """True if ``node`` is computed inside a mapped function from what it is mapped over."""
-    seen, queue = {node}, [node]
-    while queue:
-        here = queue.pop()
-        if op_name(here) == ENTER or len(seen) > _NODES:
-            return True
-        if op_name(here) == LEAVE and here is not node:
-            continue
-        new = [a for a in here.all_input_nodes if a not in seen]
-        seen.update(new)
-        queue.extend(new)
-    return False
+_OPEN, _CLOSE, _PRELUDE = (
+    "_vmap_increment_nesting", "_vmap_decrement_nesting", "lazy_load_decompositions",
+)  # fmt: skip
 
 
 def mapped(graph: fx.Graph) -> frozenset[fx.Node]:
@@ -44,3 +30,27 @@ def mapped(graph: fx.Graph) -> frozenset[fx.Node]:
         if own:
             levels[node] = own
     return frozenset(levels)
+
+
+def drop_empty_levels(graph: fx.Graph) -> None:
+    """Erase the levels that no value enters or leaves any more.
+
+    They have no effect, and a saved program may call operators on tensors only.  Levels inside a
+    level that stays keep their numbers: an empty one has no other inside.
+    """
+    opened: list[tuple[fx.Node, bool]] = []
+    for node in list(graph.nodes):
+        name = op_name(node)
+        if name == _OPEN:
+            opened.append((node, False))
+        if name in (ENTER, LEAVE) or (name == _OPEN and node.users):
+            opened = [(level, True) for level, _ in opened]
+        elif name == _CLOSE and opened:
+            level, used = opened.pop()
+            if not used and not node.users:
+                graph.erase_node(node)
+                graph.erase_node(level)
+    if any(op_name(n) == _OPEN for n in graph.nodes):
+        return
+    for node in [n for n in graph.nodes if op_name(n) == _PRELUDE and not n.users]:
+        graph.erase_node(node)
