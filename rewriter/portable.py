@@ -11,12 +11,14 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._export.serde.serialize import SerializeError
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry
 from torch.utils import _pytree as pytree
@@ -24,6 +26,7 @@ from torch.utils import _pytree as pytree
 from attn_rewrite.calls import CallForm
 from attn_rewrite.checkpoints.exported import load_program, names_imports, read_extra
 from attn_rewrite.containers import make_known_by_name
+from attn_rewrite.errors import ToolError
 from attn_rewrite.site_marks import SiteMarks
 
 _PLAIN = (tuple, list, dict)
@@ -39,7 +42,7 @@ def save_program(
     anchors: Mapping[str, str] | None = None,
 ) -> None:
     """Write ``program`` as a portable ``.pt2``; its output classes, the original's call signature,
-    and what is known of its sites are records of their own.
+    and what is known of its sites are records of their own.  `ToolError` where PyTorch cannot.
 
     ``anchors`` are the operators that attention was found at, by site.
     """
@@ -50,7 +53,16 @@ def save_program(
     if form is not None:
         extra[_CALL] = json.dumps(form.to_json())
     with _ArchiveFile(path) as file:
-        torch.export.save(portable_program(program), file, extra_files=extra)
+        try:
+            torch.export.save(portable_program(program), file, extra_files=extra)
+        except SerializeError as error:
+            found = re.match(r"Failed serializing node (\w+)", str(error))
+            what = f"the operator {found[1]}" if found else "an operator"
+            raise ToolError(
+                f"PyTorch cannot save {what}, which the model still calls; choose a policy that "
+                "rewrites it, such as exact, or use the rewritten module without saving it",
+                stage="save",
+            ) from error
         file.check()
 
 

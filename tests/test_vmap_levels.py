@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import attn_rewrite as ar
+from attn_rewrite.errors import ToolError
 from attn_rewrite.graph import op_name
 
 N, HEADS, WIDTH = 40, 2, 16
@@ -85,15 +86,25 @@ def test_rewritten_flex_attention_is_saved_and_loaded(
         torch.testing.assert_close(mine, wanted, rtol=0, atol=0)
 
 
+def test_what_cannot_be_saved_is_said(tmp_path: Path) -> None:
+    done = ar.optimize(Flex("mask").eval(), "keep", (torch.randn(2, N, WIDTH),))
+    with pytest.raises(ToolError, match="cannot save the operator flex_attention"):
+        ar.save(done, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("given", ["mask", "other"])
-def test_levels_that_are_used_stay(given: str) -> None:
+def test_levels_that_are_used_stay(given: str, tmp_path: Path) -> None:
     x = torch.randn(2, HEADS, N, WIDTH)
     model = Mapped(given).eval()
     done = ar.optimize(model, "exact", (x,))
     assert [s.status for s in done.report.sites] == ["rewritten"]
     assert levels(done) == (2 if given == "mask" else 1)
-    for mine, wanted in zip(done(x), model(x), strict=True):
+    ar.save(done, tmp_path / "out")
+    loaded = ar.load(tmp_path / "out")
+    for mine, again, wanted in zip(done(x), loaded(x), model(x), strict=True):
         torch.testing.assert_close(mine, wanted)
+        torch.testing.assert_close(again, mine, rtol=0, atol=0)
 
 
 class Documents(nn.Module):

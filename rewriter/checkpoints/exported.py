@@ -32,7 +32,9 @@ _SAMPLE_RECORD = re.compile(r"data/sample_inputs/[^/]*\.pt$")
 _OPERATOR = re.compile(
     r"torch\.ops\.[A-Za-z_]\w*\.[A-Za-z_]\w*(\.\w+)?|torch\._?sym_\w+|math\.[a-z]\w*|_operator\.("
     r"add|sub|mul|truediv|floordiv|mod|pow|neg|pos|abs|eq|ne|lt|le|gt|ge|and_|or_|xor|not_|invert|"
-    r"lshift|rshift|getitem|index)"
+    r"lshift|rshift|getitem|index)|"
+    r"torch\._functorch\.predispatch\.(lazy_load_decompositions|_vmap_increment_nesting|"
+    r"_vmap_decrement_nesting|_add_batch_dim|_remove_batch_dim)"  # `torch.vmap` in a graph
 )
 _FILE_OPERATOR = re.compile(r"torch\.ops\.aten\.from_file")
 _ATTRIBUTES = frozenset({"size", "stride", "storage_offset", "dim", "shape"})
