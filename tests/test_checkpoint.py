@@ -338,6 +338,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's peak memory")
 def test_loading_holds_one_copy(tmp_path: Path) -> None:
     large = {"hidden_size": 768, "num_hidden_layers": 6, "intermediate_size": 3072}

@@ -295,6 +295,7 @@ def test_verify_finds_a_changed_file(result: tuple[Path, Outcome], tmp_path: Pat
     assert "model.pt2" in done.error
 
 
+@pytest.mark.slow
 def test_verify_finds_wrong_numbers(
     result: tuple[Path, Outcome], bert: Path, tmp_path: Path
 ) -> None:

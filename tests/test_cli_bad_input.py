@@ -246,6 +246,7 @@ def test_interrupted_in_the_middle(stop: signal.Signals, code: int, tmp_path: Pa
     assert left == {"slow.py", "captured", "out"}
 
 
+@pytest.mark.slow
 def test_disk_full(bert: Path, tmp_path: Path) -> None:
     # A process that may write files of at most 40 KB sees what it would see on a full disk.
     program = (

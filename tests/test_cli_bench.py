@@ -72,6 +72,7 @@ def test_a_provider_that_does_not_start_is_no_run_on_the_cpu(
     assert "did not start CUDAExecutionProvider" in err
 
 
+@pytest.mark.slow
 def test_nodes_that_a_provider_leaves_to_the_cpu_are_in_the_result(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

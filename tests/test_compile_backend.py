@@ -221,7 +221,7 @@ def windowed(model: torch.nn.Module, ids: torch.Tensor, size: int, tokens: int) 
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("kind", ["llama", "deepseek"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("deepseek", marks=pytest.mark.slow)])
 def test_windows_in_decode(kind: str, cache: str) -> None:
     """In a cache of fixed size the position is data: a window of 4 sees the last four tokens."""
     model, ids = small(kind, "sdpa"), torch.randint(3, 100, (2, 9))
@@ -236,6 +236,7 @@ def test_windows_in_decode(kind: str, cache: str) -> None:
     assert {s.offset for s in decode} == {"#kv - 1" if cache == "dynamic" else "POS[] % #kv - q"}
 
 
+@pytest.mark.slow
 def test_windows_in_a_rolling_cache() -> None:
     """The sliding layer of Gemma 3 rolls its static cache; static and dynamic logits agree."""
     ids, logits = torch.randint(3, 100, (2, 9)), []

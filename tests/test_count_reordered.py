@@ -60,7 +60,7 @@ def edges(draw: st.DrawFn, length: int) -> np.ndarray:
     return np.asarray([0, *sorted(inner), length])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_orders_of_tiles(data: st.DataObject) -> None:
     mask, length = data.draw(tiled())

@@ -14,8 +14,6 @@ SHORT = (
     "quickstart.py",
     "explain_why_not.py",
     "add_a_pattern.py",
-    "long_context_streaming.py",
-    "decode_packed_cache.py",
 )
 # demo.py runs demo_embeddings.py, and both read the texts of demo_texts.py.
 DEMO = ("demo.py", "demo_embeddings.py", "demo_texts.py")
@@ -24,7 +22,7 @@ DEMO = ("demo.py", "demo_embeddings.py", "demo_texts.py")
 ELSEWHERE = ("quantised_embeddings.py",)
 # Some twenty seconds each on an idle machine.
 LONG = (
-    "video_radial.py", "paro_calibrate.py", "video_paro_int8.py", "train_without_outliers.py",
+    "long_context_streaming.py", "decode_packed_cache.py", "video_radial.py", "paro_calibrate.py", "video_paro_int8.py", "train_without_outliers.py",
 )  # fmt: skip
 
 

@@ -73,7 +73,11 @@ FAMILIES: dict[str, tuple[Callable[[], torch.nn.Module], int]] = {
 }
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+LONG = {"t5", "dit"}
+PARAMS = [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in FAMILIES]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("family") / request.param

@@ -185,9 +185,8 @@ def check_operators(path: Path, heads: int, **options: int | bytes) -> None:
         assert wanted.items() <= found.items()
 
 
-@pytest.mark.parametrize(
-    "target", [pytest.param("portable", marks=pytest.mark.slow), "onnxruntime"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["portable", "onnxruntime"])
 def test_a_cache_of_codes(
     decoders: Callable[[str], tuple[torch.nn.Module, Any]], target: str, tmp_path: Path
 ) -> None:

@@ -149,7 +149,7 @@ def test_a_mask_that_is_an_input_masks_integer_products(kind: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "policy", ["int8", "int8(pv=true)", "int4(pv=true)", "int8(rotate=true, granularity='thread')",
+    "policy", ["int8", "int8(pv=true)", pytest.param("int4(pv=true)", marks=pytest.mark.slow), "int8(rotate=true, granularity='thread')",
                "dgq(bits=4)", "dgq(per='row')", "kv_int4"]
 )  # fmt: skip
 def test_every_scheme_with_an_onnx_form_agrees(policy: str, tmp_path: Path) -> None:

@@ -90,7 +90,8 @@ def exports(done: ar.OptimizedModule, folder: Path, **options: object) -> tuple[
         pytest.param("combiner(segment=8)", {}, "einsums", marks=pytest.mark.slow),
         ("window(size=9, sinks=3)", {"target": "onnxruntime"}, "tiles"),
         pytest.param("int8", {}, "dense", marks=pytest.mark.slow),
-        ("bigbird(block=8)", {}, "dense mask"),  # no band: its lengths become those of the example
+        # No band: its lengths become those of the example.
+        pytest.param("bigbird(block=8)", {}, "dense mask", marks=pytest.mark.slow),
         ("window(size=9)", {"static": True}, "tiles"),
     ],
 )

@@ -417,6 +417,7 @@ def test_providers_that_the_command_refuses(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_file_for_cuda_and_does_not_verify_it_elsewhere(
     tmp_path: Path,
 ) -> None:

@@ -170,6 +170,7 @@ def test_models_under_policies(options: dict, policy: str, target: str, tmp_path
     assert artifact.verify({"x": tokens(3, 77, seed=5).numpy()})
 
 
+@pytest.mark.slow
 def test_bench_in_onnx_runtime(tmp_path: Path) -> None:
     (tmp_path / "toy.py").write_text(
         "from tests.test_onnx import Sdpa, tokens\n"

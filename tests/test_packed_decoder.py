@@ -62,7 +62,7 @@ class Stored(transformers.cache_utils.DynamicCache):
         return out
 
 
-@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("make", [pytest.param(llama, marks=pytest.mark.slow), gpt2])
 def test_steps_are_those_of_a_cache_in_codes(make):
     """One token and several at once; the codes hold whatever the tokens came in."""
     torch.manual_seed(0)
@@ -131,6 +131,7 @@ def test_no_kernel_of_triton_reads_packed_codes():
         run.with_packed_cache()
 
 
+@pytest.mark.slow
 def test_some_heads_and_saved_programs(tmp_path):
     ids = torch.randint(0, 40, (2, 8))
     some = ar.Policy([ar.Rule(ar.Where(heads=(0, 1)), "kv_int8")])

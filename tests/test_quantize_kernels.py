@@ -273,7 +273,7 @@ def model():
 @pytest.mark.parametrize(
     "policy",
     [
-        "int8", "int8(pv=true)", "window(size=16) | int8(pv=true)", pytest.param("int4", marks=SLOW),
+        "int8", pytest.param("int8(pv=true)", marks=SLOW), "window(size=16) | int8(pv=true)", pytest.param("int4", marks=SLOW),
         pytest.param("kv_int8(residual=8)", marks=SLOW),
     ],
 )  # fmt: skip
@@ -338,7 +338,7 @@ def test_edits_come_before_quantisation(model):
 @pytest.mark.parametrize(
     "policy",
     [
-        "window(size=16) | int8", "clipped_softmax", pytest.param("int4", marks=SLOW),
+        pytest.param("window(size=16) | int8", marks=SLOW), "clipped_softmax", pytest.param("int4", marks=SLOW),
         pytest.param("kv_int8(residual=8)", marks=SLOW), pytest.param("int8", marks=SLOW),
     ],
 )  # fmt: skip
@@ -361,6 +361,7 @@ def test_onnx_refuses_what_it_has_no_kernel_for(model, policy, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_training_with_clipped_softmax(model):
     source, x = model
     torch.manual_seed(1)

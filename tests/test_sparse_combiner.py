@@ -404,7 +404,7 @@ def by_hand(model: Attention, x: Tensor, split: Split) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("causal", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_lengths_the_examples_did_not_have(causal: bool, tmp_path: Any) -> None:
     torch.manual_seed(0)
     model = Attention(causal).eval()

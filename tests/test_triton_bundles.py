@@ -89,7 +89,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param("tables, and another order", marks=pytest.mark.slow), "closed form"]
+)
 def test_a_bundle_runs_with_its_own_lists(name, tmp_path):
     """Compiled for a GPU; the loader's launches, interpreted, give what the model gives."""
     model, x, _, _ = make_model()
@@ -113,7 +115,7 @@ def test_a_bundle_runs_with_its_own_lists(name, tmp_path):
     [
         ("int8", {"QI", "KI", "QS", "KS", "KM64"}),
         pytest.param("int8(pv=true, smooth_v=true)", {"QI", "KI", "VI", "VS", "VS64"}, marks=pytest.mark.slow),
-        ("int4(pv=true, granularity='block', smooth_q=false)", {"QI", "KI", "VI"}),
+        pytest.param("int4(pv=true, granularity='block', smooth_q=false)", {"QI", "KI", "VI"}, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_a_bundle_makes_its_own_codes(policy, makes, tmp_path):
@@ -166,6 +168,7 @@ def test_what_no_kernel_of_a_bundle_makes_is_said(tmp_path):
     assert "KI" in artifact.notes["attention#0"]
 
 
+@pytest.mark.slow
 def test_the_command_exports_a_plan_of_block_lists(tmp_path):
     model, x, _, _ = make_model()
     plan = plan_of('blocks(table="t", block=16)', "keep")

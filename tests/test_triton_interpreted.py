@@ -17,9 +17,9 @@ pytest.importorskip("triton")
 FOLDER = Path(__file__).parent / "interpreted"
 
 
-LONGER = ["gradients", "serving", "quantised", "codes", "long"]
+LONGER = ["gradients", "serving", "edges", "quantised", "codes", "mutations", "long"]
 FILES = [
-    *("kernels", "edges", "mutations"),
+    "kernels",
     *(pytest.param(name, marks=pytest.mark.slow) for name in LONGER),
 ]
 SLOW = ["mutations", "long"]
