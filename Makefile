@@ -51,7 +51,7 @@ test-slow: .venv/ready  ## only the slow tests
 zoo: .venv/ready  ## every row of the zoo (write the table with: .venv/bin/python -m tests.zoo)
 	$(RUN) $(BIN)/python -m pytest -m zoo -n $(JOBS) --dist worksteal
 
-matrix: .venv/ready  ## ONNX models of any size under every policy, Triton kernels for every target
+matrix: .venv/ready  ## the longest: ONNX models of any size under every policy, kernels for every target
 	$(RUN) $(BIN)/python -m pytest -m matrix -n $(JOBS) --dist worksteal
 
 # The machine's own Python, with its torch and triton: nothing is installed and no network is needed.

@@ -215,7 +215,7 @@ def test_work_is_linear_in_the_graph() -> None:
     assert calls[3] - calls[2] == pytest.approx(calls[2] - calls[1], rel=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_graph_of_100_000_nodes() -> None:
     module = _deep(1800)
     assert len(module.graph.nodes) > 100_000

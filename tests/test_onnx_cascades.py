@@ -238,8 +238,13 @@ def test_every_named_cascade_is_here() -> None:
     assert not set(MODELS) & SAME
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("target", ["portable", "onnxruntime"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param("portable", marks=pytest.mark.slow),
+        pytest.param("onnxruntime", marks=pytest.mark.matrix),
+    ],
+)
 def test_models_of_every_cascade_agree(target: str, tmp_path: Path) -> None:
     """The export compares with the program; here the file is compared with the model itself."""
     torch.manual_seed(0)

@@ -273,14 +273,25 @@ def test_every_pattern_is_walked() -> None:
     assert walked == set(names()) - {"blocks"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("target", "key_heads"), [("portable", 2), ("onnxruntime", HEADS)])
+# One target among the slow tests, the other among those of `make matrix`.
+TARGETS = [
+    pytest.param("portable", marks=pytest.mark.slow),
+    pytest.param("onnxruntime", marks=pytest.mark.matrix),
+]
+
+
+@pytest.mark.parametrize(
+    ("target", "key_heads"),
+    [
+        pytest.param("portable", 2, marks=pytest.mark.slow),
+        pytest.param("onnxruntime", HEADS, marks=pytest.mark.matrix),
+    ],
+)
 def test_a_layer_for_every_pattern(target: str, key_heads: int, tmp_path: Path) -> None:
     check(walk(policies(first=True), tmp_path, target=target, key_heads=key_heads))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("target", ["portable", "onnxruntime"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_log_sum_exps_of_every_pattern(target: str, tmp_path: Path) -> None:
     """A combiner has none; what leaves out no block is not walked."""
     given = [p for p in policies(first=True) if not p.startswith(("combiner", *FULL))]
@@ -290,8 +301,7 @@ def test_log_sum_exps_of_every_pattern(target: str, tmp_path: Path) -> None:
         assert site.lse.implementation.max_abs <= site.lse.bound
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("target", ["portable", "onnxruntime"])
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants(variant: str, target: str, tmp_path: Path) -> None:
     found = walk(
@@ -324,15 +334,15 @@ def test_radial_at_a_length_that_it_is_for(tmp_path: Path) -> None:
     assert computed == BATCH * site.tiles[0] * site.rows**2 < BATCH * HEADS * 2048**2
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_layer_for_every_option(tmp_path: Path) -> None:
     check(walk(policies(), tmp_path, target="portable", key_heads=HEADS))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("target", "key_heads"), [("portable", HEADS), ("onnxruntime", 2)])
-def test_pipelines(target: str, key_heads: int, tmp_path: Path) -> None:
-    check(walk(list(PIPELINES), tmp_path, target=target, key_heads=key_heads))
+@pytest.mark.parametrize("target", TARGETS)
+def test_pipelines(target: str, tmp_path: Path) -> None:
+    heads = HEADS if target == "portable" else 2
+    check(walk(list(PIPELINES), tmp_path, target=target, key_heads=heads))
 
 
 class Apart(nn.Module):

@@ -30,7 +30,7 @@ def test_interpreted(name: str, tmp_path: Path) -> None:
     run(name, "not slow", tmp_path, 600)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", SLOW)
 def test_interpreted_slowly(name: str, tmp_path: Path) -> None:
     run(name, "slow", tmp_path, 1800)

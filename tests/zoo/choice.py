@@ -11,7 +11,7 @@ _STRIDES = {"torch": 1, "transformers": 6, "diffusers": 1, "timm": 1}
 # Rows that every run of the tests makes, from those that the table shows to run.
 _FAST = {"torch": 10, "transformers": 20}
 # Of so many of the others one is run among the slow tests: more are not done within an hour.
-_SLOW = 12
+_SLOW = 36
 
 
 def chosen(speed: str) -> list[str]:

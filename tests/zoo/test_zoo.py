@@ -41,8 +41,8 @@ def _in_turns(names: list[str]) -> list[tuple[str, str]]:
 
 
 def _every_third(names: list[str]) -> list[ParameterSet]:
-    """The others are slow tests."""
-    return [pytest.param(n, marks=[pytest.mark.slow] * bool(i % 3)) for i, n in enumerate(names)]
+    """The others run with the whole zoo."""
+    return [pytest.param(n, marks=[pytest.mark.zoo] * bool(i % 3)) for i, n in enumerate(names)]
 
 
 @pytest.mark.parametrize("name", _every_third(chosen("fast")))
