@@ -29,7 +29,8 @@ from attn_rewrite.policy import Policy
 from attn_rewrite.region import boundary
 from attn_rewrite.site import Refusal, Site
 from attn_rewrite.tracing import buffers_kept
-from attn_rewrite.verify import Walk, canonical_inputs, flat_inputs
+from attn_rewrite.verify import canonical_inputs
+from attn_rewrite.walk import Walk, flat_inputs
 
 if TYPE_CHECKING:
     from torch import nn

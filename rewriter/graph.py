@@ -260,15 +260,16 @@ def _reads_shape(user: fx.Node, node: fx.Node) -> bool:
     )
 
 
-# Functions that open and close a level of `torch.vmap`, where a captured graph has one.
-_LEVELS = frozenset(
-    {"_vmap_increment_nesting", "_vmap_decrement_nesting", "lazy_load_decompositions"}
-)
+# Functions that open and close a level of `torch.vmap`, where a captured graph has one, and what is
+# called before.
+LEVEL_OPENS, LEVEL_CLOSES = "_vmap_increment_nesting", "_vmap_decrement_nesting"
+LEVEL_PRELUDE = "lazy_load_decompositions"
+LEVELS = frozenset({LEVEL_OPENS, LEVEL_CLOSES, LEVEL_PRELUDE})
 
 
 def has_effect(node: fx.Node) -> bool:
     """True for a node that must stay although nothing reads it."""
-    return node.is_impure() or op_name(node) in _LEVELS
+    return node.is_impure() or op_name(node) in LEVELS
 
 
 # Something that is not used after so many nodes counts as used: looking further would make every

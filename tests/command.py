@@ -71,7 +71,8 @@ def _answer(asked: Mapping[str, Any]) -> int:
     if not line:
         server.kill()
         _server.cache_clear()
-        raise AssertionError(f"{asked['argv']} gave no answer in {TIMEOUT} s")
+        why = f"no answer in {TIMEOUT} s" if not ready else "the server ended"
+        raise AssertionError(f"{asked['argv']}: {why}")
     return int(line)
 
 

@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import attn_rewrite as ar
 from attn_rewrite import Rule, Where, export_onnx
-from attn_rewrite.backends.torch import fused, lower, pieces
+from attn_rewrite.backends.torch import fused, lower
 from attn_rewrite.backends.torch import kernel as kernel_module
 from attn_rewrite.backends.torch import tiles as tiles_module
 from attn_rewrite.backends.torch.ops import tiled_attention, tiled_attention_lse
@@ -32,6 +32,7 @@ from attn_rewrite.passes.sparse.window import Window
 from attn_rewrite.plan import Plan, Step
 from attn_rewrite.report import Report
 from attn_rewrite.site import Refusal
+from tests.fused_rows import fused_rows
 from tests.test_torch_backend import GUARDS, SHAPES, attention, keep_of, operands
 
 INF = math.inf
@@ -106,17 +107,7 @@ def test_types(dtype: torch.dtype) -> None:
 @pytest.fixture
 def rows(monkeypatch: pytest.MonkeyPatch) -> list[fused.Unit]:
     """Send rows of any size to PyTorch's fused kernel; the units that ran."""
-    ran: list[fused.Unit] = []
-    pieces.plan_of.cache_clear()
-    original = fused.FusedKernel.run
-
-    def spy(self: Any, unit: fused.Unit, *results: Tensor | None) -> None:
-        ran.append(unit)
-        original(self, unit, *results)
-
-    monkeypatch.setattr(fused.FusedKernel, "run", spy)
-    monkeypatch.setattr(fused, "WORTH_ROW", 0)
-    return ran
+    return fused_rows(monkeypatch)
 
 
 @pytest.mark.parametrize("name", GUARDS)

@@ -24,7 +24,7 @@ from attn_rewrite.backends.onnx.blocks import Problem, plan_blocks
 from attn_rewrite.backends.onnx.choice import Lengths, choose
 from attn_rewrite.backends.onnx.cost import Sizes, estimate, work
 from attn_rewrite.backends.onnx.grouped import window_of
-from attn_rewrite.backends.onnx.tiles import plan_heads, plan_tiles
+from attn_rewrite.backends.onnx.tile_plans import plan_heads, plan_tiles
 from attn_rewrite.cascade.attention import QK, SoftmaxAttention, softmax_cascade
 from attn_rewrite.cascade.expr import KV, TRUE, Expr, Extent, H, Q, call, eq
 

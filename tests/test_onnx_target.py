@@ -17,10 +17,10 @@ from torch.nn import functional
 
 import attn_rewrite as ar
 from attn_rewrite import export_onnx
-from attn_rewrite.backends.onnx.markers import SITE_KEY
 from attn_rewrite.cascade.attention import QK, SoftmaxAttention
 from attn_rewrite.cascade.text import parse
 from attn_rewrite.cli.app import run
+from attn_rewrite.site_marks import SITE_KEY
 from tests.test_onnx import HQ, Sdpa, Tiled, bound, capture, tokens
 from tests.test_onnx_window import causal_window
 

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from attn_rewrite.backends.onnx.bands import EVERY_KEY, Affine, Reach, Segment, segments
 from attn_rewrite.backends.onnx.elementwise import Coordinate, Elementwise, Frame
 from attn_rewrite.backends.onnx.graph import Recorder
-from attn_rewrite.backends.onnx.tiles import emit_attention, plan_tiles
+from attn_rewrite.backends.onnx.tile_plans import plan_tiles
+from attn_rewrite.backends.onnx.tiles import emit_attention
 from attn_rewrite.cascade.attention import QK, SoftmaxAttention
 from attn_rewrite.cascade.expr import (
     FALSE,

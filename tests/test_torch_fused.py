@@ -21,6 +21,7 @@ from attn_rewrite.backends.torch.tiles import prepare
 from attn_rewrite.cascade.attention import QK, as_softmax
 from attn_rewrite.cascade.expr import KV, B, Expr, H, Q, Read, call, eq
 from attn_rewrite.cascade.ir import TensorDecl
+from tests.fused_rows import fused_rows
 from tests.test_torch_backend import (
     GUARDS,
     _eager,
@@ -43,16 +44,7 @@ SHAPES = [  # b, hq, group, q_len, kv_len, d_qk, d_v, block
 @pytest.fixture
 def rows(monkeypatch: pytest.MonkeyPatch) -> list[fused.Unit]:
     """Send rows of any size to the fused kernel; the units that ran."""
-    ran: list[fused.Unit] = []
-    pieces.plan_of.cache_clear()
-    original = fused.FusedKernel.run
-
-    def spy(self: Any, unit: fused.Unit, *results: Tensor | None) -> None:
-        ran.append(unit)
-        original(self, unit, *results)
-
-    monkeypatch.setattr(fused.FusedKernel, "run", spy)
-    monkeypatch.setattr(fused, "WORTH_ROW", 0)
+    ran = fused_rows(monkeypatch)
     monkeypatch.setattr(pieces, "WORTH_CALL", 32)
     for module in (pieces, patterns):
         monkeypatch.setattr(module, "SIDE", 8)

@@ -29,14 +29,13 @@ from attn_rewrite.report import ErrorMeasure
 from attn_rewrite.site import Refusal
 from attn_rewrite.verify import (
     Candidate,
-    Walk,
     _Observed,
     check_sites,
-    flat_inputs,
     implementation_bound,
     measure,
     worst_site,
 )
+from attn_rewrite.walk import Walk, flat_inputs
 
 
 def test_measure_known_answers():

@@ -18,7 +18,8 @@ import onnx_ir as ir
 
 from attn_rewrite.backends.onnx.graph import Recorder
 from attn_rewrite.backends.onnx.repeats import source_of
-from attn_rewrite.backends.onnx.tiles import TilePlan, emit_attention, plan_tiles
+from attn_rewrite.backends.onnx.tile_plans import TilePlan, plan_tiles
+from attn_rewrite.backends.onnx.tiles import emit_attention
 from attn_rewrite.backends.torch.form import is_causal_with_offset, linear_score
 from attn_rewrite.cascade.attention import SoftmaxAttention
 from attn_rewrite.cascade.expr import KV, B, Read, conjuncts

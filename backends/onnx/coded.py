@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from attn_rewrite.backends.onnx.markers import SITE_KEY
 from attn_rewrite.backends.onnx.products import ZERO
 from attn_rewrite.backends.onnx.strides import with_graph
 from attn_rewrite.backends.torch.einsums import emit_stages
@@ -48,6 +47,7 @@ from attn_rewrite.cascade.ir import TensorDecl
 from attn_rewrite.errors import LowerError
 from attn_rewrite.graph import GraphBuilder, aten
 from attn_rewrite.site import Refusal
+from attn_rewrite.site_marks import SITE_KEY
 
 NAME = "attn_rewrite::coded_attention"
 LARGEST = 127.0

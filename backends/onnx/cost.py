@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from attn_rewrite.backends.onnx.blocks import BlockPlan
 from attn_rewrite.backends.onnx.prices import PRICES
-from attn_rewrite.backends.onnx.tiles import HeadPlan, Plan, TilePlan
+from attn_rewrite.backends.onnx.tile_plans import HeadPlan, Plan, TilePlan
 
 # Operators, or plans of our own.
 Form = str | Plan

@@ -20,12 +20,11 @@ from attn_rewrite.cascade.attention import SoftmaxAttention, as_softmax
 from attn_rewrite.cascade.staged import StagedAttention, as_staged
 from attn_rewrite.errors import LowerError
 from attn_rewrite.site import Refusal
+from attn_rewrite.site_marks import CASCADE_KEY, SITE_KEY
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-# Set by attn_rewrite.apply on the nodes it splices in.
-SITE_KEY, CASCADE_KEY = "attn_rewrite_site", "attn_rewrite_cascade"
 MARKER_DOMAIN = "attn_rewrite.export"
 TILED, SDPA = "TiledAttention", "ScaledDotProductAttention"
 CODED, TILED_LSE = "CodedAttention", "TiledAttentionWithLse"

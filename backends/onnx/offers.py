@@ -28,15 +28,15 @@ from attn_rewrite.backends.onnx.graph import Recorder
 from attn_rewrite.backends.onnx.grouped import emit_whole, price_of_whole, why_not_whole
 from attn_rewrite.backends.onnx.lowering import SPARSE, SiteLowering
 from attn_rewrite.backends.onnx.sparse import BLOCK, block_lists, emit_sparse
-from attn_rewrite.backends.onnx.tiles import (
+from attn_rewrite.backends.onnx.tile_plans import (
     HeadPlan,
     Plan,
     TilePlan,
     choose_plan,
-    emit_attention,
     fixed_lengths,
     plan_tiles,
 )
+from attn_rewrite.backends.onnx.tiles import emit_attention
 from attn_rewrite.cascade.attention import SoftmaxAttention
 from attn_rewrite.cascade.simplify import is_causal_term
 

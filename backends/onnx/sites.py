@@ -40,14 +40,8 @@ from attn_rewrite.backends.onnx.offers import (
 )
 from attn_rewrite.backends.onnx.options import CPU, CUDA
 from attn_rewrite.backends.onnx.repeats import keys_once
-from attn_rewrite.backends.onnx.tiles import (
-    DEFAULT_ROWS,
-    HeadPlan,
-    choose_plan,
-    emit_attention,
-    emit_with_lse,
-    fixed_lengths,
-)
+from attn_rewrite.backends.onnx.tile_plans import DEFAULT_ROWS, HeadPlan, choose_plan, fixed_lengths
+from attn_rewrite.backends.onnx.tiles import emit_attention, emit_with_lse
 from attn_rewrite.backends.torch.staged import prepared
 from attn_rewrite.cascade.attention import SoftmaxAttention, softmax_cascade
 from attn_rewrite.cascade.expr import TRUE

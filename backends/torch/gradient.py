@@ -66,6 +66,22 @@ def gradients(
     return total
 
 
+def keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Save the arguments (q, k, v, reads, cascade, block) of an attention operator in ``ctx``."""
+    q, k, v, reads, cascade, block = inputs
+    ctx.save_for_backward(q, k, v, *reads)
+    ctx.wanted = [i for i, t in enumerate(reads) if t.requires_grad]
+    ctx.cascade, ctx.block = cascade, block
+
+
+def by_argument(ctx: Any, found: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Gradients of q, k, v and of the wanted reads, as those of the operator's arguments."""
+    by_read: list[Tensor | None] = [None] * (len(ctx.saved_tensors) - 3)
+    for i, part in zip(ctx.wanted, found[3:], strict=True):
+        by_read[i] = part
+    return found[0], found[1], found[2], by_read, None, None
+
+
 def _add_tile(problem: Problem, job: Job, given: Sequence[Tensor], total: Gradients) -> None:
     share = problem.form.group if problem.schedule.per_head else 1
     batch, key_part = slice(*job.batch), key_heads(job.heads, share)

@@ -19,20 +19,24 @@ from typing import Any
 import torch
 from torch import fx
 
-from attn_rewrite.backends.torch.dense import attention_space, emit_dense, working_type
+from attn_rewrite.backends.torch.dense import emit_dense
 from attn_rewrite.backends.torch.einsums import emit_cascade, why_not_unrolled
-from attn_rewrite.backends.torch.emit import Emitter, cast, dtype_of
+from attn_rewrite.backends.torch.emit import cast, dtype_of
 from attn_rewrite.backends.torch.form import (
-    LinearScore,
-    bias_as_mask,
     is_causal,
     is_causal_with_offset,
-    linear_score,
 )
 from attn_rewrite.backends.torch.mapped import mapped_attention
 from attn_rewrite.backends.torch.ops import tiled_attention
 from attn_rewrite.backends.torch.reordered import emit_in_order
 from attn_rewrite.backends.torch.schedule import block_tables, make_schedule
+from attn_rewrite.backends.torch.sdpa import (
+    Plan,
+    is_square,
+    plain_score,
+    plan_masked_sdpa,
+    plan_sdpa,
+)
 from attn_rewrite.backends.torch.staged import emit_mapped, emit_prepared, prepared, rounds
 from attn_rewrite.cascade.attention import (
     SoftmaxAttention,
@@ -40,12 +44,12 @@ from attn_rewrite.cascade.attention import (
     softmax_cascade,
     usual_length,
 )
-from attn_rewrite.cascade.expr import TRUE, Expr, ranks_of, tensors_of, walk
+from attn_rewrite.cascade.expr import TRUE, ranks_of, walk
 from attn_rewrite.cascade.ir import Cascade
 from attn_rewrite.cascade.lse import why_no_lse
 from attn_rewrite.cascade.reordered import Reordered, as_reordered
 from attn_rewrite.cascade.staged import StagedAttention, as_staged
-from attn_rewrite.graph import Builder, GraphBuilder, aten
+from attn_rewrite.graph import Builder, GraphBuilder
 from attn_rewrite.passes.transform import Exactness
 from attn_rewrite.site import Refusal
 
@@ -121,8 +125,8 @@ def lower(
         return Refusal(
             "rank-not-iterated", f"the score or mask of {cascade.name} depends on {stray}"
         )
-    plan = _sdpa(form, known) or _tiled(cascade, form, known, block, dropout)
-    plan = plan or _masked_sdpa(form) or _Plan("dense", "no fused kernel takes its score", None)
+    plan = plan_sdpa(form, known) or _tiled(cascade, form, known, block, dropout)
+    plan = plan or plan_masked_sdpa(form) or Plan("dense", "no fused kernel takes its score", None)
     emit = plan.emit or (lambda build, inputs: emit_dense(build, form, inputs, dropout))
     if plan.name == "sdpa":
         emit = partial(emit, dropout)
@@ -140,13 +144,6 @@ def in_new_order(kernel: Kernel, found: Reordered, cascade: Cascade) -> Kernel:
     why = f"{kernel.why}; over tokens in another order"
     emit = partial(emit_in_order, kernel.emit, found)
     return replace(kernel, cascade=cascade, why=why, _emit=emit)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    name: str
-    why: str
-    emit: Any
 
 
 def _stray_rank(form: SoftmaxAttention) -> str | None:
@@ -198,108 +195,6 @@ def _lower_with_lse(cascade: Cascade, dropout: float, block: int) -> Kernel | Re
     return Kernel("tiled", cascade, Exactness.REASSOCIATED, why, _CONTRACT, emit)
 
 
-# SDPA
-
-
-@dataclass(frozen=True)
-class _Mask:
-    """What ``scaled_dot_product_attention`` gets besides Q, K, V and the scale."""
-
-    causal: bool = False
-    keep: Expr | None = None
-    bias: Expr | None = None
-
-
-def _plain(form: SoftmaxAttention) -> LinearScore | None:
-    """The linear score of a form without weight and sink."""
-    if form.weight is not None or form.sink is not None:
-        return None
-    return linear_score(form.score)
-
-
-def _is_square(extents: Mapping[str, int | None]) -> bool:
-    return extents.get("q") is not None and extents.get("q") == extents.get("kv")
-
-
-def _sdpa(form: SoftmaxAttention, extents: Mapping[str, int | None]) -> _Plan | None:
-    """SDPA where its fused kernels see the whole mask: none, causal, or a bias without guard."""
-    linear = _plain(form)
-    if linear is None:
-        return None
-    causal = is_causal(form.guard, square=_is_square(extents))
-    if linear.bias is None and (causal or form.guard == TRUE):
-        why = "the guard is causal" if causal else "the score is a multiple of QK"
-        return _Plan("sdpa", why, partial(_emit_sdpa, form, linear.scale, _Mask(causal)))
-    if linear.bias is None or form.guard != TRUE:
-        return None
-    keep = bias_as_mask(linear.bias)
-    if keep is not None and is_causal(keep, square=_is_square(extents)):
-        return _Plan(
-            "sdpa", "the mask is causal", partial(_emit_sdpa, form, linear.scale, _Mask(True))
-        )
-    if tensors_of(linear.bias):
-        mask = _Mask(bias=linear.bias) if keep is None else _Mask(keep=keep)
-        why = "the score is a multiple of QK plus a mask"
-        return _Plan("sdpa", why, partial(_emit_sdpa, form, linear.scale, mask))
-    return None
-
-
-def _masked_sdpa(form: SoftmaxAttention) -> _Plan | None:
-    """SDPA with the guard as a mask, where tiles would skip nothing."""
-    linear = _plain(form)
-    if linear is None:
-        return None
-    keep = None if linear.bias is None else bias_as_mask(linear.bias)
-    if linear.bias is None or keep is not None:
-        both = form.guard if keep is None else keep if form.guard == TRUE else form.guard & keep
-        mask = _Mask(keep=both)
-    else:
-        mask = _Mask(keep=None if form.guard == TRUE else form.guard, bias=linear.bias)
-    why = "the guard leaves out no whole blocks worth skipping"
-    return _Plan("sdpa", why, partial(_emit_sdpa, form, linear.scale, mask))
-
-
-def _emit_sdpa(
-    form: SoftmaxAttention,
-    scale: float,
-    mask: _Mask,
-    dropout: float,
-    build: Builder,
-    inputs: Sequence[Any],
-) -> Any:
-    options: dict[str, Any] = {"scale": scale}
-    if form.group > 1:
-        options["enable_gqa"] = True
-    attn_mask = _attn_mask(build, form, mask, inputs)
-    return build.call(
-        aten.scaled_dot_product_attention.default,
-        *inputs[:3], attn_mask, dropout, mask.causal, **options,
-    )  # fmt: skip
-
-
-def _attn_mask(build: Builder, form: SoftmaxAttention, mask: _Mask, inputs: Sequence[Any]) -> Any:
-    """The mask as a tensor [b or 1, h or 1, q, kv]: bool, or a bias in the type of q."""
-    if mask.keep is None and mask.bias is None:
-        return None
-    space = attention_space(build, form, inputs, working_type(inputs[0]))
-    emitter = Emitter(build, space)
-    if mask.bias is None:
-        assert mask.keep is not None
-        value = emitter.truth(mask.keep)
-    else:
-        value = emitter.tensor(mask.bias, space.dtype)
-        if mask.keep is not None:
-            dropped = build.call(aten.logical_not.default, emitter.truth(mask.keep))
-            value = build.call(aten.masked_fill.Scalar, value, dropped, float("-inf"))
-        kind = dtype_of(inputs[0])
-        assert kind is not None
-        value = cast(build, value, kind)
-    parts = [e for e in (mask.keep, mask.bias) if e is not None]
-    ranks = frozenset().union(*map(ranks_of, parts))
-    shape = [space.extents[r] if r in ranks or r in ("q", "kv") else 1 for r in space.frame]
-    return build.call(aten.expand.default, value, shape)
-
-
 # Tiles
 
 
@@ -309,24 +204,24 @@ def _tiled(
     extents: Mapping[str, int | None],
     block: int,
     dropout: float,
-) -> _Plan | None:
+) -> Plan | None:
     if dropout:
         return None
     if form.guard == TRUE:
         listed = form.weight is not None and bool(block_tables(form.weight))
         why = "its factor is a list of blocks, which no whole map is needed for"
-        return _Plan("tiled", why, partial(emit_tiled, str(cascade), block)) if listed else None
-    if is_causal_with_offset(form.guard) and _plain(form) is not None:
+        return Plan("tiled", why, partial(emit_tiled, str(cascade), block)) if listed else None
+    if is_causal_with_offset(form.guard) and plain_score(form) is not None:
         return None  # queries at the end of a cache: mostly one, and SDPA is made for it
     if block_tables(form.guard):
         # Block lists are made to leave blocks out.
         why = f"the guard is a list of blocks, which is read in every call, in blocks of {block}"
-        return _Plan("tiled", why, partial(emit_tiled, str(cascade), block))
+        return Plan("tiled", why, partial(emit_tiled, str(cascade), block))
     share, length = _skipped(form, extents, block)
     if share < WORTHWHILE:
         return None
     why = _left_out(share, length, extents, block)
-    return _Plan("tiled", why, partial(emit_tiled, str(cascade), block))
+    return Plan("tiled", why, partial(emit_tiled, str(cascade), block))
 
 
 def _left_out(share: float, length: int, extents: Mapping[str, int | None], block: int) -> str:
@@ -377,7 +272,7 @@ def _lower_staged(
     if staged.probability is not None:
         # Float64 tiles pay for what a mask leaves out beyond the half that a causal one does.
         guard = staged.form.guard
-        causal = is_causal(guard, square=_is_square(extents)) or is_causal_with_offset(guard)
+        causal = is_causal(guard, square=is_square(extents)) or is_causal_with_offset(guard)
         share, length = (0.0, 0) if causal else _skipped(staged.form, extents, block)
         if share >= WORTHWHILE:
             why = f"its probabilities are mapped, and {_left_out(share, length, extents, block)}"

@@ -23,7 +23,7 @@ from torch import Tensor
 from attn_rewrite.backends.torch.dense import DenseSpace
 from attn_rewrite.backends.torch.einsums import emit_stages
 from attn_rewrite.backends.torch.emit import Emitter
-from attn_rewrite.backends.torch.gradient import recording
+from attn_rewrite.backends.torch.gradient import by_argument, keep_for_gradient, recording
 from attn_rewrite.backends.torch.integers import integer_matmul
 from attn_rewrite.backends.torch.schedule import make_schedule
 from attn_rewrite.backends.torch.staged import Prepared, emit_mapped, prepared, rounds
@@ -112,13 +112,6 @@ def _(
     return [t.new_empty(t.shape) for t in (q, k, v, *(reads[i] for i in wanted))]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, reads, cascade, _ = inputs
-    ctx.save_for_backward(q, k, v, *reads)
-    ctx.wanted = [i for i, t in enumerate(reads) if t.requires_grad]
-    ctx.cascade = cascade
-
-
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     staged, _, _ = mapped_form(ctx.cascade)
     assert staged.probability is not None
@@ -131,13 +124,10 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     found = torch.ops.attn_rewrite.mapped_attention_backward(
         grad, q, k, v, reads, ctx.cascade, ctx.wanted
     )
-    by_read: list[Tensor | None] = [None] * len(reads)
-    for i, part in zip(ctx.wanted, found[3:], strict=True):
-        by_read[i] = part
-    return found[0], found[1], found[2], by_read, None, None
+    return by_argument(ctx, found)
 
 
-mapped_attention.register_autograd(_differentiate, setup_context=_save)
+mapped_attention.register_autograd(_differentiate, setup_context=keep_for_gradient)
 
 
 @dataclass(frozen=True, eq=False)

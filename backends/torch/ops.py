@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from attn_rewrite.backends.torch.gradient import gradients
+from attn_rewrite.backends.torch.gradient import by_argument, gradients, keep_for_gradient
 from attn_rewrite.backends.torch.kernel import attend, attend_with_lse
 from attn_rewrite.backends.torch.schedule import TileCounts, make_schedule
 from attn_rewrite.backends.torch.tiles import prepare
@@ -163,26 +163,16 @@ def _(
     return [t.new_empty(t.shape) for t in (q, k, v, *(reads[i] for i in wanted))]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    q, k, v, reads, cascade, block = inputs
-    ctx.save_for_backward(q, k, v, *reads)
-    ctx.wanted = [i for i, t in enumerate(reads) if t.requires_grad]
-    ctx.cascade, ctx.block = cascade, block
-
-
 def _differentiate(ctx: Any, grad: Tensor, grad_lse: Tensor | None = None) -> tuple[Any, ...]:
     q, k, v, *reads = ctx.saved_tensors
     found = torch.ops.attn_rewrite.tiled_attention_backward(
         grad, q, k, v, reads, ctx.cascade, ctx.block, ctx.wanted, grad_lse
     )
-    by_read: list[Tensor | None] = [None] * len(reads)
-    for i, part in zip(ctx.wanted, found[3:], strict=True):
-        by_read[i] = part
-    return found[0], found[1], found[2], by_read, None, None
+    return by_argument(ctx, found)
 
 
-tiled_attention.register_autograd(_differentiate, setup_context=_save)
-tiled_attention_lse.register_autograd(_differentiate, setup_context=_save)
+tiled_attention.register_autograd(_differentiate, setup_context=keep_for_gradient)
+tiled_attention_lse.register_autograd(_differentiate, setup_context=keep_for_gradient)
 
 
 def tile_counts(

@@ -33,7 +33,8 @@ from attn_rewrite.backends.onnx.cost import Form, Sizes, kind_of, work
 from attn_rewrite.backends.onnx.dense import SdpaOptions, emit_sdpa
 from attn_rewrite.backends.onnx.graph import Recorder
 from attn_rewrite.backends.onnx.grouped import emit_whole, price_of_whole
-from attn_rewrite.backends.onnx.tiles import emit_attention, plan_tiles
+from attn_rewrite.backends.onnx.tile_plans import plan_tiles
+from attn_rewrite.backends.onnx.tiles import emit_attention
 from attn_rewrite.cascade.attention import QK, SoftmaxAttention
 from attn_rewrite.cascade.expr import KV, H, Q, Read, call
 from attn_rewrite.cascade.ir import TensorDecl

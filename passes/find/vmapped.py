@@ -10,12 +10,9 @@ from __future__ import annotations
 
 from torch import fx
 
-from attn_rewrite.graph import op_name
+from attn_rewrite.graph import LEVEL_CLOSES, LEVEL_OPENS, LEVEL_PRELUDE, op_name
 
 ENTER, LEAVE = "_add_batch_dim", "_remove_batch_dim"
-_OPEN, _CLOSE, _PRELUDE = (
-    "_vmap_increment_nesting", "_vmap_decrement_nesting", "lazy_load_decompositions",
-)  # fmt: skip
 
 
 def mapped(graph: fx.Graph) -> frozenset[fx.Node]:
@@ -41,16 +38,16 @@ def drop_empty_levels(graph: fx.Graph) -> None:
     opened: list[tuple[fx.Node, bool]] = []
     for node in list(graph.nodes):
         name = op_name(node)
-        if name == _OPEN:
+        if name == LEVEL_OPENS:
             opened.append((node, False))
-        if name in (ENTER, LEAVE) or (name == _OPEN and node.users):
+        if name in (ENTER, LEAVE) or (name == LEVEL_OPENS and node.users):
             opened = [(level, True) for level, _ in opened]
-        elif name == _CLOSE and opened:
+        elif name == LEVEL_CLOSES and opened:
             level, used = opened.pop()
             if not used and not node.users:
                 graph.erase_node(node)
                 graph.erase_node(level)
-    if any(op_name(n) == _OPEN for n in graph.nodes):
+    if any(op_name(n) == LEVEL_OPENS for n in graph.nodes):
         return
-    for node in [n for n in graph.nodes if op_name(n) == _PRELUDE and not n.users]:
+    for node in [n for n in graph.nodes if op_name(n) == LEVEL_PRELUDE and not n.users]:
         graph.erase_node(node)

@@ -3,6 +3,7 @@
 The mask is cut where comparisons with literals change (text, image, padding), written over digits
 of the positions (`digits`) and expanded into products of relations.  The pairs of a product in the
 corner ``q < x, kv < y`` follow digit by digit from prefix sums; blocks are differences of corners.
+Where a mask ties digits together, blocks are cut into boxes instead (`classes`).
 The cost is (blocks + 1) squared per product: a grid of 118,800 tokens takes a fraction of a second.
 """
 

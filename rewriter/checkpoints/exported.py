@@ -23,6 +23,8 @@ from torch.export.pt2_archive.constants import EXTRA_DIR
 
 from attn_rewrite.containers import make_known_by_name
 from attn_rewrite.errors import CheckpointError
+from attn_rewrite.graph import LEVELS
+from attn_rewrite.passes.find.vmapped import ENTER, LEAVE
 
 _PICKLED_RECORD = re.compile(
     r"data/constants/(custom|opaque)_obj_|data/(weights|constants)/[^/]*\.pt$"
@@ -33,8 +35,8 @@ _OPERATOR = re.compile(
     r"torch\.ops\.[A-Za-z_]\w*\.[A-Za-z_]\w*(\.\w+)?|torch\._?sym_\w+|math\.[a-z]\w*|_operator\.("
     r"add|sub|mul|truediv|floordiv|mod|pow|neg|pos|abs|eq|ne|lt|le|gt|ge|and_|or_|xor|not_|invert|"
     r"lshift|rshift|getitem|index)|"
-    r"torch\._functorch\.predispatch\.(lazy_load_decompositions|_vmap_increment_nesting|"
-    r"_vmap_decrement_nesting|_add_batch_dim|_remove_batch_dim)"  # `torch.vmap` in a graph
+    # `torch.vmap` in a graph
+    rf"torch\._functorch\.predispatch\.({'|'.join((*LEVELS, ENTER, LEAVE))})"
 )
 _FILE_OPERATOR = re.compile(r"torch\.ops\.aten\.from_file")
 _ATTRIBUTES = frozenset({"size", "stride", "storage_offset", "dim", "shape"})

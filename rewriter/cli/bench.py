@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from attn_rewrite.checkpoint import LoadedModel
 
-RUNTIMES = ("torch", "onnxruntime", "onnxruntime:cuda")
+RUNTIMES = ("torch", "onnxruntime", "onnxruntime:cpu", "onnxruntime:cuda")
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _check_runtime(timing: Timing) -> None:
     from attn_rewrite.errors import PolicyError
 
     name = timing.runtime
-    if name not in (*RUNTIMES, "onnxruntime:cpu"):
+    if name not in RUNTIMES:
         known = f"{', '.join(RUNTIMES[:-1])} or {RUNTIMES[-1]}"
         raise PolicyError(f"--runtime {name!r} is not known; expected {known}")
     if timing.provider:
