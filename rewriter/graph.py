@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.node import map_arg
 
@@ -104,8 +105,9 @@ class GraphBuilder:
         """The fake value of a new node from those of its arguments."""
         args, kwargs = map_arg((node.args, node.kwargs), value_of)
         assert callable(node.target)
-        # Without the mode an operator that takes no tensor (arange) would fix a symbolic size.
-        with torch.no_grad(), self.fake_mode or nullcontext():
+        # Without the mode an operator that takes no tensor (arange) would fix a symbolic size, and
+        # without the dispatcher one that is made of others in C++ (matmul, in PyTorch 2.11).
+        with torch.no_grad(), enable_python_dispatcher(), self.fake_mode or nullcontext():
             return node.target(*args, **kwargs)
 
     @cached_property

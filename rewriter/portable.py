@@ -27,6 +27,8 @@ from attn_rewrite.calls import CallForm
 from attn_rewrite.checkpoints.exported import load_program, names_imports, read_extra
 from attn_rewrite.containers import make_known_by_name
 from attn_rewrite.errors import ToolError
+from attn_rewrite.graph import LEVELS
+from attn_rewrite.passes.find.vmapped import ENTER, LEAVE
 from attn_rewrite.site_marks import SiteMarks
 
 _PLAIN = (tuple, list, dict)
@@ -56,14 +58,23 @@ def save_program(
         try:
             torch.export.save(portable_program(program), file, extra_files=extra)
         except SerializeError as error:
-            found = re.match(r"Failed serializing node (\w+)", str(error))
-            what = f"the operator {found[1]}" if found else "an operator"
             raise ToolError(
-                f"PyTorch cannot save {what}, which the model still calls; choose a policy that "
-                "rewrites it, such as exact, or use the rewritten module without saving it",
+                f"PyTorch {torch.__version__} cannot save {_unsaved(error)}, which the model still "
+                "calls; choose a policy that rewrites it, such as exact, or use the rewritten "
+                "module without saving it",
                 stage="save",
             ) from error
         file.check()
+
+
+def _unsaved(error: SerializeError) -> str:
+    """What PyTorch says that it has no record for."""
+    found = re.match(r"Failed serializing node (\w+?)(_\d+)? ", str(error))
+    if found is None:
+        return "an operator"
+    # PyTorch 2.11 has none for the levels of vmap.
+    mapped = found[1].lstrip("_") in {name.lstrip("_") for name in (*LEVELS, ENTER, LEAVE)}
+    return "torch.vmap" if mapped else f"the operator {found[1]}"
 
 
 class _ArchiveFile(io.BytesIO):

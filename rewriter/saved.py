@@ -88,14 +88,17 @@ def seal(folder: Path, *, source: LoadedModel | None = None, training: bool = Fa
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, of this package and of the libraries that are installed."""
+    """Versions of Python, of this package and of the libraries that are installed.
+
+    That of PyTorch names its build too: an index may leave it out (2.11.0 for 2.11.0+cu130).
+    """
     found = {"python": platform.python_version(), "attn-rewrite": metadata.version("attn-rewrite")}
     for name in _LIBRARIES:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return found | {"torch": str(importlib.import_module("torch").__version__)}
 
 
 def _write_json(path: Path, value: Any) -> None:

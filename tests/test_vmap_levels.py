@@ -88,7 +88,7 @@ def test_rewritten_flex_attention_is_saved_and_loaded(
 
 def test_what_cannot_be_saved_is_said(tmp_path: Path) -> None:
     done = ar.optimize(Flex("mask").eval(), "keep", (torch.randn(2, N, WIDTH),))
-    with pytest.raises(ToolError, match="cannot save the operator flex_attention"):
+    with pytest.raises(ToolError, match=r"cannot save (the operator flex_attention|torch\.vmap),"):
         ar.save(done, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -100,10 +100,16 @@ def test_levels_that_are_used_stay(given: str, tmp_path: Path) -> None:
     done = ar.optimize(model, "exact", (x,))
     assert [s.status for s in done.report.sites] == ["rewritten"]
     assert levels(done) == (2 if given == "mask" else 1)
+    for mine, wanted in zip(done(x), model(x), strict=True):
+        torch.testing.assert_close(mine, wanted)
+    if torch.__version__ < (2, 12):  # has no record for levels, and says so
+        with pytest.raises(ToolError, match=r"cannot save torch\.vmap, which the model still calls"):
+            ar.save(done, tmp_path / "out")
+        assert not list(tmp_path.iterdir())
+        return
     ar.save(done, tmp_path / "out")
     loaded = ar.load(tmp_path / "out")
-    for mine, again, wanted in zip(done(x), loaded(x), model(x), strict=True):
-        torch.testing.assert_close(mine, wanted)
+    for mine, again in zip(done(x), loaded(x), strict=True):
         torch.testing.assert_close(again, mine, rtol=0, atol=0)
 
 
