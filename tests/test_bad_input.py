@@ -140,6 +140,8 @@ def test_bad_callable(spec: str, says: str) -> None:
         "L['x'].size()[0] <= 512",
         "Mod(L['x'].size()[1], 8) == 0",
         "L['past']['k'].stride()[0] != 1 and not L['y'].size()[0] == 4",
+        "6*torch.sym_max(1, (5 + L['x'].size()[1]) // 6) != torch._sym_sqrt(4)",
+        "math.floor(torch.sym_float(L['x'].size()[0]) / 2) < math.inf",
     ],
 )
 def test_expressions_of_torch_are_accepted(text: str) -> None:
@@ -158,6 +160,12 @@ def test_expressions_of_torch_are_accepted(text: str) -> None:
         "[x for x in (1,)]",
         "exec('1')",
         "L['x'].size.__globals__",
+        "torch.load('x')",
+        "torch.ops.aten.from_file('x')",
+        "math.__loader__",
+        "math.sym_max.size.__globals__",
+        "x.torch.sym_max(1, 2)",
+        "torch.sym_max.__globals__",
         "f'{1}'",
         "x := 1",
         "1;2",

@@ -346,6 +346,7 @@ fake = {
     "torch.cuda.get_device_properties": lambda *a: one, "torch.cuda.current_device": lambda: 0,
     "torch.cuda.get_device_capability": lambda *a: (9, 0),
     "torch._inductor.scheduler.has_triton": has, "torch.utils._triton.has_triton": has,
+    "torch._dynamo.device_interface.CudaInterface.raise_if_triton_unavailable": has,
 }
 with FakeTensorMode(shape_env=ShapeEnv()) as mode, ExitStack() as stack:
     x = [torch.empty(2, h, 512, 64, device="cuda", dtype=torch.bfloat16) for h in (4, 2, 2)]

@@ -40,6 +40,7 @@ _OPERATOR = re.compile(
 )
 _FILE_OPERATOR = re.compile(r"torch\.ops\.aten\.from_file")
 _ATTRIBUTES = frozenset({"size", "stride", "storage_offset", "dim", "shape"})
+_ARITHMETIC = re.compile(r"torch\._?sym_[a-z]\w*|math\.[a-z]\w*")
 _CONTAINER = re.compile(r'\\"type\\": \\"([\w.]+)\\"')
 _WORD = re.compile(r"[A-Za-z]\w*")
 _FUNCTION = re.compile(r"[A-Z][A-Za-z]*|max|min|abs|int|floor|ceiling|sqrt")
@@ -172,7 +173,7 @@ def _target_problem(target: str) -> str | None:
 
 def _is_arithmetic(text: str) -> bool:
     """Whether ``text`` is an expression of numbers, names, sizes and symbolic functions only:
-    ``Symbol('s0', integer=True)``, ``L['x'].size()[0] <= 512``."""
+    ``Symbol('s0', integer=True)``, ``torch.sym_max(1, L['x'].size()[0]) <= 512``."""
     try:
         tree = ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError):
@@ -185,7 +186,7 @@ def _is_plain(node: ast.AST) -> bool:
         word = isinstance(node.value, str) and _WORD.fullmatch(node.value)
         return bool(word) or isinstance(node.value, int | float)
     if isinstance(node, ast.Attribute):
-        return node.attr in _ATTRIBUTES
+        return node.attr in _ATTRIBUTES or bool(_ARITHMETIC.fullmatch(ast.unparse(node)))
     if isinstance(node, ast.Name):
         return not node.id.startswith("_")
     if isinstance(node, ast.Call):
