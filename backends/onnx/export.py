@@ -291,11 +291,11 @@ def _masks_named(optimized: Any, sites: tuple[SiteLowering, ...]) -> tuple[SiteL
 
     It does so where the mask leaves out next to no whole block, as at a length of one block.
     """
-    sparse = _sparse_sites(optimized)
+    sparse, whole = _sparse_sites(optimized), ("dense", "Attention", "MultiHeadAttention")
     why = "every key is read, since the mask leaves out no whole blocks at this length"
     return tuple(
         replace(s, form="dense mask", detail=f"{s.detail}: {why}")
-        if s.name in sparse and s.form in ("dense", "Attention", "MultiHeadAttention")
+        if s.name in sparse and (s.form in whole or (s.operator == "aten" and s.covered))
         else s
         for s in sites
     )
