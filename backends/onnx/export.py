@@ -238,13 +238,23 @@ def _quantised(model: ir.Model, program: ExportedProgram, opset: int) -> Codes:
 
 
 def _step_of(optimized: Any) -> Any:
-    """The later steps of a decoder; `PolicyError` where ``optimized`` is no rewritten module."""
+    """The later steps of a decoder; `PolicyError` where ``optimized`` is no rewritten module, and
+    `LowerError` where a step cannot be as sparse as the first call."""
     if not hasattr(optimized, "with_cache"):
         raise PolicyError(
             f"cache= needs what optimize returned, got {type(optimized).__name__}: a program alone "
             "does not say how its model takes a cache."
         )
-    return optimized.with_cache()
+    step = optimized.with_cache()
+    lost = [
+        r
+        for s in step.report.sites
+        if s.status == "refused" and s.name in _sparse_sites(optimized)
+        for r in s.refusals
+    ]
+    if lost:  # the steps of a sparse decoder would attend to every key
+        raise LowerError(f"ONNX: {lost[0].site}: in a step with a cache {lost[0].reason}.", lost)
+    return step
 
 
 def _check_source(optimized: Any) -> None:
