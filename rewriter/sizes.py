@@ -21,7 +21,28 @@ def same_size(left: Size, right: Size) -> bool:
     """True if the two extents are equal for every value of their symbols."""
     if isinstance(left, int) and isinstance(right, int):
         return left == right
-    return bool(sympy.expand(left - right) == 0)
+    gap = sympy.expand(left - right)
+    return bool(gap == 0 or sympy.expand(_bounds_decided(gap)) == 0)
+
+
+def _bounds_decided(expr: sympy.Expr) -> sympy.Expr:
+    """``expr`` without the maxima and minima that one argument decides for every extent: those are
+    1 and more."""
+    if not any(_is_bound(part) for part in sympy.preorder_traversal(expr)):
+        return expr
+    above = {
+        x: 1 + sympy.Dummy(nonnegative=True, integer=True)
+        for x in expr.free_symbols
+        if x.is_positive and x.is_integer
+    }
+    return expr.xreplace(above).replace(
+        _is_bound, lambda part: getattr(sympy, part.func.__name__)(*part.args)
+    )
+
+
+def _is_bound(expr: sympy.Basic) -> bool:
+    """True for a maximum or minimum, also in torch's own spelling, which simplifies less."""
+    return expr.func.__name__ in ("Max", "Min")
 
 
 def divide(total: Size, part: Size) -> Size | None:

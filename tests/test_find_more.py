@@ -4,6 +4,7 @@ that depend on themselves, attention inside `torch.vmap`."""
 from __future__ import annotations
 
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from attn_rewrite.compile_backend import Session, attn_rewrite
 from attn_rewrite.passes.canonicalize import canonicalize
 from attn_rewrite.passes.find import find
 from attn_rewrite.site import UNKNOWN_OFFSET
+from attn_rewrite.sizes import same_size
 from tests.test_find_masks import _raised
 from tests.test_find_spellings import DYNAMIC, Module, capture, findings
 
@@ -56,6 +58,28 @@ def _sums(q, k, v):
 def test_width_one(function, dynamic) -> None:
     site = _agrees(function, [(2, 4, 6, 1)] * 3, dynamic)
     assert (site.hq, site.hkv, site.d_qk, site.d_v) == (4, 4, 1, 1)
+
+
+def _end_of_a_bias(q, k, v):
+    bias = torch.arange(64).view(1, 1, 64).sin() * torch.ones(4, 1, 1)
+    end = bias[:, max(0, 1 - q.shape[2]) :, max(0, 64 - k.shape[2]) :]
+    return (q @ k.mT + end).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("dynamic", [None, DYNAMIC], ids=["static", "dynamic"])
+def test_a_bias_cut_to_its_last_row_broadcasts(dynamic) -> None:
+    """One row, but of a size that is written as 1 - max(0, 1 - length), as in MPT."""
+    _agrees(_end_of_a_bias, [(2, 4, 6, 8)] * 3, dynamic)
+
+
+def test_sizes_with_a_bound_are_compared_for_every_length() -> None:
+    length = sympy.Symbol("s", positive=True, integer=True)
+    any_size = sympy.Symbol("n", integer=True)
+    assert same_size(1 - sympy.Max(0, 1 - length), 1)
+    assert same_size(sympy.Min(length, 3 * length), length)
+    assert not same_size(64 - sympy.Max(0, 64 - length), length)
+    assert not same_size(sympy.Max(2, length), length)
+    assert not same_size(sympy.Max(0, 1 - any_size), 0)
 
 
 def _cdist(q, k, v):

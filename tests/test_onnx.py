@@ -208,6 +208,33 @@ def test_fully_masked_rows_give_zero_as_in_torch(kind: str, opset: int, tmp_path
     assert np.abs(got - wanted).max() <= bound(model, (x, mask), wanted)
 
 
+@pytest.mark.parametrize("opset", [20, 23])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_of_the_lowest_number_give_what_torch_gives(
+    dtype: torch.dtype, opset: int, tmp_path: Path
+) -> None:
+    """Masks of transformers: a row of ``finfo.min`` alone, beside -inf, and beside kept keys.
+
+    ONNX Runtime's Attention takes that number for -inf, and adds masks of halves in halves.
+    """
+    model = Sdpa().to(dtype)
+    low = torch.finfo(dtype).min
+    mask = torch.zeros(2, 1, 12, 12, dtype=dtype)
+    x = tokens(2, 12).to(dtype)
+    artifact = export_onnx(capture(model, x, mask), tmp_path / "m.onnx", opset=opset)
+    assert ("Attention" in operators(artifact.path)) == (opset == 23 and dtype == torch.float32)
+    mask[0, :, 3] = low
+    mask[0, :, 5, 4:] = low
+    mask[1, :, 3], mask[1, :, 3, :5] = -math.inf, low
+    mask[1, :, 7] = -math.inf
+    got = artifact.run({"x": x.numpy(), "mask": mask.numpy()})["output"]
+    with torch.no_grad():
+        own, wanted = model(x, mask), model.double()(x.double(), mask.double()).numpy()
+    assert not got[1, :, 7].any()
+    assert np.abs(got[0, :, 3]).max() > 0.1
+    assert np.abs(got.astype(np.float64) - wanted).max() <= allowed(own, wanted)
+
+
 class Shapes(nn.Module):
     """SDPA on tensors of three and five dimensions, d_qk != d_v, cross lengths."""
 

@@ -307,3 +307,26 @@ def test_the_command_exports_and_verifies(
     errors = json.loads(capfd.readouterr().out)["errors"]
     assert errors["model.onnx"]["logits"] < 1e-4
     assert "present.1.value" in errors["model.onnx"]
+
+
+def test_a_step_that_cannot_be_as_sparse_is_refused(
+    tmp_path: Path,
+) -> None:
+    """No step attends to every key where the first call has a window: it is refused, with why."""
+    from types import SimpleNamespace
+
+    from attn_rewrite.errors import LowerError
+    from attn_rewrite.passes.sparse.window import Window
+    from attn_rewrite.site import Refusal
+
+    window = Window(size=6)
+    plan = SimpleNamespace(steps=(SimpleNamespace(site="a#0", transforms=(window,)),))
+    why = Refusal("window-joint", "the window is lost", site="a#0")
+    site = SimpleNamespace(name="a#0", status="refused", refusals=(why,))
+    step = SimpleNamespace(report=SimpleNamespace(sites=(site,)))
+    done = SimpleNamespace(
+        plan=plan, with_cache=lambda: step, at_one_length=None, report=step.report
+    )
+    with pytest.raises(LowerError, match="in a step with a cache the window is lost"):
+        export_onnx(done, tmp_path / "m.onnx", cache="float")
+    assert not list(tmp_path.iterdir())

@@ -369,3 +369,32 @@ def test_queries_and_keys_with_lengths_of_their_own(kind: Any, tmp_path: Path) -
         done = ar.optimize(Apart(), policy, (q, k, v), dynamic_shapes=shapes)
         (site,) = export_onnx(done, tmp_path / "m.onnx").sites
         assert (site.form, site.skips) == ("tiles", True)
+
+
+class Cosine(torch.nn.Module):
+    """Cosines by a learned factor of each head, as in Swin V2: no fused kernel takes the score."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = torch.nn.Linear(16, 48)
+        self.factor = torch.nn.Parameter(torch.linspace(1, 4, 4).view(4, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, s, _ = x.shape
+        q, k, v = (t.view(b, s, 4, 4).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        normal = torch.nn.functional.normalize
+        scores = normal(q, dim=-1) @ normal(k, dim=-1).mT * self.factor
+        return (scores.softmax(-1) @ v).transpose(1, 2).reshape(b, s, 16)
+
+
+def test_a_window_of_fewer_tokens_than_a_block_leaves_and_is_called_dense(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 49, 16)
+    done = ar.optimize(Cosine().eval(), "window(size=16)", (x,), dynamic_shapes=({},))
+    (site,) = export_onnx(done, tmp_path / "m.onnx").sites
+    assert (site.form, site.skips) == ("dense mask", False)
+    assert "leaves out no whole blocks" in site.detail
+    assert "mapped" not in site.detail
+    exact = ar.optimize(Cosine().eval(), "exact", (x,), dynamic_shapes=({},))
+    (site,) = export_onnx(exact, tmp_path / "exact.onnx").sites
+    assert (site.form, site.detail) == ("dense", "MatMul and Softmax, no mask")

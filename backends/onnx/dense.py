@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from attn_rewrite.backends.onnx.graph import Recorder
@@ -70,9 +71,12 @@ def _scale(inputs: Sequence[ir.Value], options: SdpaOptions) -> float:
 
 
 def _fits_attention(inputs: Sequence[ir.Value]) -> bool:
-    """The operator takes four dimensions and does not broadcast the batch."""
+    """The operator takes four dimensions and does not broadcast the batch; in half precision it
+    would round a mask's sum with the score, which torch does not."""
     sizes = [_sizes(x) for x in inputs[:3]]
-    return all(len(s) == 4 for s in sizes) and len({str(s[0]) for s in sizes}) == 1
+    rounded = len(inputs) > 3 and inputs[3].dtype in HALVES
+    fits = all(len(s) == 4 for s in sizes) and len({str(s[0]) for s in sizes}) == 1
+    return fits and not rounded
 
 
 def _whole_mask(r: Recorder, inputs: Sequence[ir.Value]) -> Sequence[ir.Value]:
@@ -81,7 +85,19 @@ def _whole_mask(r: Recorder, inputs: Sequence[ir.Value]) -> Sequence[ir.Value]:
         return inputs
     q, k, v, mask = inputs
     shape = r.op("Concat", r.extent(q, -2), r.extent(k, -2), axis=0)
-    return q, k, v, r.op("Expand", mask, shape)
+    return q, k, v, r.op("Expand", _finite(r, mask), shape)
+
+
+def _finite(r: Recorder, mask: ir.Value) -> ir.Value:
+    """A mask without the lowest number of its type, which ONNX Runtime's kernel takes for -inf: a
+    row of nothing else gives 0 there, and the mean of the values in torch.  The next number up is
+    as good, since no score changes either."""
+    if mask.dtype == ir.DataType.BOOL or mask.dtype is None:
+        return mask
+    lowest = np.finfo(mask.dtype.numpy()).min
+    above = np.nextafter(lowest, lowest.dtype.type(0))
+    is_lowest = r.op("Equal", mask, r.number(lowest, mask.dtype))
+    return r.op("Where", is_lowest, r.number(above, mask.dtype), mask)
 
 
 # Causal attention this short is one step of tiles, which saves nothing.

@@ -238,13 +238,23 @@ def _quantised(model: ir.Model, program: ExportedProgram, opset: int) -> Codes:
 
 
 def _step_of(optimized: Any) -> Any:
-    """The later steps of a decoder; `PolicyError` where ``optimized`` is no rewritten module."""
+    """The later steps of a decoder; `PolicyError` where ``optimized`` is no rewritten module, and
+    `LowerError` where a step cannot be as sparse as the first call."""
     if not hasattr(optimized, "with_cache"):
         raise PolicyError(
             f"cache= needs what optimize returned, got {type(optimized).__name__}: a program alone "
             "does not say how its model takes a cache."
         )
-    return optimized.with_cache()
+    step = optimized.with_cache()
+    lost = [
+        r
+        for s in step.report.sites
+        if s.status == "refused" and s.name in _sparse_sites(optimized)
+        for r in s.refusals
+    ]
+    if lost:  # the steps of a sparse decoder would attend to every key
+        raise LowerError(f"ONNX: {lost[0].site}: in a step with a cache {lost[0].reason}.", lost)
+    return step
 
 
 def _check_source(optimized: Any) -> None:
@@ -291,11 +301,11 @@ def _masks_named(optimized: Any, sites: tuple[SiteLowering, ...]) -> tuple[SiteL
 
     It does so where the mask leaves out next to no whole block, as at a length of one block.
     """
-    sparse = _sparse_sites(optimized)
+    sparse, whole = _sparse_sites(optimized), ("dense", "Attention", "MultiHeadAttention")
     why = "every key is read, since the mask leaves out no whole blocks at this length"
     return tuple(
         replace(s, form="dense mask", detail=f"{s.detail}: {why}")
-        if s.name in sparse and s.form in ("dense", "Attention", "MultiHeadAttention")
+        if s.name in sparse and (s.form in whole or (s.operator == "aten" and s.covered))
         else s
         for s in sites
     )

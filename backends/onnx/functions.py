@@ -15,8 +15,10 @@ import onnx_ir as ir
 
 from attn_rewrite.backends.onnx.lowering import SiteLowering
 from attn_rewrite.backends.onnx.markers import MARKER_DOMAIN, Origin, origin_of
+from attn_rewrite.cascade.attention import as_softmax
 from attn_rewrite.cascade.expr import ranks_of
 from attn_rewrite.cascade.ir import Cascade
+from attn_rewrite.cascade.reordered import in_order
 from attn_rewrite.cascade.staged import attention_form
 from attn_rewrite.cascade.text import parse
 
@@ -102,9 +104,12 @@ def _said(name: str, cascade: Cascade) -> SiteLowering:
     """What is said of a site that left Einsum by Einsum."""
     form = attention_form(cascade)
     if form is not None:
-        masked = bool(cascade.guard_terms())
-        detail = f"MatMul and Softmax, {'a mask' if masked else 'no mask'}, probabilities mapped"
-        return SiteLowering(name, "aten", "dense mask" if masked else "dense", detail)
+        masked, mapped = bool(cascade.guard_terms()), as_softmax(in_order(cascade)) is None
+        detail = f"MatMul and Softmax, {'a mask' if masked else 'no mask'}"
+        detail += ", probabilities mapped" if mapped else ""
+        kind = "dense mask" if masked else "dense"
+        # Of plain ones `lower` makes tiles wherever their mask leaves out blocks enough.
+        return SiteLowering(name, "aten", kind, detail, covered=masked and not mapped)
     if over_pairs(cascade):
         return SiteLowering(name, "aten", "operators", "its Einsums one by one, over every pair")
     detail = "its Einsums one by one, none of them over every pair of a query and a key"
