@@ -103,7 +103,9 @@ def test_levels_that_are_used_stay(given: str, tmp_path: Path) -> None:
     for mine, wanted in zip(done(x), model(x), strict=True):
         torch.testing.assert_close(mine, wanted)
     if torch.__version__ < (2, 12):  # has no record for levels, and says so
-        with pytest.raises(ToolError, match=r"cannot save torch\.vmap, which the model still calls"):
+        with pytest.raises(
+            ToolError, match=r"cannot save torch\.vmap, which the model still calls"
+        ):
             ar.save(done, tmp_path / "out")
         assert not list(tmp_path.iterdir())
         return
