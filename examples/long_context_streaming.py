@@ -43,7 +43,7 @@ def main(length: int) -> None:
     policy = f"streaming(recent={RECENT}, sinks={SINKS})"
     rewritten = ar.optimize(
         model, policy, (), {"input_ids": short, "use_cache": False},
-        dynamic_shapes={"input_ids": {1: Dim("length", min=16, max=8192)}, "use_cache": None},
+        dynamic_shapes={"input_ids": {1: Dim.DYNAMIC(min=16, max=8192)}, "use_cache": None},
     )  # fmt: skip
     with torch.no_grad():
         for tokens in (short, long):

@@ -6,6 +6,7 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,9 @@ from attn_rewrite import export_onnx
 from attn_rewrite.backends.onnx.artifact import OnnxArtifact
 from attn_rewrite.backends.onnx.codes import Codes
 from attn_rewrite.cli.app import run
-from attn_rewrite.errors import AttnRewriteError, PolicyError, VerifyError
+from attn_rewrite.errors import AttnRewriteError, LowerError, PolicyError, VerifyError
+from attn_rewrite.passes.sparse.window import Window
+from attn_rewrite.site import Refusal
 
 WIDTHS = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "vocab_size": 99}
 NEW = 6
@@ -309,16 +312,8 @@ def test_the_command_exports_and_verifies(
     assert "present.1.value" in errors["model.onnx"]
 
 
-def test_a_step_that_cannot_be_as_sparse_is_refused(
-    tmp_path: Path,
-) -> None:
+def test_a_step_that_cannot_be_as_sparse_is_refused(tmp_path: Path) -> None:
     """No step attends to every key where the first call has a window: it is refused, with why."""
-    from types import SimpleNamespace
-
-    from attn_rewrite.errors import LowerError
-    from attn_rewrite.passes.sparse.window import Window
-    from attn_rewrite.site import Refusal
-
     window = Window(size=6)
     plan = SimpleNamespace(steps=(SimpleNamespace(site="a#0", transforms=(window,)),))
     why = Refusal("window-joint", "the window is lost", site="a#0")
