@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import sys
 from collections.abc import Iterator
@@ -189,18 +190,25 @@ def _deep(layers: int) -> fx.GraphModule:
 
 @contextmanager
 def _counted_calls() -> Iterator[Iterator[int]]:
-    """Calls of Python and C functions while it is open: work that no busy machine changes."""
+    """Calls of Python and C functions while it is open: work that no busy machine changes.
+
+    Nothing is collected meanwhile: what earlier tests left behind has finalisers, and hypothesis is
+    called at every collection.
+    """
     made = itertools.count()
 
     def count(frame: FrameType, event: str, of: object) -> None:
         if event in ("call", "c_call"):
             next(made)
 
+    gc.collect()
+    gc.disable()
     sys.setprofile(count)
     try:
         yield made
     finally:
         sys.setprofile(None)
+        gc.enable()
 
 
 def test_work_is_linear_in_the_graph() -> None:
